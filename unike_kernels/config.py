@@ -1,0 +1,146 @@
+"""Every hyper-parameter of UniKE, each with its source; frozen dataclasses, JSON in and out."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def _one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
+
+
+def _at_least(owner: str, name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{owner}.{name} must be at least {low}, but got {value}")
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """How retrieved knowledge shifts a self-attention output (equations 2, 7, 8; spec section 2)."""
+
+    enabled: bool = True
+    k: int = 40  # items retrieved; the paper's value
+    attention: Literal["projected", "raw"] = "projected"  # "raw" is the published code's form
+    alpha: float | None = None  # None: adaptive (equation 7); a number: fixed (Figure 4b)
+    per: Literal["case", "token"] = "case"  # one retrieval and one alpha per case (the paper), or per token
+    positions: Literal["all", "from_case_token"] = "all"  # which tokens of a case are shifted
+    orientation: Literal["knowledge", "input"] = "knowledge"  # what alpha multiplies; "input" is equation 7 to the letter
+    clamp: bool = True  # alpha into [0, 1]; equation 7 to the letter does not clamp
+    own_item: bool = True  # an edit's own (h_sem, h_pos) is an item of the memory
+
+    def __post_init__(self) -> None:
+        _at_least("ShiftConfig", "k", self.k, 0)
+        _one_of("ShiftConfig", "attention", self.attention, ("projected", "raw"))
+        _one_of("ShiftConfig", "per", self.per, ("case", "token"))
+        _one_of("ShiftConfig", "positions", self.positions, ("all", "from_case_token"))
+        _one_of("ShiftConfig", "orientation", self.orientation, ("knowledge", "input"))
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Which edits act on which case (spec section 3): all of them, or the nearest ones above a calibrated threshold."""
+
+    mode: Literal["always", "routed"] = "always"  # "always" is the paper
+    top: int = 1  # at most this many edits act on one case; our prototype's value
+    false_accept_rate: float = 0.01  # share of training-split cases that any edit may claim
+
+    def __post_init__(self) -> None:
+        _one_of("RoutingConfig", "mode", self.mode, ("always", "routed"))
+        _at_least("RoutingConfig", "top", self.top, 1)
+        if not 0.0 <= self.false_accept_rate < 1.0:
+            raise ValueError(f"RoutingConfig.false_accept_rate must be in [0, 1), but got {self.false_accept_rate}")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How Enc_sem, Enc_tru and W_zeta are fitted (equations 4 and 5)."""
+
+    temperature: float = 0.1  # of the cosine similarity; the paper gives none
+    activation: Literal["identity", "relu", "gelu"] = "identity"  # two affine maps, as published
+    anchor: Literal["h_att", "h_sem"] = "h_att"  # the space where equation 7 compares; "h_sem" is the paper's letter
+    steps: int = 300
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    held_out: float = 0.1  # share of triplets, by prompt group, that only measure the fit
+    ridge: float = 1e-2  # of W_zeta, the linear decoder from the truthfulness space back to the states
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("EncoderConfig", "anchor", self.anchor, ("h_att", "h_sem"))
+        _one_of("EncoderConfig", "activation", self.activation, ("identity", "relu", "gelu"))
+        _at_least("EncoderConfig", "steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class NeuronConfig:
+    """How the extra FFN neurons of one edit are made and trained (equations 3 and 6; spec section 3)."""
+
+    enabled: bool = True  # False: only the edit's own memory item is added (latent-IKE alone)
+    per_layer: int = 10  # ne; the published code's first MiniGPT-4 settings
+    beta: float = 0.1  # of zeta' on the values; hard-coded in the published code (its yaml says 0.9, never read)
+    key_threshold: float = 0.5  # a neuron is just active where a state's projection on its key exceeds this share
+    key_noise: float = 0.1  # relative; equal keys with zero values would stay copies
+    lr_values: float = 1e-2  # Adam
+    lr_keys: float = 1e-2  # Adam; sets generality against locality
+    steps: int = 25  # at most
+    margin: float = 1.0  # stop when every target token is top-1 by this logit margin
+    batch_size: int = 32  # independent edits trained together
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("NeuronConfig", "per_layer", self.per_layer, 1)
+        _at_least("NeuronConfig", "steps", self.steps, 1)
+        _at_least("NeuronConfig", "batch_size", self.batch_size, 1)
+        if not 0.0 <= self.key_threshold < 1.0:
+            raise ValueError(f"NeuronConfig.key_threshold must be in [0, 1), but got {self.key_threshold}")
+
+
+@dataclass(frozen=True)
+class UnikeConfig:
+    """All of it: what a patch needs (shift, routing, neurons.beta) and what making edits needs (the rest)."""
+
+    layers: tuple[int, ...] | None = None  # None: the last four decoder layers (the paper)
+    shift: ShiftConfig = field(default_factory=ShiftConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    encoders: EncoderConfig = field(default_factory=EncoderConfig)
+    neurons: NeuronConfig = field(default_factory=NeuronConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        out = asdict(self)
+        out["layers"] = list(self.layers) if self.layers is not None else None
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "UnikeConfig":
+        """The config from `to_json`'s values; an unknown or missing key is an error that names it."""
+        data = dict(data)
+        parts = {
+            name: _from_dict(part, data.pop(name, {}))
+            for name, part in (
+                ("shift", ShiftConfig),
+                ("routing", RoutingConfig),
+                ("encoders", EncoderConfig),
+                ("neurons", NeuronConfig),
+            )
+        }
+        layers = data.pop("layers", None)
+        if data:
+            raise ValueError(f"unknown keys in the config: {', '.join(sorted(data))}")
+        return cls(layers=tuple(layers) if layers is not None else None, **parts)
+
+    def dumps(self) -> str:
+        """The config as a JSON text with sorted keys."""
+        return json.dumps(self.to_json(), indent=2, sort_keys=True)
+
+
+def _from_dict(cls: type[T], data: dict[str, Any]) -> T:
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]  # T is always one of the dataclasses above
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(f"unknown keys in {cls.__name__}: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return cls(**data)
