@@ -39,7 +39,7 @@ clean: ## remove builds and caches (keeps $(VENV))
 # .ready-EXTRA: $(VENV) has torch and this package with that extra. The constraint makes pip fail rather than replace torch.
 $(VENV)/.ready-%: pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/torch.txt
-	$(PY) -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$*]'
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
+	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
+	$(PY) -m pip install -qq --constraint $(VENV)/torch.txt --editable '.[$*]'
 	touch $@
