@@ -26,6 +26,7 @@ LAYERS = {
     "minigpt4": 3,
     "models": 3,
     "modules": 3,
+    "cases": 4,
     "patching": 4,
     "editing": 5,
     "evaluation": 5,
