@@ -38,7 +38,8 @@ clean: ## remove builds and caches (keeps $(VENV))
 
 # .ready-EXTRA: $(VENV) has torch and this package with that extra. The constraint makes pip fail rather than replace torch.
 $(VENV)/.ready-%: pyproject.toml setup.py
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer, please: make PYTHON=python3.12")'
+	$(PY) -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	$(PY) -m pip install -qq --constraint $(VENV)/torch.txt --editable '.[$*]'
