@@ -1,0 +1,53 @@
+"""What the operators' argument checks share. Each message names both values that disagree."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTIVATIONS
+
+# How a shape check reports: `require` in the functions that users call, torch._check in the fake kernels.
+Check = Callable[[bool, Callable[[], str]], None]
+
+
+def require(holds: bool, message: Callable[[], str]) -> None:
+    if not holds:
+        raise ValueError(message())
+
+
+def require_act(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, but got {act!r}")
+
+
+def shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)
+
+
+def require_tensors(
+    floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] = MappingProxyType({})
+) -> None:
+    """The tensors are float, the indices int64, and all lie on the device of the first."""
+    first, device = next(iter(floats)), None
+    for kind, tensors in (("float", floats), ("int64", integers)):
+        for name, tensor in tensors.items():
+            if tensor is None and name != first:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a {kind} tensor, but got {type(tensor).__name__}")
+            if not (tensor.is_floating_point() if kind == "float" else tensor.dtype == torch.int64):
+                raise TypeError(f"{name} must be a {kind} tensor, but got {tensor.dtype}")
+            device = tensor.device if device is None else device
+            if tensor.device != device:
+                raise ValueError(f"{first} is on {device}, {name} is on {tensor.device}")
+
+
+def check_shape(check: Check, name: str, tensor: Tensor | None, wanted: tuple[int | None, ...], why: str) -> None:
+    """A tensor, if there is one, has the wanted shape (None: any size); `why` says where that comes from."""
+    if tensor is not None:
+        check(
+            tensor.dim() == len(wanted) and all(b is None or a == b for a, b in zip(tensor.shape, wanted, strict=True)),
+            lambda: f"{name} must be {[b if b is not None else '*' for b in wanted]} ({why}), but got {shape(tensor)}",
+        )

@@ -1,0 +1,141 @@
+"""knowledge_shift: a self-attention output moved towards retrieved knowledge (equations 8 or 2, and 7)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import Check, check_shape, require, require_act, require_tensors, shape
+
+Layer = tuple[Tensor, Tensor | None]
+
+
+def knowledge_shift(
+    h_input: Tensor,
+    q: Tensor,
+    item_keys: Tensor,
+    item_values: Tensor,
+    indices: Tensor,
+    *,
+    alpha: Tensor | float | None = None,
+    encoder: Sequence[Layer] | None = None,
+    orientation: str = "knowledge",
+    clamp: bool = True,
+    token_to_case: Tensor | None = None,
+    out_proj: Layer | None = None,
+    scaling: float | None = None,
+    case_tokens: Tensor | None = None,
+    encoder_act: str = "identity",
+    rescale: bool = True,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h = (1 - alpha) h_input + alpha h_know, h_know = out_proj(softmax(scaling q . k_i) v_i) over retrieved items i.
+
+    h_input: [T, d] float, the self-attention output.
+    q, item_keys, item_values: `projected` form [T, H, hd], [N, Hkv, hd], [N, Hkv, hv], H a multiple of Hkv;
+        `raw` form [T, d], [N, d], [N, d], one head.
+    indices: [T, K] int64, the items of each token, or [C, K], those of each case, with token_to_case; -1: none.
+    alpha: None, a number, or a tensor [T] or, with token_to_case, [C] (which wins where T = C).
+        None: cos(encoder(h_know), h_input), per token; with case_tokens, once per case.
+    encoder: (weight [out, in], bias [out] or None) pairs, with encoder_act between them. None: identity.
+    orientation: "knowledge", as above, or "input": alpha is the weight of h_input.
+    clamp: the alpha computed here into [0, 1].
+    token_to_case: [T] int64, the case of each token; -1: the token is left alone.
+    out_proj: (weight [d, H hv], bias [d] or None). None: the concatenated heads are already in the space of h_input.
+    scaling: of the scores before the softmax; None: 1 / sqrt(hd). softcap: scores become softcap tanh(score / softcap).
+    case_tokens: [C] int64, the row of h_input where the alpha of each case is taken, a row of that case; -1: there is
+        none here, and the case is left alone. Not used where alpha is given.
+    rescale: `raw` form only, h_know gets the norm of h_input, token by token, after the encoder saw it as it was.
+    Returns h [T, d], dtype of h_input, computed in float32 (float64 if an input is), and the alpha used, in float32
+    (float64), [C] if it is per case, else [T].
+
+    A row without any item, or where the knowledge's weight is 0, keeps h_input bit for bit. Without an item, the alpha
+    returned is 0 (orientation "input": 1). Differentiable once, in h_input, q, items, alpha, encoder and out_proj.
+    """
+    require_act(encoder_act)
+    if orientation not in ("knowledge", "input"):
+        raise ValueError(f"orientation must be 'knowledge' or 'input', but got {orientation!r}")
+    weight, bias = (None, None) if out_proj is None else out_proj
+    layers = [] if encoder is None else list(encoder)
+    if alpha is not None and not isinstance(alpha, Tensor):
+        alpha = torch.full(
+            h_input.shape[:1],
+            float(alpha),
+            dtype=torch.promote_types(torch.float32, h_input.dtype),
+            device=h_input.device,
+        )
+    floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": alpha}
+    for i, (w, b) in enumerate([(weight, bias), *layers]):
+        name = f"encoder[{i - 1}]" if i else "out_proj"
+        floats |= {f"{name} weight": w, f"{name} bias": b}
+    require_tensors(floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
+    # A list of optional tensors cannot be differentiated through an operator: a missing bias becomes zeros.
+    flat = [t for w, b in layers for t in (w, w.new_zeros(w.shape[:1]) if b is None else b)]
+    args = (h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, flat)
+    check_arguments(require, *args)
+    return torch.ops.unike.knowledge_shift(*args, encoder_act, orientation, clamp, scaling, softcap, rescale)
+
+
+def alpha_count(
+    h_input: Tensor, indices: Tensor, alpha: Tensor | None, token_to_case: Tensor | None, case_tokens: Tensor | None
+) -> int:
+    """How many alphas there are: one per case or one per token."""
+    if token_to_case is None or (case_tokens is None if alpha is None else alpha.shape[0] != indices.shape[0]):
+        return h_input.shape[0]
+    return indices.shape[0]
+
+
+def check_arguments(
+    check: Check,
+    h_input: Tensor,
+    q: Tensor,
+    item_keys: Tensor,
+    item_values: Tensor,
+    indices: Tensor,
+    alpha: Tensor | None,
+    token_to_case: Tensor | None,
+    case_tokens: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    encoder: Sequence[Tensor],
+) -> None:
+    """The shapes of all arguments agree."""
+    check(h_input.dim() == 2, lambda: f"h_input must be [T, d], but got {shape(h_input)}")
+    tokens, d = h_input.shape
+    of_input = f"h_input is {shape(h_input)}"
+    raw = q.dim() == 2
+    check_shape(check, "q", q, (tokens, None) if raw else (tokens, None, None), of_input)
+    lead = (None,) if raw else (None, None)
+    check_shape(check, "item_keys", item_keys, (*lead, q.shape[-1]), f"q is {shape(q)}")
+    check_shape(check, "item_values", item_values, (*item_keys.shape[:-1], None), f"item_keys are {shape(item_keys)}")
+    heads = 1 if raw else q.shape[1]
+    if not raw:
+        check(
+            item_keys.shape[1] > 0 and heads % item_keys.shape[1] == 0,
+            lambda: f"q has {heads} heads, which is no multiple of the {item_keys.shape[1]} heads of item_keys",
+        )
+    check_shape(check, "token_to_case", token_to_case, (tokens,), of_input)
+    check_shape(check, "indices", indices, (tokens if token_to_case is None else None, None), of_input)
+    cases = indices.shape[0]
+    if token_to_case is None:
+        check(case_tokens is None, lambda: f"case_tokens is {shape(case_tokens)}, but token_to_case is None")
+    check_shape(check, "case_tokens", case_tokens, (cases,), f"indices are {shape(indices)}")
+    if alpha is not None:
+        check(
+            alpha.dim() == 1 and (alpha.shape[0] == tokens or (token_to_case is not None and alpha.shape[0] == cases)),
+            lambda: (
+                f"alpha must be [{tokens}] (tokens) or, with token_to_case, [{cases}] (cases), but got {shape(alpha)}"
+            ),
+        )
+    width = heads * item_values.shape[-1]
+    if out_weight is None:
+        check(width == d, lambda: f"the heads make {width} features, h_input has {d}, and out_proj is None")
+    check_shape(check, "out_proj weight", out_weight, (d, width), f"h_input has {d} features, the heads make {width}")
+    check_shape(check, "out_proj bias", out_bias, (d,), of_input)
+    size = d
+    for i in range(0, len(encoder), 2):
+        weight, bias = encoder[i], encoder[i + 1]
+        check_shape(check, f"encoder[{i // 2}] weight", weight, (None, size), f"its input has {size} features")
+        size = weight.shape[0]
+        check_shape(check, f"encoder[{i // 2}] bias", bias, (size,), f"its weight is {shape(weight)}")
+    check(size == d, lambda: f"the encoder returns {size} features, h_input has {d}")
