@@ -25,6 +25,8 @@ LAYERS = {
     "edits": 3,
     "edits_io": 3,
     "edits_schema": 3,
+    "edits_io": 3,
+    "edits_schema": 3,
     "memory": 3,
     "minigpt4": 3,
     "models": 3,
