@@ -1,0 +1,213 @@
+"""Where the sites of a model are: one small function per decoder family, found by structure, so wrappers do not matter.
+
+A site is one place that an edit acts on: the FFN or the self-attention of one decoder layer. BLIP-2, MiniGPT-4, LAVIS
+and LLaVA differ in what surrounds their language model, not in the layers of it, so the families here are decoder
+layers: `opt` (fc1 and fc2 on the layer itself) and `llama` (gate_proj, up_proj, down_proj in `mlp`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "Identity": "identity",
+}
+
+
+class UnsupportedModelError(ValueError):
+    """No decoder with known layers in this model; lists the known families and how to name sites by hand."""
+
+
+@dataclass(frozen=True)
+class LayerSites:
+    """The two sites of one decoder layer, as dotted module names below the model (or below the layer, in a family).
+
+    The FFN adds at `ffn_output`'s output what it computes from `ffn_input`'s input; for a gated FFN both are `mlp`.
+    """
+
+    attention: str
+    ffn_input: str
+    ffn_output: str
+    gated: bool
+    act: str
+    q_proj: str
+    k_proj: str
+    v_proj: str
+    out_proj: str
+    hidden_size: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    q_norm: str | None = None
+    k_norm: str | None = None
+    softcap: float | None = None
+
+    def below(self, prefix: str) -> "LayerSites":
+        """The same sites with every module name below `prefix`."""
+        names = ("attention", "ffn_input", "ffn_output", "q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
+        moved = {n: f"{prefix}.{getattr(self, n)}" for n in names if getattr(self, n) is not None}
+        return LayerSites(**{**self.__dict__, **moved})
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model's decoder: the module that owns `layers`, and the sites of every layer in order."""
+
+    family: str
+    name: str
+    layers: tuple[LayerSites, ...]
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of one decoder layer."""
+        return f"{self.name}.layers.{index}" if self.name else f"layers.{index}"
+
+    def default_layers(self) -> tuple[int, ...]:
+        """The last four decoder layers (the paper's choice), or all of a shallower model."""
+        n = len(self.layers)
+        return tuple(range(max(0, n - 4), n))
+
+
+FAMILIES: dict[str, Callable[[nn.Module], LayerSites | None]] = {}
+
+
+def register_family(name: str) -> Callable[[Callable[[nn.Module], LayerSites | None]], Callable]:
+    """Registers `layer -> LayerSites` (names below the layer), or None where the layer is of another family."""
+
+    def add(describe: Callable[[nn.Module], LayerSites | None]) -> Callable[[nn.Module], LayerSites | None]:
+        FAMILIES[name] = describe
+        return describe
+
+    return add
+
+
+@register_family("opt")
+def opt(layer: nn.Module) -> LayerSites | None:
+    """OPT's decoder layer (transformers' and LAVIS's): FFN without a gate, flattened to [B * S, d] before fc1."""
+    if not _has(layer, "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2", "activation_fn"):
+        return None
+    return LayerSites(
+        attention="self_attn",
+        ffn_input="fc1",
+        ffn_output="fc2",
+        gated=False,
+        act=_activation(layer.activation_fn),
+        hidden_size=layer.fc1.in_features,
+        ffn_size=layer.fc1.out_features,
+        **_attention(layer.self_attn, "self_attn", "out_proj"),
+    )
+
+
+@register_family("llama")
+def llama(layer: nn.Module) -> LayerSites | None:
+    """LLaMA-style gated decoder layer: LLaMA, Vicuna, Mistral, Qwen2 and Qwen3, alone or inside a multimodal model."""
+    if not _has(layer, "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        return None
+    return LayerSites(
+        attention="self_attn",
+        ffn_input="mlp",
+        ffn_output="mlp",
+        gated=True,
+        act=_activation(layer.mlp.act_fn),
+        hidden_size=layer.mlp.gate_proj.in_features,
+        ffn_size=layer.mlp.gate_proj.out_features,
+        **_attention(layer.self_attn, "self_attn", "o_proj"),
+    )
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The one decoder in `model` whose layers are of a known family, wherever wrappers put it.
+
+    Raises UnsupportedModelError when there is none, or more than one.
+    """
+    found = []
+    for name, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            continue
+        for family, describe in FAMILIES.items():
+            sites = [describe(layer) for layer in layers]
+            if all(sites):
+                prefix = f"{name}.layers" if name else "layers"
+                placed = tuple(s.below(f"{prefix}.{i}") for i, s in enumerate(sites) if s is not None)
+                found.append(Decoder(family, name, placed))
+    if len(found) == 1:
+        return found[0]
+    what = "no decoder of a known family" if not found else f"several decoders ({', '.join(d.name for d in found)})"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has {what}. Known families: {', '.join(sorted(FAMILIES))}. "
+        "Name the sites by hand: patch(model, edits, sites=unike_kernels.models.Decoder(family, name, layers)), "
+        "or describe the layer once with unike_kernels.models.register_family."
+    )
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """`model.get_submodule(name)`, with an error that names the model's class."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r}") from None
+
+
+def probe_weights(model: nn.Module, decoder: Decoder, layers: Iterable[int], samples: int = 8) -> tuple[float, ...]:
+    """A few sampled FFN input weights of the edited layers, to tell one base checkpoint from another.
+
+    Quantised or offloaded weights (no float tensor at hand) give no samples. Values are rounded to 3 significant
+    digits: fp32, bf16 and fp16 copies of one checkpoint must agree.
+    """
+    out: list[float] = []
+    for i in layers:
+        site = get_module(model, decoder.layers[i].ffn_input)
+        weight = next((p for p in site.parameters() if p.dim() == 2 and p.is_floating_point()), None)
+        if weight is None or weight.device.type == "meta":
+            continue
+        flat = weight.detach().reshape(-1)
+        at = torch.linspace(0, flat.numel() - 1, samples, dtype=torch.float64).long()
+        out += [float(f"{v:.2e}") for v in flat[at.to(flat.device)].double().tolist()]
+    return tuple(out)
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    for name in names:
+        part: object = module
+        for step in name.split("."):
+            part = getattr(part, step, None)
+        if part is None:
+            return False
+    return True
+
+
+def _activation(module: nn.Module) -> str:
+    name = type(module).__name__
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
+def _attention(attn: nn.Module, name: str, out_proj: str) -> dict:
+    """The attention half of LayerSites; head counts come from the projections' sizes, never from a config."""
+    head_dim = int(attn.head_dim)
+    return {
+        "q_proj": f"{name}.q_proj",
+        "k_proj": f"{name}.k_proj",
+        "v_proj": f"{name}.v_proj",
+        "out_proj": f"{name}.{out_proj}",
+        "heads": attn.q_proj.out_features // head_dim,
+        "kv_heads": attn.k_proj.out_features // head_dim,
+        "head_dim": head_dim,
+        "scaling": float(getattr(attn, "scaling", head_dim**-0.5)),
+        "q_norm": f"{name}.q_norm" if getattr(attn, "q_norm", None) is not None else None,
+        "k_norm": f"{name}.k_norm" if getattr(attn, "k_norm", None) is not None else None,
+        "softcap": getattr(attn, "attn_logit_softcapping", None),
+    }
