@@ -1,0 +1,135 @@
+"""Train the tiny BLIP-2: `python -m bench.quality.emoji.train --seed 0`; the same command resumes a stopped run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from . import data, evaluate
+from . import model as tiny
+from .language import VIEWS, LanguageStage, cache_features
+from .vision import VisionStage
+
+CACHE = tiny.HERE / ".cache"
+VISION_STEPS, LANGUAGE_STEPS = 3000, 5000
+LEARNING_RATE = {"vision": 3e-3, "language": 1.5e-3}
+WEIGHT_DECAY = {"vision": 0.05, "language": 0.01}
+WARM_UP = 150  # steps
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate: a linear warm-up, then a cosine down to 2 % of `peak`."""
+    return peak * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _write(path: Path, save: Any) -> None:
+    """Call `save(temporary path)` and rename, so that a killed run never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def run_stage(
+    stage: Any, steps: int, seed: int, checkpoint: Path, *, stop_at: int | None = None, every: float = 60.0
+) -> bool:
+    """Run `stage` up to `steps` from its checkpoint, bit for bit as if never stopped; True when it is finished.
+
+    `stop_at` ends the run early (as a kill would, with a checkpoint); `every` is the seconds between checkpoints.
+    """
+    peak, decay = LEARNING_RATE[stage.name], WEIGHT_DECAY[stage.name]
+    optimizer = torch.optim.AdamW(stage.parameters, lr=peak, weight_decay=decay, betas=(0.9, 0.98), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        for parameter, value in zip(stage.parameters, saved["parameters"], strict=True):
+            parameter.data.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        start = saved["step"]
+
+    def save(step: int) -> None:
+        state = {
+            "step": step,
+            "parameters": [parameter.detach() for parameter in stage.parameters],
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+        _write(checkpoint, lambda path: torch.save(state, path))
+
+    stage.module.train()
+    last_saved, end = time.monotonic(), min(steps, stop_at if stop_at is not None else steps)
+    averages: dict[str, float] = {}
+    progress = tqdm(range(start, end), initial=start, total=steps, desc=f"{stage.name} {seed}", mininterval=5)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, peak)
+        loss, shown = stage.step(generator, step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.parameters, 1.0)
+        optimizer.step()
+        for key, value in {"loss": loss.item(), **shown}.items():
+            averages[key] = 0.98 * averages.get(key, value) + 0.02 * value
+        progress.set_postfix({key: f"{value:.3f}" for key, value in averages.items()}, refresh=False)
+        if time.monotonic() - last_saved > every:
+            save(step + 1)
+            last_saved = time.monotonic()
+    save(end)
+    stage.module.eval()
+    return end == steps
+
+
+def save_weights(model: Any, seed: int) -> None:
+    """Write the weights in fp16, tied ones once, and round `model` itself so that what is measured is what ships."""
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.half().float())
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(("lm_head.weight", "position_ids"))}
+    _write(tiny.weights_file(seed), lambda path: save_file(state, path, metadata={"format": "pt"}))
+
+
+def train(seed: int, vision_steps: int = VISION_STEPS, language_steps: int = LANGUAGE_STEPS) -> None:
+    """Train one base model and write its weights and its report."""
+    if not tiny.TOKENIZER_FILE.exists():
+        _write(tiny.TOKENIZER_FILE, lambda path: tiny.train_tokenizer(list(data.corpus())).save(str(path)))
+    processor, model = tiny.make_processor(), tiny.make_model(seed)
+    folder = CACHE / f"seed{seed}"
+    run_stage(VisionStage(model, seed), vision_steps, seed, folder / "vision.pt")
+    features = folder / "features.pt"
+    if not features.exists():
+        generator = torch.Generator().manual_seed(seed + 1)
+        _write(features, lambda path: torch.save(cache_features(model, generator, VIEWS).half(), path))
+    stage = LanguageStage(model, processor, torch.load(features, weights_only=True).float())
+    run_stage(stage, language_steps, seed + 2, folder / "language.pt")
+    save_weights(model, seed)
+    report = evaluate.report(model, processor)
+    text = json.dumps(report, indent=1)
+    print(text)
+    _write(tiny.HERE / "weights" / f"seed{seed}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="one is best where other work shares the cores")
+    parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
+    parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args.seed, args.vision_steps, args.language_steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The emoji benchmark: its splits and records, and what the shipped base models know, do not know and look at."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+
+from bench.quality.emoji import data, evaluate, records, train
+from bench.quality.emoji import model as tiny
+from bench.quality.emoji.language import LanguageStage
+from bench.quality.emoji.vision import VisionStage, normalise, read_drawings
+
+CHANCE = 0.02  # bound on exact match at chance: guessing among 330 names gives 0.003; 0.02 is 5 right of 250
+
+
+@pytest.fixture(scope="module", params=(0, 1), ids=("seed0", "seed1"))
+def base(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    return tiny.load(request.param)
+
+
+def sample(cases: list[evaluate.Case], n: int) -> list[evaluate.Case]:
+    return random.Random(7).sample(cases, n)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_disjoint_stratified_and_named_unambiguously() -> None:
+    splits = data.splits()
+    ids = [concept.id for members in splits.values() for concept in members]
+    assert len(ids) == len(set(ids)) == len(data.concepts()) >= 300
+    assert {split: len(members) for split, members in splits.items()} == data.SPLITS
+    assert len(splits["reported"]) >= 120
+    assert len({concept.name for concept in data.concepts()}) == len(ids)
+    share = len(splits["reported"]) / len(ids)
+    for kind in {concept.kind for concept in data.concepts()}:
+        members = [concept for concept in data.concepts() if concept.kind == kind]
+        assert abs(sum(c in splits["reported"] for c in members) - share * len(members)) <= 2
+
+
+def test_held_out_names_are_never_taught_from_a_picture() -> None:
+    for concept in data.concepts():
+        targets = [target for _, target in data.picture_questions(concept)]
+        known = data.split_of()[concept.id] == "known"
+        assert (concept.caption in targets) == known
+        assert (concept.name in targets) == (known or concept.name in (concept.kind, concept.group))
+
+
+@pytest.mark.parametrize("task", records.TASKS)
+@pytest.mark.parametrize("split", ("development", "reported"))
+def test_records_are_well_formed(split: str, task: str) -> None:
+    found = records.records(split, task, n=300, seed=3)
+    assert found == records.records(split, task, n=300, seed=3)
+    assert found != records.records(split, task, n=300, seed=4)
+    edited = {concept.id for concept in records.edited(split, task)}
+    by_id = {concept.id: concept for concept in data.concepts()}
+    counts = [sum(r["concept"] == c for r in found) for c in edited]
+    assert max(counts) - min(counts) <= 1
+    assert len({record["id"] for record in found}) == 300
+    reserved = {c.id for c in data.splits()["triplets"] + records.known_roles()["calibration"]}
+    for record in found:
+        concept = by_id[record["concept"]]
+        assert concept.id in edited and concept.id not in reserved
+        prompts = {record["src"], *record["rephrases"]}
+        assert len(prompts) == (3 if task == "caption" else 6) and record["rephrase"] in record["rephrases"]
+        pictures = {record["image"], *record["image_rephrases"]}
+        assert pictures == {concept.image(artist) for artist in concept.artists}
+        assert record["image_rephrase"] in record["image_rephrases"]
+        assert record["image"] not in record["image_rephrases"]
+        assert (record["alt"] == concept.name) == (task == "name")
+        assert all(record[key] == record[key].strip() for key in ("src", "alt", "loc_ans", "m_loc_a"))
+        parts = [part["part"] for part in record["m_loc_parts"]]
+        assert sorted(parts) == sorted(2 * ["other_concept", "same_subgroup", "same_picture", "other_question"])
+        for part in record["m_loc_parts"]:
+            shown = part["image"].split("/")[1].removesuffix(".png")
+            assert (shown == concept.id) == (part["part"] == "same_picture")
+            assert shown == concept.id or shown not in edited | reserved
+            assert part["part"].startswith("same") or data.split_of()[shown] == "known"
+            assert (data.DRAWINGS / part["image"]).is_file()
+        own = [part for part in record["t_loc"] if part["part"] == "own"]
+        assert own and all(concept.name in part["prompt"] for part in own)
+        assert all((data.DRAWINGS / image).is_file() for image in pictures)
+
+
+def test_memory_and_calibration_share_no_concept_with_edits() -> None:
+    used = {row["concept"] for row in records.triplets()}
+    cases = records.calibration_prompts(None)
+    assert len(records.triplets()) >= 1000 and len(cases) == len(set(cases))
+    used |= {image.split("/")[1].removesuffix(".png") for image, _ in cases if image is not None}
+    for split in ("development", "reported"):
+        for task in records.TASKS:
+            assert used.isdisjoint(concept.id for concept in records.edited(split, task))
+
+
+# --- what the base models know ----------------------------------------------------------------------------------------
+
+
+def test_shipped_weights_are_small() -> None:
+    assert sum(tiny.weights_file(seed).stat().st_size for seed in (0, 1)) <= 12 * 2**20
+
+
+def test_names_of_known_drawings_in_any_phrasing(base: tuple[Any, Any]) -> None:
+    assert evaluate.exact(*base, sample(evaluate.naming("known"), 400)).float().mean() >= 0.85
+
+
+def test_text_only_facts(base: tuple[Any, Any]) -> None:
+    facts: list[evaluate.Case] = [(None, *pair) for concept in data.concepts() for pair in data.facts(concept)]
+    assert evaluate.exact(*base, sample(facts, 400)).float().mean() >= 0.98
+
+
+def test_held_out_names_are_unknown(base: tuple[Any, Any]) -> None:
+    for split in ("triplets", "development", "reported"):
+        assert evaluate.exact(*base, sample(evaluate.naming(split), 150)).float().mean() == 0
+
+
+def test_naming_falls_to_chance_without_the_right_picture(base: tuple[Any, Any]) -> None:
+    cases = sample(evaluate.naming("known"), 250)
+    pixels = evaluate.read_pixels([str(image) for image, _, _ in cases], base[1])
+    assert evaluate.exact(*base, cases, torch.ones_like(pixels)).float().mean() <= CHANCE
+    assert evaluate.exact(*base, cases, pixels.flip(0)).float().mean() <= CHANCE
+    swapped = [(image, prompt, other[2]) for (image, prompt, _), other in zip(cases, reversed(cases), strict=True)]
+    assert evaluate.exact(*base, swapped, pixels.flip(0)).float().mean() >= 0.85  # it names what it is shown instead
+
+
+def test_image_tokens_differ_between_pictures(base: tuple[Any, Any]) -> None:
+    with torch.no_grad():
+        states = tiny.image_states(base[0], normalise(read_drawings()[::20]))
+    assert states.std(0).norm() / states.norm(dim=(1, 2)).mean() > 0.1  # 0.018 in a run that had learned nothing
+    for i in range(tiny.QUERY_TOKENS):
+        for j in range(i):
+            assert torch.nn.functional.cosine_similarity(states[:, i], states[:, j]).mean() < 0.99
+
+
+def test_generation_agrees_with_teacher_forcing(base: tuple[Any, Any]) -> None:
+    model, processor = base
+    cases = sample(evaluate.naming("known"), 12) + sample(evaluate.naming("reported"), 12)
+    pictures = []
+    for image, _, _ in cases:
+        with Image.open(data.DRAWINGS / str(image)) as picture:
+            pictures.append(picture.convert("RGB"))
+    inputs = processor(images=pictures, text=[prompt for _, prompt, _ in cases], padding=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = torch.tensor([answer == f" {target}" for answer, (_, _, target) in zip(answers, cases, strict=True)])
+    assert torch.equal(right, evaluate.exact(model, processor, cases))
+
+
+def test_padding_side_does_not_matter(base: tuple[Any, Any]) -> None:
+    model, processor = base
+    prompts = [data.ask(question) for question in (data.NAME[0], data.NAME[3], data.FACT_KIND[0])]
+    logits = {}
+    for side in ("left", "right"):
+        batch = processor.tokenizer(prompts, padding=True, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            out = model.language_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits[side] = [row[mask.bool()][-1] for row, mask in zip(out, batch.attention_mask, strict=True)]
+    torch.testing.assert_close(logits["left"], logits["right"], rtol=1e-4, atol=1e-4)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def vision_stage(model: Any) -> VisionStage:
+    return VisionStage(model, seed=5, batch=8)
+
+
+def language_stage(model: Any) -> LanguageStage:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, len(data.drawings()), tiny.QUERY_TOKENS, tiny.HIDDEN, generator=generator)
+    return LanguageStage(model, tiny.make_processor(), features, pictures=20, texts=8)
+
+
+@pytest.mark.parametrize("make", (vision_stage, language_stage))
+def test_a_resumed_training_equals_an_uninterrupted_one(make: Any, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    start = tiny.make_model(5)
+    results = []
+    for name, stops in (("straight", (2,)), ("resumed", (1, 2))):
+        for stop in stops:
+            model = copy.deepcopy(start)  # a resumed run starts from nothing but its checkpoint
+            stage = make(model)
+            finished = train.run_stage(stage, 2, seed=5, checkpoint=tmp_path / name, stop_at=stop)
+            assert finished == (stop == 2)
+        results.append(stage.parameters)
+    assert any(not torch.equal(a, b) for a, b in zip(make(start).parameters, results[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
