@@ -8,13 +8,14 @@ Letters: T tokens, d hidden size, d' FFN width, n neurons, G groups, C cases, N 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Layer = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out], as nn.Linear keeps them
+Maybe: TypeAlias = Tensor | None
+Layer: TypeAlias = tuple[Tensor, Maybe]  # weight [out, in] and bias [out], as nn.Linear keeps them
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -32,7 +33,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: Maybe) -> torch.dtype:
     """The dtype of the computation: the common one of the tensors, but at least float32."""
     dtype = torch.float32
     for tensor in tensors:
@@ -40,7 +41,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _wide(*tensors: Tensor | None) -> list[Any]:
+def _wide(*tensors: Maybe) -> list[Any]:
     """The tensors in the dtype of the computation."""
     dtype = compute_dtype(*tensors)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
@@ -48,7 +49,7 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """table[index], with a row of zeros where the index is -1."""
-    return torch.cat([table, table.new_zeros(1, *table.shape[1:])])[index]
+    return torch.cat([table.new_zeros(1, *table.shape[1:]), table])[(index + 1).clamp(min=0)]
 
 
 def _over_norm(x: Tensor, norm: Tensor) -> Tensor:
@@ -64,52 +65,47 @@ def _unit(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- intrinsic knowledge
 
 
-def _hidden(x: Tensor, keys: Tensor, key_bias: Tensor | None, act: str, up: Tensor | None, up_bias: Tensor | None):
-    """o = act(x K + b), times (x U + c) if gated: the inner half of equations 1 and 3. keys [..., n, d] -> [..., n]."""
+def _hidden(x: Tensor, act: str, keys: Tensor, key_bias: Maybe, up: Maybe, up_bias: Maybe) -> Tensor:
+    """o = act(x K + b), gated: times (x U + c). The inner half of equations 1 and 3. keys [..., n, d] -> [..., n]."""
     o = x @ keys.mT
     o = activation(act)(o if key_bias is None else o + key_bias.unsqueeze(-2))
     if up is None:
         return o
-    gate = x @ up.mT
-    return o * (gate if up_bias is None else gate + up_bias.unsqueeze(-2))
+    return o * (x @ up.mT if up_bias is None else x @ up.mT + up_bias.unsqueeze(-2))
+
+
+def _neurons(x: Tensor, act: str, keys: Tensor, key_bias: Maybe, values: Tensor, up: Maybe, up_bias: Maybe) -> Tensor:
+    """o V: what neurons add. x [..., T, d], values [..., n, d_out] -> [..., T, d_out]."""
+    return _hidden(x, act, keys, key_bias, up, up_bias) @ values
 
 
 def ffn(
-    x: Tensor,
-    w_k: Tensor,
-    b_k: Tensor | None,
-    w_v: Tensor,
-    b_v: Tensor | None,
-    *,
-    act: str,
-    w_up: Tensor | None = None,
-    b_up: Tensor | None = None,
+    x: Tensor, w_k: Tensor, b_k: Maybe, w_v: Tensor, b_v: Maybe, *, act: str, w_up: Maybe = None, b_up: Maybe = None
 ) -> Tensor:
     """FFN(q) = o W_V + b_V, o = act(q W_K + b_K), gated: times (q W_up + b_up). Equation 1.
 
     x [..., d]; w_k, w_up [d', d] and w_v [d, d'], as nn.Linear keeps them; b_k, b_up [d'], b_v [d]. Returns [..., d].
     """
-    dtype = x.dtype
-    x, w_k, b_k, w_v, b_v, w_up, b_up = _wide(x, w_k, b_k, w_v, b_v, w_up, b_up)
-    y = _hidden(x, w_k, b_k, act, w_up, b_up) @ w_v.mT
-    return (y if b_v is None else y + b_v).to(dtype)
+    q, w_k, b_k, w_v, b_v, w_up, b_up = _wide(x, w_k, b_k, w_v, b_v, w_up, b_up)
+    y = _hidden(q, act, w_k, b_k, w_up, b_up) @ w_v.mT
+    return (y if b_v is None else y + b_v).to(x.dtype)
 
 
 def extra_neurons(
     x: Tensor,
     keys: Tensor,
-    key_bias: Tensor | None,
+    key_bias: Maybe,
     values: Tensor,
     *,
     act: str,
-    up: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    zeta: Tensor | None = None,
+    up: Maybe = None,
+    up_bias: Maybe = None,
+    zeta: Maybe = None,
     beta: float = 0.0,
-    group_ptr: Tensor | None = None,
-    route: Tensor | None = None,
-    token_to_case: Tensor | None = None,
-    selected: Tensor | None = None,
+    group_ptr: Maybe = None,
+    route: Maybe = None,
+    token_to_case: Maybe = None,
+    selected: Maybe = None,
 ) -> Tensor:
     """sum over groups g of r[t, g] o_g (V_g + beta zeta'_g), o_g = act(q K_g + b_g): what an FFN gains. Equations 3, 6.
 
@@ -119,148 +115,101 @@ def extra_neurons(
     no case). selected [C, S] int64 group ids, -1 padded, instead of a route or to restrict it. Neither: r = 1.
     Returns [..., d_out]. A group that is not selected, or of route weight 0, is skipped: nothing of it is read.
     """
-    _, y = _addition(
-        x.reshape(-1, x.shape[-1]),
-        keys,
-        key_bias,
-        values,
-        act=act,
-        up=up,
-        up_bias=up_bias,
-        zeta=zeta,
-        beta=beta,
-        group_ptr=group_ptr,
-        route=route,
-        token_to_case=token_to_case,
-        selected=selected,
-    )
-    return y.to(x.dtype).view(*x.shape[:-1], values.shape[1])
+    dtype, lead = x.dtype, x.shape[:-1]
+    group_ptr, groups, weight = _acting(keys, group_ptr, route, token_to_case, selected)
+    sizes = group_ptr.diff()[groups]
+    read: Any = slice(0, int(group_ptr[-1]))
+    if weight is not None:  # only the neurons of groups that act
+        spans = zip(group_ptr[groups].tolist(), group_ptr[groups + 1].tolist(), strict=True)
+        read = torch.cat([groups[:0], *(torch.arange(*span, device=x.device) for span in spans)])
+    rows = (None if t is None else t[read] for t in (keys, key_bias, values, up, up_bias))
+    x, weight, keys, key_bias, values, up, up_bias = _wide(x.reshape(-1, x.shape[-1]), weight, *rows)
+    if zeta is not None and beta != 0:
+        zeta = zeta if zeta.dim() == 1 else zeta[groups].repeat_interleave(sizes, dim=0)
+        values = values + beta * zeta.to(values.dtype)
+    neurons = (keys, key_bias, values, up, up_bias)
+    y = _neurons(x, act, *neurons) if weight is None else _grouped(x, act, neurons, sizes.tolist(), weight)
+    return y.to(dtype).view(*lead, values.shape[1])
 
 
-def extra_neurons_(y: Tensor, x: Tensor, keys: Tensor, key_bias: Tensor | None, values: Tensor, **options: Any) -> None:
+def extra_neurons_(y: Tensor, x: Tensor, keys: Tensor, key_bias: Maybe, values: Tensor, **options: Any) -> None:
     """y += extra_neurons(x, ...), rounded once, in place; rows of y where no neuron acts are not touched at all."""
-    acts, more = _addition(x.reshape(-1, x.shape[-1]), keys, key_bias, values, **options)
-    acts, more = acts.view(*y.shape[:-1], 1), more.view(y.shape)
+    more = extra_neurons(_wide(x)[0], keys, key_bias, values, **options)
+    routing = (options.get(name) for name in ("group_ptr", "route", "token_to_case", "selected"))
+    group_ptr, _, weight = _acting(keys, *routing)
+    acts = group_ptr[-1] > 0 if weight is None else (weight != 0).any(1).view(*y.shape[:-1], 1)
     y.copy_(torch.where(acts, (y + more).to(y.dtype), y))
 
 
-def _addition(
-    x: Tensor,
-    keys: Tensor,
-    key_bias: Tensor | None,
-    values: Tensor,
-    *,
-    act: str,
-    up: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    zeta: Tensor | None = None,
-    beta: float = 0.0,
-    group_ptr: Tensor | None = None,
-    route: Tensor | None = None,
-    token_to_case: Tensor | None = None,
-    selected: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """For x [T, d]: which tokens any neuron acts on, bool [T], and the addition, [T, d_out], not yet rounded."""
+def _acting(
+    keys: Tensor, group_ptr: Maybe, route: Maybe, token_to_case: Maybe, selected: Maybe
+) -> tuple[Tensor, Tensor, Maybe]:
+    """The pointers [G + 1], the ids [A] of groups that act on any token, and r [T, A] (None: 1 everywhere)."""
     if group_ptr is None:
-        group_ptr = torch.tensor([0, keys.shape[0]], device=x.device)
-    size = group_ptr.diff()
-    weight = None
-    groups = size.nonzero()[:, 0]
-    if route is not None or selected is not None:
-        groups, weight = _active(size, route, token_to_case, selected)
-
-    # Only the neurons of active groups are read. `group_of`: the group of each.
-    starts, sizes = group_ptr[groups].tolist(), size[groups].tolist()
-    if weight is None:
-        neurons: Any = slice(0, int(group_ptr[-1]))
-    else:
-        neurons = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)] or [groups.cpu()]).to(
-            x.device
-        )
-    keys, key_bias, values, up, up_bias = (
-        None if t is None else t[neurons] for t in (keys, key_bias, values, up, up_bias)
-    )
-    x, keys, key_bias, values, up, up_bias, weight = _wide(x, keys, key_bias, values, up, up_bias, weight)
-    if zeta is not None and beta != 0:
-        group_of = groups.repeat_interleave(size[groups])
-        values = values + beta * (zeta if zeta.dim() == 1 else zeta[group_of]).to(values.dtype)
-
-    if weight is None:  # every group acts on every token: one product, as if all were one group
-        y = _hidden(x, keys, key_bias, act, up, up_bias) @ values
-        return torch.full((len(x),), len(keys) > 0, device=x.device), y
-
-    # Every (group, token) that acts, sorted by group: one product per group over its own tokens.
-    group, token = weight.detach().t().nonzero(as_tuple=True)
-    counts = group.bincount(minlength=len(groups)).tolist()
-    y = x.new_zeros(len(x), values.shape[1])
-    acts = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill(0, token, True)
-    if len(token) == 0:
-        return acts, y
-    tensors = (keys, key_bias, values, up, up_bias)
-    if len(set(counts)) == len(set(sizes)) == 1:  # as when a batch trains one edit per case: one batched product
-        n = len(groups)
-        k, b, v, u, c = (None if t is None else t.unflatten(0, (n, -1)) for t in tensors)
-        parts = (_hidden(x[token].unflatten(0, (n, -1)), k, b, act, u, c) @ v).flatten(0, 1)
-    else:
-        split = [[None] * len(groups) if t is None else t.split(sizes) for t in tensors]
-        parts = torch.cat(
-            [
-                _hidden(x_g, k, b, act, u, c) @ v
-                for x_g, k, b, v, u, c in zip(x[token].split(counts), *split, strict=True)
-            ]
-        )
-    return acts, y.index_add(0, token, weight[token, group][:, None] * parts)
-
-
-def _active(
-    size: Tensor, route: Tensor | None, token_to_case: Tensor | None, selected: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The ids [A] of the groups that act anywhere, and their weights r [T, A]. size [G]: neurons of each group."""
+        group_ptr = torch.tensor([0, len(keys)], device=keys.device)
+    sizes = group_ptr.diff()
     if selected is not None:
-        chosen = torch.zeros(len(selected), len(size), dtype=torch.bool, device=size.device)
+        chosen = torch.zeros(len(selected), len(sizes), dtype=torch.bool, device=sizes.device)
         case, slot = (selected >= 0).nonzero(as_tuple=True)
         chosen[case, selected[case, slot]] = True
-        route = chosen.to(torch.float32) if route is None else torch.where(chosen, route, 0)
-    assert route is not None
-    groups = ((route != 0).any(0) & (size > 0)).nonzero()[:, 0]
+        route = chosen.float() if route is None else torch.where(chosen, route, 0)
+    if route is None:
+        return group_ptr, torch.arange(len(sizes), device=sizes.device), None
+    groups = ((route != 0).any(0) & (sizes > 0)).nonzero()[:, 0]
     weight = route[:, groups]
-    return groups, weight if token_to_case is None else _rows(weight, token_to_case)
+    return group_ptr, groups, weight if token_to_case is None else _rows(weight, token_to_case)
+
+
+def _grouped(x: Tensor, act: str, neurons: Sequence[Any], sizes: list[int], weight: Tensor) -> Tensor:
+    """sum over groups g of weight[t, g] o_g V_g: one product per group, over the tokens that it acts on.
+
+    x [T, d]; neurons: keys, key_bias, values, up and up_bias of A groups of these sizes; weight [T, A].
+    """
+    group, token = weight.detach().t().nonzero(as_tuple=True)  # sorted by group
+    tokens = group.bincount(minlength=len(sizes)).tolist()
+    if len(set(tokens)) == len(set(sizes)) == 1:  # as when a batch trains one edit per case: one batched product
+        x_g, *of_g = (None if t is None else t.unflatten(0, (len(sizes), -1)) for t in (x[token], *neurons))
+        o_v = _neurons(x_g, act, *of_g).flatten(0, 1)
+    else:
+        split = [[None] * len(sizes) if t is None else t.split(sizes) for t in neurons]
+        each = zip(x[token].split(tokens), *split, strict=True)
+        o_v = torch.cat([neurons[2][:0], *(_neurons(x_g, act, *of_g) for x_g, *of_g in each)])
+    return x.new_zeros(len(x), o_v.shape[1]).index_add(0, token, weight[token, group][:, None] * o_v)
 
 
 def augmented_ffn(
     x: Tensor,
     w_k: Tensor,
-    b_k: Tensor | None,
+    b_k: Maybe,
     w_v: Tensor,
-    b_v: Tensor | None,
+    b_v: Maybe,
     keys: Tensor,
-    key_bias: Tensor | None,
+    key_bias: Maybe,
     values: Tensor,
     *,
     act: str,
-    w_up: Tensor | None = None,
-    b_up: Tensor | None = None,
-    up: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    zeta: Tensor | None = None,
+    w_up: Maybe = None,
+    b_up: Maybe = None,
+    up: Maybe = None,
+    up_bias: Maybe = None,
+    zeta: Maybe = None,
     beta: float = 0.0,
 ) -> Tensor:
     """FFN_edit(q) = FFN(q) + o_x (W_Vx + beta zeta'), rounded once. Equations 3 (beta = 0) and 6.
 
     Shapes as in `ffn` and `extra_neurons`; zeta [d]. Returns [..., d].
     """
-    dtype = x.dtype
-    x, w_k, b_k, w_v, b_v, w_up, b_up = _wide(x, w_k, b_k, w_v, b_v, w_up, b_up)
-    y = ffn(x, w_k, b_k, w_v, b_v, act=act, w_up=w_up, b_up=b_up)
-    more = extra_neurons(x, keys, key_bias, values, act=act, up=up, up_bias=up_bias, zeta=zeta, beta=beta)
-    return (y + more).to(dtype)
+    q, w_k, b_k, w_v, b_v, w_up, b_up = _wide(x, w_k, b_k, w_v, b_v, w_up, b_up)
+    y = ffn(q, w_k, b_k, w_v, b_v, act=act, w_up=w_up, b_up=b_up)
+    more = extra_neurons(q, keys, key_bias, values, act=act, up=up, up_bias=up_bias, zeta=zeta, beta=beta)
+    return (y + more).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ external knowledge
 
 
 def cosine_topk(
-    q: Tensor, keys: Tensor, k: int, *, key_norm: Tensor | None = None, ranges: Tensor | None = None
+    q: Tensor, keys: Tensor, k: int, *, key_norm: Maybe = None, ranges: Maybe = None
 ) -> tuple[Tensor, Tensor]:
     """The k rows of largest cos(q, key) = q . key / (|q| |key|), largest first; among equal scores the lowest index.
 
@@ -271,8 +220,7 @@ def cosine_topk(
     """
     lead, n = q.shape[:-1], keys.shape[0]
     q, keys, key_norm = _wide(q.reshape(-1, q.shape[-1]), keys, key_norm)
-    if key_norm is None:
-        key_norm = torch.linalg.vector_norm(keys, dim=-1)
+    key_norm = torch.linalg.vector_norm(keys, dim=-1) if key_norm is None else key_norm
     scores = _over_norm(_unit(q) @ keys.mT, key_norm) + 0.0  # -0.0 + 0.0 = 0.0: the two zeros are one score
     hidden = ~scores.isfinite()
     if ranges is not None:
@@ -305,7 +253,7 @@ def knowledge_attention(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
-    token_to_case: Tensor | None = None,
+    token_to_case: Maybe = None,
 ) -> Tensor:
     """softmax(scaling q . k_i) v_i over the retrieved items i: equations 2 and 8, before the output projection.
 
@@ -313,47 +261,48 @@ def knowledge_attention(
     `raw`: q [T, d], item_keys = item_values = h_pos [N, d] -> [T, d]. indices [T, K], or [C, K] with token_to_case [T]
     (-1: a token of no case); index -1 is skipped, and a token without any item gives zeros. scaling: 1 / sqrt(hd).
     """
-    if q.dim() == 2:
+    if q.dim() == 2:  # one head
         options: Any = {"scaling": scaling, "softcap": softcap, "token_to_case": token_to_case}
         return knowledge_attention(q[:, None], item_keys[:, None], item_values[:, None], indices, **options)[:, 0]
-    attend = partial(_attend, item_keys=item_keys, item_values=item_values, scaling=scaling, softcap=softcap)
     out = q.new_zeros(*q.shape[:2], item_values.shape[-1])
     if len(item_keys) == 0 or len(q) == 0:
         return out
+    attend = partial(_attend, item_keys=item_keys, item_values=item_values, scaling=scaling, softcap=softcap)
     if token_to_case is None:
-        return attend(q[:, None], indices=indices)[:, 0]
+        return attend(q[:, None], indices)[:, 0]
 
-    # Tokens of one case share its items: gather those once per case, in one batch if all cases are equally long.
+    # Tokens of one case share its items: these are gathered once per case, in one batch if all cases are equally long.
     order = token_to_case.argsort(stable=True)[int((token_to_case < 0).sum()) :]
+    if len(order) == 0:
+        return out
     counts = token_to_case[order].bincount(minlength=len(indices))
     cases = counts.nonzero()[:, 0]
     lengths = counts[cases].tolist()
     if len(set(lengths)) == 1:
-        parts = attend(q[order].unflatten(0, (len(cases), -1)), indices=indices[cases]).flatten(0, 1)
-    elif lengths:
-        parts = torch.cat(
-            [attend(x[None], indices=i[None])[0] for x, i in zip(q[order].split(lengths), indices[cases], strict=True)]
-        )
+        parts = attend(q[order].unflatten(0, (len(cases), -1)), indices[cases]).flatten(0, 1)
     else:
-        return out
+        each = zip(q[order].split(lengths), indices[cases], strict=True)
+        parts = torch.cat([attend(queries[None], items[None])[0] for queries, items in each])
     return out.index_copy(0, order, parts)
+
+
+def _logits(q: Tensor, keys: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """Scores of q [B, L, H, hd] and keys [B, K, Hkv, hd]: [B, L, Hkv, H / Hkv, K]."""
+    scaling = 1 / math.sqrt(q.shape[-1]) if scaling is None else scaling
+    s = scaling * torch.einsum("blgrh,bkgh->blgrk", q.unflatten(2, (keys.shape[2], -1)), keys)
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def _attend(
     q: Tensor, indices: Tensor, item_keys: Tensor, item_values: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """q [B, L, H, hd] attends to items indices [B, K] -> [B, L, H, hv]; the L queries of a row share its items."""
-    dtype, heads = q.dtype, item_keys.shape[1]
-    missing = indices < 0
-    keys, values = item_keys[indices.clamp(min=0)], item_values[indices.clamp(min=0)]
-    q, keys, values = _wide(q, keys, values)
+    dtype, missing = q.dtype, indices < 0
+    q, keys, values = _wide(q, item_keys[indices.clamp(min=0)], item_values[indices.clamp(min=0)])
     # Zeros where there is no item, so that nothing of the row read in its place (a NaN, say) gets through.
-    keys, values = (t.masked_fill(missing[..., None, None], 0) for t in (keys, values))
-    s = torch.einsum("blgrh,bkgh->blgrk", q.unflatten(2, (heads, -1)), keys)
-    s = s * (1 / math.sqrt(q.shape[-1]) if scaling is None else scaling)
-    s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    p = s.masked_fill(missing[:, None, None, None], torch.finfo(s.dtype).min).softmax(-1)
-    return torch.einsum("blgrk,bkgh->blgrh", p, values).flatten(2, 3).to(dtype)
+    keys, values = (rows.masked_fill(missing[..., None, None], 0) for rows in (keys, values))
+    s = _logits(q, keys, scaling, softcap).masked_fill(missing[:, None, None, None], torch.finfo(q.dtype).min)
+    return torch.einsum("blgrk,bkgh->blgrh", s.softmax(-1), values).flatten(2, 3).to(dtype)
 
 
 def softmax_share(
@@ -362,8 +311,8 @@ def softmax_share(
     input_keys: Tensor,
     indices: Tensor,
     *,
-    q_input: Tensor | None = None,
-    visible: Tensor | None = None,
+    q_input: Maybe = None,
+    visible: Maybe = None,
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
@@ -376,15 +325,10 @@ def softmax_share(
     tokens, length = len(q), len(input_keys)
     if visible is None:
         visible = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(length - tokens)
-    items = (
-        item_keys[indices.clamp(min=0)] if len(item_keys) else item_keys.new_zeros(*indices.shape, *item_keys.shape[1:])
-    )
-    q, q_input, items, input_keys = _wide(q, q if q_input is None else q_input, items, input_keys)
+    q, q_input, items, input_keys = _wide(q, q if q_input is None else q_input, _rows(item_keys, indices), input_keys)
 
     def log_mass(query: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
-        s = torch.einsum("tgrh,tkgh->tgrk", query.unflatten(1, (keys.shape[-2], -1)), keys).flatten(1, 2)
-        s = s * (1 / math.sqrt(query.shape[-1]) if scaling is None else scaling)
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
+        s = _logits(query[:, None], keys, scaling, softcap).flatten(1, 3)
         return s.masked_fill(~kept[:, None], -math.inf).logsumexp(-1)
 
     know = log_mass(q, items, indices >= 0)
@@ -422,9 +366,8 @@ def alpha(
 
 def rescale(h_know: Tensor, h_input: Tensor) -> Tensor:
     """h_know with the norm of h_input, token by token: what the `raw` form adds. [..., d], [..., d] -> [..., d]."""
-    dtype = h_know.dtype
-    h_know, h_input = _wide(h_know, h_input)
-    return (_unit(h_know) * torch.linalg.vector_norm(h_input, dim=-1, keepdim=True)).to(dtype)
+    know, into = _wide(h_know, h_input)
+    return (_unit(know) * torch.linalg.vector_norm(into, dim=-1, keepdim=True)).to(h_know.dtype)
 
 
 def shift(h_input: Tensor, h_know: Tensor, alpha: Tensor | float, *, orientation: str = "knowledge") -> Tensor:
@@ -444,6 +387,13 @@ def shift(h_input: Tensor, h_know: Tensor, alpha: Tensor | float, *, orientation
     return torch.where(kept, h_input, h).to(dtype)
 
 
+def alpha_is_per_case(alpha: Maybe | float, indices: Tensor, token_to_case: Maybe, case_tokens: Maybe) -> bool:
+    """Whether `knowledge_shift` returns one alpha per case, or one per token."""
+    if token_to_case is None or alpha is None:
+        return token_to_case is not None and case_tokens is not None
+    return not isinstance(alpha, Tensor) or len(alpha) == len(indices)
+
+
 _alpha, _rescale = alpha, rescale  # the next function has arguments of these names
 
 
@@ -454,13 +404,13 @@ def knowledge_shift(
     item_values: Tensor,
     indices: Tensor,
     *,
-    alpha: Tensor | float | None = None,
+    alpha: Maybe | float = None,
     encoder: Sequence[Layer] | None = None,
     encoder_act: str = "identity",
     orientation: str = "knowledge",
     clamp: bool = True,
-    token_to_case: Tensor | None = None,
-    case_tokens: Tensor | None = None,
+    token_to_case: Maybe = None,
+    case_tokens: Maybe = None,
     out_proj: Layer | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -472,50 +422,45 @@ def knowledge_shift(
     [d, H hv] and bias (None: the heads are already in the space of h_input); encoder as in `encode`. alpha: None
     (equation 7: per token, or with case_tokens [C] per case, taken at that row of h_input; -1: such a case is left
     alone), a number, or a tensor [T] or, with token_to_case, [C] (which wins if T = C). rescale: of the `raw` form.
-    Returns h [T, d] and the alpha used, [C] if it is per case, else [T]. A row without an item keeps h_input bit for
-    bit, with alpha 0 (orientation "input": 1).
+    Returns h [T, d] and the alpha used: [C] if it is per case (a number is, with token_to_case), else [T].
+    A row without an item keeps h_input bit for bit, with alpha 0 (orientation "input": 1).
     """
-    dtype, raw, untouched = h_input.dtype, q.dim() == 2, 0.0 if orientation == "knowledge" else 1.0
+    dtype = h_input.dtype
+    untouched = 0.0 if orientation == "knowledge" else 1.0
     h_input, q = _wide(h_input, q)
     found = (indices >= 0).any(-1) & (len(item_keys) > 0)
     acts = found if token_to_case is None else _rows(found, token_to_case)  # [T]
 
-    # h_know, zeros where nothing acts: those rows cost nothing.
-    rows = acts.nonzero()[:, 0]
-    owner = None if token_to_case is None else token_to_case[rows]
-    attended = knowledge_attention(
-        q[rows],
-        item_keys,
-        item_values,
-        indices[rows] if owner is None else indices,
-        scaling=scaling,
-        softcap=softcap,
-        token_to_case=owner,
-    ).flatten(1)
-    if out_proj is not None:
-        attended = encode(attended, [out_proj])
-    h_know = torch.zeros_like(h_input).index_copy(0, rows, attended.to(h_input.dtype))
+    h_know = torch.zeros_like(h_input)
+    rows = acts.nonzero()[:, 0]  # the others cost nothing
+    if len(rows) > 0:
+        owner = None if token_to_case is None else token_to_case[rows]
+        items = indices[rows] if owner is None else indices
+        options: Any = {"scaling": scaling, "softcap": softcap, "token_to_case": owner}
+        heads = knowledge_attention(q[rows], item_keys, item_values, items, **options).flatten(1)
+        projected = heads if out_proj is None else encode(heads, [out_proj])
+        h_know = h_know.index_copy(0, rows, projected.to(h_know.dtype))
 
-    per_case = token_to_case is not None and (
-        case_tokens is not None if alpha is None else isinstance(alpha, Tensor) and len(alpha) == len(indices)
-    )
+    # `a`: alpha per case or per token, as asked for; `per_token`: spread over the tokens of each case.
+    per_case = alpha_is_per_case(alpha, indices, token_to_case, case_tokens)
+    if alpha is None and case_tokens is not None:
+        found = found & (case_tokens >= 0)
+    known = found if per_case else acts
+    a = h_input.new_full(known.shape, untouched)
     if alpha is None:
-        at = (h_know, h_input)
-        if per_case:
-            assert case_tokens is not None
-            at, found = (_rows(h_know, case_tokens), _rows(h_input, case_tokens)), found & (case_tokens >= 0)
-        a = _alpha(*at, encoder=encoder, act=encoder_act, clamp=clamp)
+        slots = known.nonzero()[:, 0]
+        at = slots if case_tokens is None else case_tokens[slots]
+        if len(slots) > 0:
+            a = a.index_copy(0, slots, _alpha(h_know[at], h_input[at], encoder=encoder, act=encoder_act, clamp=clamp))
     else:
-        a = alpha.to(h_input.dtype) if isinstance(alpha, Tensor) else h_input.new_full((len(h_input),), alpha)
-    a = torch.where(found if per_case else acts, a, untouched)
-    per_row = a
-    if per_case:
-        assert token_to_case is not None
-        per_row = torch.where(acts, _rows(a, token_to_case), untouched)
+        a = torch.where(known, alpha.to(a.dtype) if isinstance(alpha, Tensor) else alpha, a)
+    per_token = a
+    if token_to_case is not None and per_case:
+        per_token = torch.where(acts, _rows(a, token_to_case), untouched)
 
-    if raw and rescale:
+    if rescale and q.dim() == 2:
         h_know = _rescale(h_know, h_input)
-    return shift(h_input, h_know, per_row, orientation=orientation).to(dtype), a
+    return shift(h_input, h_know, per_token, orientation=orientation).to(dtype), a
 
 
 # --------------------------------------------------------------------------------------------------- disentanglement
@@ -533,9 +478,11 @@ def truthfulness_loss(enc_pos: Tensor, enc_neg: Tensor, temperature: float = 0.1
     """
     p, n = _wide(enc_pos, enc_neg)
     pool = torch.cat([p, n])
-    towards_p = _similarities(p, p, temperature).logsumexp(-1) - _similarities(p, pool, temperature).logsumexp(-1)
-    towards_n = _similarities(n, n, temperature).logsumexp(-1) - _similarities(n, pool, temperature).logsumexp(-1)
-    return -(towards_p + towards_n).mean()
+
+    def log_share(own: Tensor) -> Tensor:
+        return _similarities(own, own, temperature).logsumexp(-1) - _similarities(own, pool, temperature).logsumexp(-1)
+
+    return -(log_share(p) + log_share(n)).mean()
 
 
 def semantic_loss(anchors: Tensor, enc_pos: Tensor, enc_neg: Tensor, temperature: float = 0.1) -> Tensor:
@@ -551,6 +498,5 @@ def semantic_loss(anchors: Tensor, enc_pos: Tensor, enc_neg: Tensor, temperature
 
 def zeta(enc_pos: Tensor, enc_neg: Tensor) -> Tensor:
     """zeta = mean Enc_tru(h_pos) - mean Enc_tru(h_neg): the direction of truth. [B, d], [B, d] -> [d]."""
-    dtype = enc_pos.dtype
     p, n = _wide(enc_pos, enc_neg)
-    return (p.mean(0) - n.mean(0)).to(dtype)
+    return (p.mean(0) - n.mean(0)).to(enc_pos.dtype)

@@ -17,7 +17,6 @@ from .augmented_ffn import check_arguments as check_augmented_ffn
 from .cosine_topk import check_arguments as check_cosine_topk
 from .extra_neurons import check_arguments as check_extra_neurons
 from .extra_neurons import check_y
-from .knowledge_shift import alpha_count
 from .knowledge_shift import check_arguments as check_knowledge_shift
 
 LIB = torch.library.Library("unike", "DEF")
@@ -38,12 +37,16 @@ _SHIFT = (
 
 
 def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def run(*args: Any) -> Any:
+        device = _flat(args)[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):  # which would round what is accumulated in float32
+            return kernel(*args)
+
     LIB.define(f"{name}{schema}")
-    LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"unike::{name}", fake, lib=LIB)
-
-
-# ------------------------------------------------------------------------------------------------------- gradients
 
 
 def _flat(args: Iterable[Any]) -> list[Any]:
@@ -55,6 +58,9 @@ def _like(leaves: Iterable[Any], args: Iterable[Any]) -> tuple[Any, ...]:
     """The inverse: leaves gathered as in args."""
     left = iter(leaves)
     return tuple([next(left) for _ in arg] if isinstance(arg, (list, tuple)) else next(left) for arg in args)
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
 
 
 class _Once(torch.autograd.Function):
@@ -84,6 +90,8 @@ def _define_differentiable(
         ]
         wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
         with torch.enable_grad():
+            if not all(leaf.view_as(leaf).requires_grad for leaf in wanted):
+                raise RuntimeError(f"unike::{name}_backward needs autograd, which is off here, as in inference mode")
             result = kernel(*_like(leaves, args))
         result = [result] if isinstance(result, Tensor) else result
         # No output depends on a wanted tensor where nothing was selected or retrieved.
@@ -156,7 +164,7 @@ _define("extra_neurons_", f"(Tensor(a!) y, {_NEURONS}) -> ()", _extra_neurons_in
 def _augmented_ffn(*args: Any) -> Tensor:
     x, w_k, b_k, w_v, b_v, w_up, b_up, keys, key_bias, values, up, up_bias, zeta, act, beta = args
     options = {"act": act, "w_up": w_up, "b_up": b_up, "up": up, "up_bias": up_bias, "zeta": zeta, "beta": beta}
-    return reference.augmented_ffn(x, w_k, b_k, w_v, b_v, keys, key_bias, values, **options)
+    return reference.augmented_ffn(x, w_k, b_k, w_v, b_v, keys, key_bias, values, **options).contiguous()
 
 
 def _augmented_ffn_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -188,7 +196,7 @@ _define("cosine_topk", _TOPK, _cosine_topk, _cosine_topk_fake)
 def _knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, encoder = args[:11]
     encoder_act, orientation, clamp, scaling, softcap, rescale = args[11:]
-    return reference.knowledge_shift(
+    h, used = reference.knowledge_shift(
         h_input,
         q,
         item_keys,
@@ -206,14 +214,15 @@ def _knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
         softcap=softcap,
         rescale=rescale,
     )
+    return h.contiguous(), used
 
 
 def _knowledge_shift_fake(*args: Any) -> tuple[Tensor, Tensor]:
     check_knowledge_shift(torch._check, *args[:11])
     h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens = args[:8]
-    count = alpha_count(h_input, indices, alpha, token_to_case, case_tokens)
-    dtype = reference.compute_dtype(h_input, q)
-    return h_input.new_empty(h_input.shape), h_input.new_empty(count, dtype=dtype)
+    per_case = reference.alpha_is_per_case(alpha, indices, token_to_case, case_tokens)
+    count = indices.shape[0] if per_case else h_input.shape[0]
+    return h_input.new_empty(h_input.shape), h_input.new_empty(count, dtype=reference.compute_dtype(h_input, q))
 
 
 _define_differentiable("knowledge_shift", _SHIFT, "(Tensor, Tensor)", _knowledge_shift, _knowledge_shift_fake)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference import Layer, compute_dtype
 from ._checks import Check, check_shape, require, require_act, require_tensors, shape
-
-Layer = tuple[Tensor, Tensor | None]
 
 
 def knowledge_shift(
@@ -36,6 +35,7 @@ def knowledge_shift(
         `raw` form [T, d], [N, d], [N, d], one head.
     indices: [T, K] int64, the items of each token, or [C, K], those of each case, with token_to_case; -1: none.
     alpha: None, a number, or a tensor [T] or, with token_to_case, [C] (which wins where T = C).
+        A number is taken per case with token_to_case, else per token.
         None: cos(encoder(h_know), h_input), per token; with case_tokens, once per case.
     encoder: (weight [out, in], bias [out] or None) pairs, with encoder_act between them. None: identity.
     orientation: "knowledge", as above, or "input": alpha is the weight of h_input.
@@ -57,32 +57,19 @@ def knowledge_shift(
         raise ValueError(f"orientation must be 'knowledge' or 'input', but got {orientation!r}")
     weight, bias = (None, None) if out_proj is None else out_proj
     layers = [] if encoder is None else list(encoder)
-    if alpha is not None and not isinstance(alpha, Tensor):
-        alpha = torch.full(
-            h_input.shape[:1],
-            float(alpha),
-            dtype=torch.promote_types(torch.float32, h_input.dtype),
-            device=h_input.device,
-        )
-    floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": alpha}
-    for i, (w, b) in enumerate([(weight, bias), *layers]):
-        name = f"encoder[{i - 1}]" if i else "out_proj"
-        floats |= {f"{name} weight": w, f"{name} bias": b}
+    floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values}
+    floats |= {"alpha": alpha if isinstance(alpha, Tensor) else None, "out_proj weight": weight, "out_proj bias": bias}
+    for i, (w, b) in enumerate(layers):
+        floats |= {f"encoder[{i}] weight": w, f"encoder[{i}] bias": b}
     require_tensors(floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
+    if alpha is not None and not isinstance(alpha, Tensor):
+        count = h_input.shape[0] if token_to_case is None else indices.shape[0]
+        alpha = h_input.new_full((count,), float(alpha), dtype=compute_dtype(h_input))
     # A list of optional tensors cannot be differentiated through an operator: a missing bias becomes zeros.
     flat = [t for w, b in layers for t in (w, w.new_zeros(w.shape[:1]) if b is None else b)]
     args = (h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, flat)
     check_arguments(require, *args)
     return torch.ops.unike.knowledge_shift(*args, encoder_act, orientation, clamp, scaling, softcap, rescale)
-
-
-def alpha_count(
-    h_input: Tensor, indices: Tensor, alpha: Tensor | None, token_to_case: Tensor | None, case_tokens: Tensor | None
-) -> int:
-    """How many alphas there are: one per case or one per token."""
-    if token_to_case is None or (case_tokens is None if alpha is None else alpha.shape[0] != indices.shape[0]):
-        return h_input.shape[0]
-    return indices.shape[0]
 
 
 def check_arguments(
