@@ -27,7 +27,9 @@ class ShiftConfig:
     alpha: float | None = None  # None: adaptive (equation 7); a number: fixed (Figure 4b)
     per: Literal["case", "token"] = "case"  # one retrieval and one alpha per case (the paper), or per token
     positions: Literal["all", "from_case_token"] = "all"  # which tokens of a case are shifted
-    orientation: Literal["knowledge", "input"] = "knowledge"  # what alpha multiplies; "input" is equation 7 to the letter
+    orientation: Literal["knowledge", "input"] = (
+        "knowledge"  # what alpha multiplies; "input" is equation 7 to the letter
+    )
     clamp: bool = True  # alpha into [0, 1]; equation 7 to the letter does not clamp
     own_item: bool = True  # an edit's own (h_sem, h_pos) is an item of the memory
 
@@ -83,9 +85,11 @@ class NeuronConfig:
     per_layer: int = 10  # ne; the published code's first MiniGPT-4 settings
     beta: float = 0.1  # of zeta' on the values; hard-coded in the published code (its yaml says 0.9, never read)
     key_threshold: float = 0.5  # a neuron is just active where a state's projection on its key exceeds this share
+    center_keys: bool = True  # project on the state minus the mean FFN input of the memory's questions
     key_noise: float = 0.1  # relative; equal keys with zero values would stay copies
     lr_values: float = 1e-2  # Adam
     lr_keys: float = 1e-2  # Adam; sets generality against locality
+    lr_zeta: float = 0.0  # above 0: zeta' is learned per edit (its direction then cannot matter: see the spec)
     steps: int = 25  # at most
     margin: float = 1.0  # stop when every target token is top-1 by this logit margin
     batch_size: int = 32  # independent edits trained together

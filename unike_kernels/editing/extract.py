@@ -50,9 +50,13 @@ def tap_rows(
     """One forward; for each row index [B] (into the B * S tokens): {"tap" | "att" | "ffn": {layer: [B, d]}}."""
     attention = {i: get_module(model, decoder.layers[i].attention) for i in layers}
     ffn = {i: get_module(model, decoder.layers[i].ffn_input) for i in layers}
-    with torch.no_grad(), recorded(attention, "input") as tap, recorded(attention, "output") as att:
-        with recorded(ffn, "input") as ffn_in:
-            batch.model(**batch.inputs, use_cache=False)
+    with (
+        torch.no_grad(),
+        recorded(attention, "input") as tap,
+        recorded(attention, "output") as att,
+        recorded(ffn, "input") as ffn_in,
+    ):
+        batch.model(**batch.inputs, use_cache=False)
     return [
         {
             kind: {i: kept[i].reshape(-1, kept[i].shape[-1])[row] for i in layers}

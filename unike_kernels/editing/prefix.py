@@ -1,4 +1,4 @@
-"""Only the edited layers depend on an edit: run the layers below them once, then the edited layers alone, many times."""
+"""Only the edited layers depend on an edit: run the layers below once, the edited layers alone many times."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class _Reached(Exception):
 
 @dataclass
 class Prefix:
-    """What enters the first edited layer: hidden states [B, S, d], and the layer's other arguments (masks, positions)."""
+    """What enters the first edited layer: hidden states [B, S, d] and the layer's other arguments."""
 
     hidden: Tensor
     kwargs: dict[str, Any]

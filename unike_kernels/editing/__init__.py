@@ -1,0 +1,1 @@
+"""Making edits: states from triplets, encoders and zeta, neurons."""
