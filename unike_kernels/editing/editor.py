@@ -14,7 +14,7 @@ from ..config import UnikeConfig
 from ..edits import Calibration, EditEntry, Edits, LayerEdits, LayerShared
 from ..models import find_decoder, get_module
 from ..modules import Projections
-from ..patching import fingerprint, patch, status
+from ..patching import PatchHandle, fingerprint, patch, status
 from .disentangle import LayerFit, fit_layer
 from .extract import Extraction, TripletStates, image_digest, last_rows, tap_rows
 from .inputs import Collator, Sample
@@ -164,17 +164,14 @@ class Editor:
         """`edits` with one more group per request: states of the own items, then neurons trained on a patch."""
         samples = [Sample(r.prompt, r.target, r.image) for r in requests]
         batch = self.collator.batch(samples, list(range(len(samples))))
-        own = self._own_states(samples)
+        own = self.own_items(samples)
         grown = extend(edits, requests, own, self.layers, self.config, self.decoder.layers[0].gated)
         if not self.config.neurons.enabled:
             return grown
         fits, states = self.fits, self._need_states()
         zeta = {i: fits[i].zeta_prime if i in fits else torch.zeros_like(states.ffn_mean[i]) for i in self.layers}
         capacity = max(len(grown.layers[i].keys) for i in self.layers) + self.config.neurons.per_layer * len(requests)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the base is this very model
-            handle = patch(self.model, grown, name=EDITOR_PATCH, routing="always", max_neurons=capacity)
-        with handle:
+        with self.training_patch(grown, capacity) as handle:
             for layer in handle.record.layers:
                 assert layer.neurons is not None
                 layer.neurons.group_ptr.copy_(
@@ -193,11 +190,17 @@ class Editor:
             trained = trainer.train(batch, prefix, edits.layers)
         return with_neurons(grown, edits, trained, requests)
 
-    def _own_states(self, samples: list[Sample]) -> dict[int, tuple[Tensor, Tensor]]:
-        """(h_sem [E, d], h_pos [E, d]) of the requests by layer, from the base model."""
+    def own_items(self, samples: Sequence[Sample]) -> dict[int, tuple[Tensor, Tensor]]:
+        """(h_sem [E, d], h_pos [E, d]) by layer: the memory items that E edits store of themselves; may be overridden."""
         batch = self.collator.batch(samples, list(range(len(samples))), eos=False)
         case, last = tap_rows(self.model, self.decoder, self.layers, batch, [batch.case_rows(), last_rows(batch)])
         return {i: (case["tap"][i].float().cpu(), last["tap"][i].float().cpu()) for i in self.layers}
+
+    def training_patch(self, edits: Edits, max_neurons: int) -> PatchHandle:
+        """The patch that carries `edits` while its newest groups train, room for `max_neurons` a layer; may be overridden."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the base is this very model
+            return patch(self.model, edits, name=EDITOR_PATCH, routing="always", max_neurons=max_neurons)
 
     @torch.no_grad()
     def _injected(self, layer: int, h_pos: Tensor) -> Tensor:
