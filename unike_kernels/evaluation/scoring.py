@@ -70,11 +70,7 @@ class Scorer:
         """
         out: list[Score | None] = [None] * len(self.samples)
         for (batch, prefix), base_top in zip(self.batches, self.base_top, strict=True):
-            selected = None
-            if chosen is not None:
-                picks = [chosen[r] for r in batch.rows]
-                selected = torch.tensor([-1 if p is None else p for p in picks], device=prefix.hidden.device)[:, None]
-            name_cases(handle, batch, selected)
+            self._name(handle, batch, prefix, chosen)
             logits = self._logits(prefix)
             top = metrics.top_ids(logits, self._k(batch))
             for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
@@ -85,6 +81,39 @@ class Scorer:
                     metrics.locality_b(base_top[r][real], top[r][real]),
                 )
         return [s for s in out if s is not None]
+
+    @torch.no_grad()
+    def alphas(self, handle: PatchHandle, chosen: Sequence[int | None] | None = None) -> list[float]:
+        """The mean alpha of every probe's case over the edited layers, in order; arguments as in `score`."""
+        out = [float("nan")] * len(self.samples)
+        for batch, prefix in self.batches:
+            self._name(handle, batch, prefix, chosen)
+            self._logits(prefix)
+            cases = handle.record.runtime.tracker.current
+            if cases is None or not cases.state.layers:
+                continue
+            alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
+            for row, value in zip(batch.rows, alpha.tolist(), strict=True):
+                out[row] = value
+        return out
+
+    @torch.no_grad()
+    def logits(self, handle: PatchHandle | None = None) -> list[Tensor]:
+        """[B, S, V] by batch: of the base as the model stands, or with `handle`'s patch and its own routing."""
+        out = []
+        for batch, prefix in self.batches:
+            if handle is not None:
+                self._name(handle, batch, prefix, None)
+            out.append(self._logits(prefix))
+        return out
+
+    @staticmethod
+    def _name(handle: PatchHandle, batch: Batch, prefix: Prefix, chosen: Sequence[int | None] | None) -> None:
+        selected = None
+        if chosen is not None:
+            picks = [chosen[r] for r in batch.rows]
+            selected = torch.tensor([-1 if p is None else p for p in picks], device=prefix.hidden.device)[:, None]
+        name_cases(handle, batch, selected)
 
     def _logits(self, prefix: Prefix) -> Tensor:
         return self.head(run_tail(self.collator.model, self.decoder, prefix))
