@@ -273,8 +273,6 @@ def knowledge_attention(
 
     # Tokens of one case share its items: these are gathered once per case, in one batch if all cases are equally long.
     order = token_to_case.argsort(stable=True)[int((token_to_case < 0).sum()) :]
-    if len(order) == 0:
-        return out
     counts = token_to_case[order].bincount(minlength=len(indices))
     cases = counts.nonzero()[:, 0]
     lengths = counts[cases].tolist()
@@ -282,7 +280,7 @@ def knowledge_attention(
         parts = attend(q[order].unflatten(0, (len(cases), -1)), indices[cases]).flatten(0, 1)
     else:
         each = zip(q[order].split(lengths), indices[cases], strict=True)
-        parts = torch.cat([attend(queries[None], items[None])[0] for queries, items in each])
+        parts = torch.cat([out[:0], *(attend(queries[None], chosen[None])[0] for queries, chosen in each)])
     return out.index_copy(0, order, parts)
 
 
