@@ -395,3 +395,20 @@ def test_refused_edits_change_nothing(model, processor):
         uk.patch(model, make_edits(d=HIDDEN, layers=(1, 2), gated=True))
     assert list(model.state_dict()) == keys and len(uk.status(model)) == 0
     assert torch.equal(model(**inputs).logits, base)
+
+
+def test_editor_edits_it(model, processor):
+    model.float()
+    config = uk.UnikeConfig(encoders=uk.EncoderConfig(steps=20))
+    editor = uk.Editor(model, processor, config)
+    names = ("a cat", "a dog", "the table")
+    editor.build_memory([{"image": picture(i), "prompt": "what is this ?", "target": names[i % 3]} for i in range(6)])
+    editor.fit()
+    request = {"image": picture(9), "prompt": "what is this ?", "target": "red table"}
+    edits = editor.edit([request])
+    assert edits.entries[0].success
+    ask = [Sample(request["prompt"], None, request["image"])]
+    before = Collator(model, processor).generate(ask, max_new_tokens=3)
+    with uk.patch(model, edits):
+        assert Collator(model, processor).generate(ask, max_new_tokens=3) == ["red table"]
+    assert before != ["red table"] and Collator(model, processor).generate(ask, max_new_tokens=3) == before
