@@ -1,0 +1,229 @@
+"""One-step edits under every row of the ablation, routed edits in stacks, and removal."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.quality.rows import CONTROLS, ROWS, Row, RowEditor, default_config
+from bench.quality.world import Probe, prepared, probes, request
+from unike_kernels.config import UnikeConfig
+from unike_kernels.editing.inputs import Sample
+from unike_kernels.edits import Edits
+from unike_kernels.evaluation.metrics import clustered_error, exact_match, mean_of_five
+from unike_kernels.evaluation.scoring import Score, Scorer
+from unike_kernels.modules import calibrate
+from unike_kernels.patching import PatchHandle, patch
+
+STACK = 20  # routed edits on one model at a time
+KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
+
+
+class World:
+    """A base model with its edits and probes; runs rows against it."""
+
+    def __init__(self, seed: int, items: Sequence[dict[str, Any]], config: UnikeConfig, *, quick: bool = False) -> None:
+        """items: records to edit, one-step each; quick: a smaller memory."""
+        self.items = list(items)
+        self.editor = prepared(seed, config, RowEditor, quick=quick)
+        self.probes = probes(self.items)
+        samples = [p.sample for p in self.probes]
+        self.scorer = Scorer(self.editor.collator, self.editor.decoder, self.editor.layers[0], samples)
+
+    @contextmanager
+    def patched(self, editor: RowEditor, edits: Edits, routing: str = "always") -> Iterator[PatchHandle]:
+        """The edits on the base model, with the row's control applied."""
+        with patch(self.editor.model, edits, routing=routing) as handle:
+            yield editor.controlled(handle)
+
+    def row_editor(self, row: Row, mean_alpha: float | None) -> RowEditor:
+        """An editor of the same base with the row's settings."""
+        fresh = RowEditor(self.editor.model, self.editor.collator.processor, self.editor.config)
+        return fresh.prepare(row, self.editor, mean_alpha)
+
+    def make(self, row: Row, mean_alpha: float | None = None) -> tuple[RowEditor, Edits]:
+        """The row's edits, every one trained from the base alone."""
+        editor = self.row_editor(row, mean_alpha)
+        return editor, editor.edit([request(r) for r in self.items], independent=True, progress=False)
+
+    def score_base(self) -> dict[str, Any]:
+        """The unedited model: its measured accuracy on the targets, localities of 100 by definition."""
+        return summary(self.probes, [Score(a, 1.0, 1.0) for a in self.scorer.base_accuracy()])
+
+    def acting(self, row: Row, edits: Edits) -> list[int | None]:
+        """Which edit acts on each probe in one step: its own; when routed, only if the probe is near enough."""
+        own = [p.edit for p in self.probes]
+        if not row.routed:
+            return list(own)
+        routes = self.one_step_routes(edits)
+        return [e if hit else None for e, hit in zip(own, routes, strict=True)]
+
+    def one_step_routes(self, edits: Edits) -> list[bool]:
+        """Whether each probe is routed to its own edit when that edit is the only one on the model."""
+        calibration = edits.calibration
+        assert calibration is not None  # prepared() calibrates
+        unit = torch.nn.functional.normalize
+        keys = unit(edits.layers[calibration.layer].h_sem - calibration.center, dim=-1)
+        cases = unit(calibration.cases - calibration.center, dim=-1)
+        rate = edits.config.routing.false_accept_rate
+        thresholds = [calibrate(cases, key[None], rate) for key in keys]
+        taps = unit(self.scorer.case_tap - calibration.center, dim=-1)
+        return [float(tap @ keys[p.edit]) > thresholds[p.edit] for tap, p in zip(taps, self.probes, strict=True)]
+
+    def score(self, row: Row, editor: RowEditor, edits: Edits) -> dict[str, Any]:
+        """Everything the table says about one row."""
+        acting = self.acting(row, edits)
+        with self.patched(editor, edits) as handle:
+            scores = self.scorer.score(handle, acting)
+            exact = self.exact(handle, edits, acting)
+            alphas = self.alphas(handle, acting) if row.shift else {}
+        out = summary(self.probes, scores)
+        return out | {"exact": exact, "alpha": alphas, "routed": self.routed_share(acting)}
+
+    def routed_share(self, acting: Sequence[int | None]) -> dict[str, float]:
+        """Share of each kind's probes (and of each part of m_loc) that an edit acts on, in percent."""
+        named: dict[str, list[float]] = {}
+        for p, a in zip(self.probes, acting, strict=True):
+            for name in (p.kind, f"{p.kind}.{p.part}") if p.part else (p.kind,):
+                named.setdefault(name, []).append(100.0 * (a is not None))
+        return {name: sum(v) / len(v) for name, v in named.items()}
+
+    def exact(self, handle: PatchHandle, edits: Edits, acting: Sequence[int | None]) -> dict[str, float]:
+        """Exact match of greedy generation in percent: the edit, its first rephrasing, its first other picture."""
+        first: dict[tuple[str, int], int] = {}
+        for i, p in enumerate(self.probes):
+            if p.kind in ("rel", "t_gen", "m_gen"):
+                first.setdefault((p.kind, p.edit), i)
+        hits: dict[str, list[float]] = {}
+        index = list(first.values())
+        answers = generate(
+            self.editor, handle, [self.probes[i].sample for i in index], [acting[i] for i in index], edits
+        )
+        for i, answer in zip(index, answers, strict=True):
+            p = self.probes[i]
+            hits.setdefault(p.kind, []).append(100.0 * exact_match(answer, p.sample.target or ""))
+        return {kind: sum(v) / len(v) for kind, v in hits.items()}
+
+    def alphas(self, handle: PatchHandle, acting: Sequence[int | None]) -> dict[str, float]:
+        """Mean alpha over the edited layers, by kind of probe."""
+        found = self.scorer.alphas(handle, acting)
+        return {k: mean(a for a, p in zip(found, self.probes, strict=True) if p.kind == k) for k in KINDS}
+
+    def stacked(self, row: Row, editor: RowEditor, edits: Edits, size: int = STACK) -> dict[str, Any]:
+        """Routed edits in stacks of `size` on one model: the patch's own router decides among them."""
+        scores: list[Score] = []
+        for at in range(0, len(edits), size):
+            ids = edits.ids[at : at + size]
+            mine = [p for p in self.probes if at <= p.edit < at + size]
+            scorer = Scorer(self.editor.collator, self.editor.decoder, self.editor.layers[0], [p.sample for p in mine])
+            with self.patched(editor, edits.select(ids), routing="routed") as handle:
+                scores += scorer.score(handle)
+        order = [p for at in range(0, len(edits), size) for p in self.probes if at <= p.edit < at + size]
+        return summary(order, scores)
+
+    def removal_is_exact(self, edits: Edits, size: int = STACK) -> bool:
+        """Whether a stack less one edit is the stack that never had it, and unpatching gives the base, bit for bit."""
+        stack = edits.select(edits.ids[:size])
+        samples = [p.sample for p in self.probes if p.edit < size]
+        scorer = Scorer(self.editor.collator, self.editor.decoder, self.editor.layers[0], samples)
+        before = scorer.logits()
+        with patch(self.editor.model, stack.remove(stack.ids[0]), routing="routed"):
+            pass
+        never_had = stack.select(stack.ids[1:])
+        with patch(self.editor.model, stack.remove(stack.ids[0]), routing="routed") as handle:
+            removed = scorer.logits(handle)
+        with patch(self.editor.model, never_had, routing="routed") as handle:
+            never = scorer.logits(handle)
+        same = all(torch.equal(a, b) for a, b in zip(removed, never, strict=True))
+        return same and all(torch.equal(a, b) for a, b in zip(before, scorer.logits(), strict=True))
+
+
+def generate(
+    editor: RowEditor, handle: PatchHandle, samples: Sequence[Sample], acting: Sequence[int | None], edits: Edits
+) -> list[str]:
+    """Greedy answers, every prompt served with the one edit that acts on it (or none)."""
+    out = [""] * len(samples)
+    asked = [Sample(s.prompt, None, s.image) for s in samples]
+    for batch in editor.collator.batches(asked, 64, side="left"):
+        ids = [None if acting[r] is None else edits.ids[acting[r]] for r in batch.rows]
+        with handle.choosing(ids):
+            new = editor.collator.generate_ids(batch)
+        texts = editor.collator.tokenizer.batch_decode(new, skip_special_tokens=True)
+        for row, text in zip(batch.rows, texts, strict=True):
+            out[row] = text.strip()
+    return out
+
+
+def mean(values: Any) -> float:
+    """The mean, nan of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")
+
+
+def summary(asked: Sequence[Probe], scores: Sequence[Score]) -> dict[str, Any]:
+    """Means in percent with standard errors clustered by concept: the five metrics (locality A), B, and the parts.
+
+    Probes of one edit and kind count as one sample (their mean), as MMEdit counts one probe per edit and kind.
+    """
+    metrics, errors, locality_b, parts = {}, {}, {}, {}
+
+    def per_edit(value: Callable[[Score], float], chosen: Callable[[Probe], bool]) -> tuple[list[float], list[str]]:
+        found: dict[int, list[float]] = {}
+        concepts: dict[int, str] = {}
+        for p, s in zip(asked, scores, strict=True):
+            if chosen(p):
+                found.setdefault(p.edit, []).append(100.0 * value(s))
+                concepts[p.edit] = p.concept
+        return [mean(v) for v in found.values()], list(concepts.values())
+
+    for kind in KINDS:
+        local = kind.endswith("loc")
+        values, concepts = per_edit(lambda s, a=local: s.locality_a if a else s.accuracy, lambda p, k=kind: p.kind == k)
+        metrics[kind], errors[kind] = mean(values), clustered_error(values, concepts)
+        if local:
+            locality_b[kind] = mean(per_edit(lambda s: s.locality_b, lambda p, k=kind: p.kind == k)[0])
+    for name in sorted({(p.kind, p.part) for p in asked if p.part}):
+        values, _ = per_edit(lambda s: s.locality_a, lambda p, n=name: (p.kind, p.part) == n)
+        parts[f"{name[0]}.{name[1]}"] = mean(values)
+    metrics["mean"] = mean_of_five(*(metrics[k] for k in KINDS))
+    return {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
+
+
+def run(seed: int, items: Sequence[dict[str, Any]], *, quick: bool, controls: bool = True) -> dict[str, Any]:
+    """All rows on base model `seed`; returns what `run.py` saves."""
+    started = time.time()
+    world = World(seed, items, default_config(), quick=quick)
+    out: dict[str, Any] = {"seed": seed, "edits": len(items), "rows": {"base": world.score_base()}}
+    out["fit"] = {str(i): fit_report(f) for i, f in world.editor.fits.items()}
+    rows = [*ROWS, *(CONTROLS if controls else ())]
+    mean_alpha = None
+    made: dict[str, tuple[RowEditor, Edits]] = {}
+    for row in tqdm(rows, desc=f"model {seed}", unit="row"):
+        twin = row.name.removesuffix(", routed")  # routed rows reuse the edits of their always-on twin
+        if twin not in made:
+            made[twin] = world.make(row, mean_alpha)
+        editor, edits = made[twin]
+        result = world.score(row, editor, edits)
+        result["missed"] = sum(not e.success for e in edits.entries)
+        out["rows"][row.name] = result | {"control": row.control}
+        if row.name == "UniKE":
+            mean_alpha = result["alpha"]["rel"]
+        if row.routed:
+            out["rows"][f"{row.name}, {STACK} stacked"] = world.stacked(row, editor, edits) | {"control": False}
+        if row.name == "UniKE, routed":
+            out["removal_is_exact"] = world.removal_is_exact(edits)
+    out["seconds"] = time.time() - started
+    return out
+
+
+def fit_report(fit: Any) -> dict[str, float]:
+    """What the encoders' fit reached on held-out triplets."""
+    return {
+        "truthfulness_auc": fit.truthfulness_auc,
+        "semantic_recall": fit.semantic_recall,
+        "untrained_auc": fit.untrained_auc,
+        "untrained_recall": fit.untrained_recall,
+    }
