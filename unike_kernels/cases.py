@@ -157,6 +157,9 @@ class CaseTracker:
         inputs = given.get("inputs_embeds")
         inputs = given.get("input_ids") if inputs is None else inputs
         batch, length = inputs.shape[0], inputs.shape[1]
+        picture = given.get("query_embeds")
+        if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
+            length += picture.shape[1]
         if self.explicit is not None:
             tokens = self.explicit.token_to_case.numel()
             if tokens != batch * length:
