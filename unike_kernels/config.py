@@ -68,12 +68,16 @@ class EncoderConfig:
     lr: float = 1e-3
     weight_decay: float = 1e-2
     held_out: float = 0.1  # share of triplets, by prompt group, that only measure the fit
-    ridge: float = 1e-2  # of W_zeta, the linear decoder from the truthfulness space back to the states
+    w_zeta: Literal["decoder", "trained"] = "decoder"  # from the truthfulness space to the states, or over edits
+    ridge: float = 1e-2  # of the linear decoder
+    w_zeta_edits: int = 128  # training-split edits that a trained W_zeta is learned over
+    lr_w_zeta: float = 1e-3  # of a trained W_zeta
     seed: int = 0
 
     def __post_init__(self) -> None:
         _one_of("EncoderConfig", "anchor", self.anchor, ("h_att", "h_sem"))
         _one_of("EncoderConfig", "activation", self.activation, ("identity", "relu", "gelu"))
+        _one_of("EncoderConfig", "w_zeta", self.w_zeta, ("decoder", "trained"))
         _at_least("EncoderConfig", "steps", self.steps, 1)
 
 

@@ -40,8 +40,8 @@ def main() -> None:
     console.rule("UniKE: correct what a multimodal model believes, without retraining it")
     console.print(
         "A small BLIP-2 (2.6 M parameters, trained on emoji) sees these drawings but was never told their names.\n"
-        f"We teach it {EDITS} names, from one picture and one question each. Does it then answer right (Rel), also when\n"
-        "asked differently (T-Gen) or shown another artist's drawing (M-Gen), and is all else as before (T-Loc on text,\n"
+        f"We teach it {EDITS} names, from one picture and one question each. Is it then right (Rel), also when asked\n"
+        "differently (T-Gen) or shown another artist's drawing (M-Gen), and is all else as before (T-Loc on text,\n"
         "M-Loc on pictures)?\n"
     )
     world = World(0, items, default_config(), quick=True)

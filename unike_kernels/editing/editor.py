@@ -1,7 +1,7 @@
 """Editor: from triplets and requests to Edits, on any supported model; the base model is never written."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,24 @@ class Editor:
             anchors = s.h_att if self.config.encoders.anchor == "h_att" else s.h_sem
             pos, neg = self._injected(i, s.h_pos), self._injected(i, s.h_neg)
             self.fits[i] = fit_layer(anchors, pos, neg, s.h_pos, s.h_neg, groups, self.config.encoders)
+        if self.config.encoders.w_zeta == "trained":
+            self._train_maps(states)
         return self.fits
+
+    def _train_maps(self, states: TripletStates) -> None:
+        """W_zeta learned over training-split edits: shared by all of them, frozen afterwards (spec, section 2)."""
+        step = max(1, len(states.kept) // self.config.encoders.w_zeta_edits)
+        chosen = [self.triplets[i] for i in states.kept[::step]][: self.config.encoders.w_zeta_edits]
+        requests = self._requests([{k: t.get(k) for k in ("prompt", "target", "image")} for t in chosen], None)
+        d = states.cases.shape[1]
+        maps = {i: torch.zeros(d, d, device=self.collator.device).requires_grad_() for i in self.layers}
+        empty = self._empty(None)
+        with self._clean():
+            for chunk in self._chunks(requests, self.config.neurons.batch_size):
+                self._train(empty, chunk, True, maps)
+        for i, w in maps.items():
+            w_zeta = w.detach().cpu()
+            self.fits[i] = replace(self.fits[i], w_zeta=w_zeta, zeta_prime=w_zeta @ self.fits[i].zeta)
 
     def calibrate(self, cases: Sequence[dict[str, Any]], *, batch_size: int = 64) -> None:
         """Adds cases (dicts: prompt, image: optional) of the training split that no edit should claim, for routing."""
@@ -132,14 +149,9 @@ class Editor:
         with self._clean():
             size = self.config.neurons.batch_size if independent else 1
             bar = tqdm(total=len(wanted), desc="edits", unit="edit", disable=not progress)
-            for at in range(0, len(wanted), size):
-                part = wanted[at : at + size]
-                # one batch has pictures, or none, so that it can share its padded inputs
-                for has_image in (True, False):
-                    chunk = [r for r in part if (r.image is not None) is has_image]
-                    if chunk:
-                        edits = self._append(edits, chunk, independent)
-                        bar.update(len(chunk))
+            for chunk in self._chunks(wanted, size):
+                edits = self._append(edits, chunk, independent)
+                bar.update(len(chunk))
             bar.close()
         missed = [e.id for e in edits.entries if not e.success]
         if missed and self.config.neurons.enabled:
@@ -160,16 +172,35 @@ class Editor:
         with self._clean():
             return check(self.collator, self.decoder, self.model, edits, probes, routing=routing)
 
+    @staticmethod
+    def _chunks(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+        """Requests in batches of at most `size`; one batch has pictures, or none, so that it can share its inputs."""
+        for at in range(0, len(requests), size):
+            part = requests[at : at + size]
+            for has_image in (True, False):
+                chunk = [r for r in part if (r.image is not None) is has_image]
+                if chunk:
+                    yield chunk
+
     def _append(self, edits: Edits, requests: list[Request], independent: bool) -> Edits:
-        """`edits` with one more group per request: states of the own items, then neurons trained on a patch."""
+        """`edits` with one more group per request, trained where neurons are wanted."""
+        grown, trained = self._train(edits, requests, independent)
+        return grown if trained is None else with_neurons(grown, edits, trained, requests)
+
+    def _train(
+        self, edits: Edits, requests: list[Request], independent: bool, maps: dict[int, Tensor] | None = None
+    ) -> tuple[Edits, TrainedGroups | None]:
+        """States of the requests' own items, then their neurons trained on a patch; `maps`: W_zeta to learn along."""
         samples = [Sample(r.prompt, r.target, r.image) for r in requests]
         batch = self.collator.batch(samples, list(range(len(samples))))
         own = self.own_items(samples)
         grown = extend(edits, requests, own, self.layers, self.config, self.decoder.layers[0].gated)
         if not self.config.neurons.enabled:
-            return grown
+            return grown, None
         fits, states = self.fits, self._need_states()
         zeta = {i: fits[i].zeta_prime if i in fits else torch.zeros_like(states.ffn_mean[i]) for i in self.layers}
+        if maps is not None:
+            zeta = {i: fits[i].zeta for i in self.layers}
         capacity = max(len(grown.layers[i].keys) for i in self.layers) + self.config.neurons.per_layer * len(requests)
         with self.training_patch(grown, capacity) as handle:
             for layer in handle.record.layers:
@@ -186,9 +217,10 @@ class Editor:
                 states.ffn_mean,
                 zeta,
                 independent=independent,
+                maps=maps,
+                lr_maps=self.config.encoders.lr_w_zeta,
             )
-            trained = trainer.train(batch, prefix, edits.layers)
-        return with_neurons(grown, edits, trained, requests)
+            return grown, trainer.train(batch, prefix, edits.layers)
 
     def own_items(self, samples: Sequence[Sample]) -> dict[int, tuple[Tensor, Tensor]]:
         """(h_sem [E, d], h_pos [E, d]) by layer: the memory items that E edits store of themselves; may be overridden."""

@@ -43,13 +43,18 @@ class GroupTrainer:
         zeta: dict[int, Tensor],
         *,
         independent: bool,
+        maps: dict[int, Tensor] | None = None,
+        lr_maps: float = 0.0,
     ) -> None:
-        """ffn_mean, zeta: [d] by layer: the mean FFN input that keys are centred on, and zeta'."""
+        """ffn_mean, zeta: [d] by layer: the mean FFN input that keys are centred on, and zeta'.
+
+        maps: W_zeta [d, d] by layer, learned along with the edits in place, `zeta` then being what they map.
+        """
         self.model, self.decoder, self.handle, self.config = model, decoder, handle, config
         self.ffn_mean, self.independent = ffn_mean, independent
         self.head = head(model, decoder)
         self.layers = {layer.index: layer for layer in handle.record.layers}
-        self.zeta = zeta
+        self.zeta, self.maps, self.lr_maps = zeta, maps, lr_maps
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def train(self, batch: Batch, prefix: Prefix, existing: dict[int, LayerEdits]) -> TrainedGroups:
@@ -61,18 +66,22 @@ class GroupTrainer:
             selected = (torch.arange(edits, device=prefix.hidden.device) + old)[:, None]
         inputs = self._ffn_inputs(batch, prefix, selected)
         leaves = {i: self._start(inputs[i], batch, i) for i in self.layers}
-        zeta = {i: self.zeta[i].expand(edits, -1).to(leaves[i]["values"]).clone() for i in leaves}
+        zeta = self._zeta(edits, prefix.hidden)
         groups = [
             {"params": [t for name, t in named(leaves) if "values" in name], "lr": self.config.lr_values},
             {"params": [t for name, t in named(leaves) if "values" not in name], "lr": self.config.lr_keys},
         ]
         if self.config.lr_zeta > 0:
             groups.append({"params": [z.requires_grad_() for z in zeta.values()], "lr": self.config.lr_zeta})
-        optimizer = torch.optim.Adam(groups)
         trained = [p for group in groups for p in group["params"]]
+        if self.maps is not None:
+            groups.append({"params": list(self.maps.values()), "lr": self.lr_maps})
+        optimizer = torch.optim.Adam(groups)
         done = torch.zeros(edits, dtype=torch.bool, device=prefix.hidden.device)
         steps = torch.zeros(edits, dtype=torch.long)
         for step in range(self.config.steps + 1):
+            if self.maps is not None:
+                zeta = self._zeta(edits, prefix.hidden)
             self._install(leaves, zeta, existing)
             loss, margin = self._forward(batch, prefix, selected)
             done = done | (margin >= self.config.margin)
@@ -93,6 +102,12 @@ class GroupTrainer:
             [bool(m > 0) for m in margin.detach()],
             steps.tolist(),
         )
+
+    def _zeta(self, edits: int, like: Tensor) -> dict[int, Tensor]:
+        """zeta' [E, d] by layer: given, or mapped from zeta by the W_zeta that are being learned."""
+        if self.maps is None:
+            return {i: z.to(like).expand(edits, -1).clone() for i, z in self.zeta.items()}
+        return {i: (self.maps[i] @ z.to(like)).expand(edits, -1) for i, z in self.zeta.items()}
 
     @torch.no_grad()
     def _ffn_inputs(self, batch: Batch, prefix: Prefix, selected: Tensor | None) -> dict[int, Tensor]:
