@@ -25,8 +25,6 @@ LAYERS = {
     "edits": 3,
     "edits_io": 3,
     "edits_schema": 3,
-    "edits_io": 3,
-    "edits_schema": 3,
     "memory": 3,
     "minigpt4": 3,
     "models": 3,
@@ -63,7 +61,7 @@ def module_name(path: Path, root: Path) -> str:
 
 def imports_of(path: Path, root: Path) -> Iterator[Import]:
     """All imports of a file, those inside functions and under TYPE_CHECKING included."""
-    inside = {module_name(file, root): file for file in root.rglob("*.py")}
+    inside = {module_name(file, root) for file in root.rglob("*.py")}
     here = path.relative_to(root).with_suffix("").parts
 
     def resolve(dotted: str) -> str:
