@@ -44,10 +44,15 @@ def require_tensors(
                 raise ValueError(f"{first} is on {device}, {name} is on {tensor.device}")
 
 
-def check_shape(check: Check, name: str, tensor: Tensor | None, wanted: tuple[int | None, ...], why: str) -> None:
-    """A tensor, if there is one, has the wanted shape (None: any size); `why` says where that comes from."""
+def check_shape(
+    check: Check, name: str, tensor: Tensor | None, wanted: tuple[int | None, ...], **because: Tensor | None
+) -> None:
+    """A tensor, if there is one, has the wanted shape (None: any size), which follows from these other tensors."""
     if tensor is not None:
         check(
             tensor.dim() == len(wanted) and all(b is None or a == b for a, b in zip(tensor.shape, wanted, strict=True)),
-            lambda: f"{name} must be {[b if b is not None else '*' for b in wanted]} ({why}), but got {shape(tensor)}",
+            lambda: (
+                f"{name} must be [{', '.join('*' if size is None else str(size) for size in wanted)}] "
+                f"({', '.join(f'{other} {shape(t)}' for other, t in because.items())}), but got {shape(tensor)}"
+            ),
         )

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ._checks import check_shape
 from .augmented_ffn import check_arguments as check_augmented_ffn
 from .cosine_topk import check_arguments as check_cosine_topk
 from .extra_neurons import check_arguments as check_extra_neurons
-from .extra_neurons import check_y
 from .knowledge_shift import check_arguments as check_knowledge_shift
 
 LIB = torch.library.Library("unike", "DEF")
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 _NEURONS = (
     "Tensor x, Tensor keys, Tensor? key_bias, Tensor values, Tensor? up, Tensor? up_bias, Tensor? zeta, "
@@ -89,17 +90,18 @@ def _define_differentiable(
             for leaf, need in zip(_flat(args), needs, strict=True)
         ]
         wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-        with torch.enable_grad():
+        # A dispatch mode (the flop counter, say) calls operators with autograd off, also if gradients are enabled.
+        with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
             if not all(leaf.view_as(leaf).requires_grad for leaf in wanted):
                 raise RuntimeError(f"unike::{name}_backward needs autograd, which is off here, as in inference mode")
             result = kernel(*_like(leaves, args))
-        result = [result] if isinstance(result, Tensor) else result
-        # No output depends on a wanted tensor where nothing was selected or retrieved.
-        live = [(output, grad) for output, grad in zip(result, grads, strict=True) if output.requires_grad]
-        if not live:
-            return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in wanted]
-        outputs, of_outputs = zip(*live, strict=True)
-        found = torch.autograd.grad(outputs, wanted, of_outputs, materialize_grads=True)
+            result = [result] if isinstance(result, Tensor) else result
+            # No output depends on a wanted tensor where nothing was selected or retrieved.
+            live = [(output, grad) for output, grad in zip(result, grads, strict=True) if output.requires_grad]
+            if not live:
+                return [leaf.new_zeros(leaf.shape) for leaf in wanted]
+            outputs, of_outputs = zip(*live, strict=True)
+            found = torch.autograd.grad(outputs, wanted, of_outputs, materialize_grads=True)
         return [grad.contiguous() for grad in found]
 
     def fake_gradients(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -154,7 +156,7 @@ def _extra_neurons_in_place(
 
 
 def _extra_neurons_in_place_fake(y: Tensor, x: Tensor, *rest: Any) -> None:
-    check_y(torch._check, y, tuple(_extra_neurons_fake(x, *rest).shape))
+    check_shape(torch._check, "y", y, tuple(_extra_neurons_fake(x, *rest).shape), x=x)
 
 
 _define_differentiable("extra_neurons", _NEURONS, "Tensor", _extra_neurons, _extra_neurons_fake)

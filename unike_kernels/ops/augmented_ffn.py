@@ -63,12 +63,12 @@ def check_arguments(
     """The shapes of all arguments agree."""
     check_neurons(check, x, keys, key_bias, values, up, up_bias, zeta)
     d = x.shape[-1]
-    check_shape(check, "w_k", w_k, (None, d), f"x has {d} features")
-    check_shape(check, "w_v", w_v, (values.shape[1], w_k.shape[0]), f"w_k is {shape(w_k)}, values are {shape(values)}")
-    check_shape(check, "w_up", w_up, (w_k.shape[0], d), f"w_k is {shape(w_k)}")
-    check_shape(check, "b_k", b_k, (w_k.shape[0],), f"w_k is {shape(w_k)}")
-    check_shape(check, "b_up", b_up, (w_k.shape[0],), f"w_k is {shape(w_k)}")
-    check_shape(check, "b_v", b_v, (w_v.shape[0],), f"w_v is {shape(w_v)}")
+    check_shape(check, "w_k", w_k, (None, d), x=x)
+    check_shape(check, "w_v", w_v, (values.shape[1], w_k.shape[0]), w_k=w_k, values=values)
+    check_shape(check, "w_up", w_up, (w_k.shape[0], d), w_k=w_k)
+    check_shape(check, "b_k", b_k, (w_k.shape[0],), w_k=w_k)
+    check_shape(check, "b_up", b_up, (w_k.shape[0],), w_k=w_k)
+    check_shape(check, "b_v", b_v, (w_v.shape[0],), w_v=w_v)
     check(w_up is not None or b_up is None, lambda: f"b_up is {shape(b_up)}, but w_up is None")
     check(
         (w_up is None) == (up is None),

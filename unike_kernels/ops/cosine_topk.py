@@ -40,6 +40,5 @@ def check_arguments(
     )
     check(q.shape[-1] == keys.shape[1], lambda: f"q has {q.shape[-1]} features, keys have {keys.shape[1]}")
     check(k >= 0, lambda: f"k must be 0 or more, but got {k}")
-    check_shape(check, "key_norm", key_norm, (keys.shape[0],), f"keys have {keys.shape[0]} rows")
-    queries = q.shape[:-1].numel()
-    check_shape(check, "ranges", ranges, (queries, 2), f"q has {queries} queries")
+    check_shape(check, "key_norm", key_norm, (keys.shape[0],), keys=keys)
+    check_shape(check, "ranges", ranges, (q.shape[:-1].numel(), 2), q=q)

@@ -71,7 +71,7 @@ def extra_neurons_(
     args = (x, keys, key_bias, values, up, up_bias, zeta, route, group_ptr, token_to_case, selected)
     _require(args, act)
     require_tensors(floats={"x": x, "y": y})
-    check_y(require, y, (*x.shape[:-1], values.shape[1]))
+    check_shape(require, "y", y, (*x.shape[:-1], values.shape[1]), x=x, values=values)
     if torch.is_grad_enabled():
         for name, tensor in zip(("y", *NAMES), (y, *args), strict=True):
             if tensor is not None and tensor.requires_grad:
@@ -110,27 +110,23 @@ def check_arguments(
     )
     check(x.shape[-1] == keys.shape[1], lambda: f"x has {x.shape[-1]} features, keys have {keys.shape[1]}")
     (n, d), tokens = keys.shape, x.shape[:-1].numel()
-    check_shape(check, "values", values, (n, None), f"keys have {n} neurons")
-    check_shape(check, "key_bias", key_bias, (n,), f"keys have {n} neurons")
-    check_shape(check, "up", up, (n, d), f"keys are {shape(keys)}")
-    check_shape(check, "up_bias", up_bias, (n,), f"keys have {n} neurons")
+    check_shape(check, "values", values, (n, None), keys=keys)
+    check_shape(check, "key_bias", key_bias, (n,), keys=keys)
+    check_shape(check, "up", up, (n, d), keys=keys)
+    check_shape(check, "up_bias", up_bias, (n,), keys=keys)
     check(up is not None or up_bias is None, lambda: f"up_bias is {shape(up_bias)}, but up is None")
-    check_shape(check, "group_ptr", group_ptr, (None,), "one pointer per group and one more")
+    check(
+        group_ptr is None or (group_ptr.dim() == 1 and group_ptr.shape[0] >= 1),
+        lambda: f"group_ptr must be [G + 1], but got {shape(group_ptr)}",
+    )
     groups = 1 if group_ptr is None else group_ptr.shape[0] - 1
-    check(groups >= 0, lambda: f"group_ptr must be [G + 1], but got {shape(group_ptr)}")
     if zeta is not None:
         lead = (groups,) if zeta.dim() == 2 else ()
-        check_shape(check, "zeta", zeta, (*lead, values.shape[1]), f"{groups} groups, values are {shape(values)}")
-    check_shape(check, "token_to_case", token_to_case, (tokens,), f"x has {tokens} tokens")
-
-    cases, why = tokens, f"x has {tokens} tokens, token_to_case is None"
-    if token_to_case is not None and route is not None:
-        cases, why = route.shape[0], f"route is {shape(route)}"
-    elif token_to_case is not None and selected is not None:
-        cases = selected.shape[0]
-    check_shape(check, "route", route, (cases, groups), f"{groups} groups, {why}")
-    check_shape(check, "selected", selected, (cases, None), why)
-
-
-def check_y(check: Check, y: Tensor, wanted: tuple[int, ...]) -> None:
-    check_shape(check, "y", y, wanted, "the tokens of x and the columns of values")
+        check_shape(check, "zeta", zeta, (*lead, values.shape[1]), group_ptr=group_ptr, values=values)
+    check_shape(check, "token_to_case", token_to_case, (tokens,), x=x)
+    # One row of route and of selected per token, or per case.
+    rows = tokens
+    if token_to_case is not None:
+        rows = route.shape[0] if route is not None else selected.shape[0] if selected is not None else 0
+    check_shape(check, "route", route, (rows, groups), x=x, token_to_case=token_to_case, group_ptr=group_ptr)
+    check_shape(check, "selected", selected, (rows, None), x=x, token_to_case=token_to_case, route=route)

@@ -89,40 +89,42 @@ def check_arguments(
     """The shapes of all arguments agree."""
     check(h_input.dim() == 2, lambda: f"h_input must be [T, d], but got {shape(h_input)}")
     tokens, d = h_input.shape
-    of_input = f"h_input is {shape(h_input)}"
     raw = q.dim() == 2
-    check_shape(check, "q", q, (tokens, None) if raw else (tokens, None, None), of_input)
-    lead = (None,) if raw else (None, None)
-    check_shape(check, "item_keys", item_keys, (*lead, q.shape[-1]), f"q is {shape(q)}")
-    check_shape(check, "item_values", item_values, (*item_keys.shape[:-1], None), f"item_keys are {shape(item_keys)}")
+    check_shape(check, "q", q, (tokens, None) if raw else (tokens, None, None), h_input=h_input)
+    check_shape(check, "item_keys", item_keys, (None, q.shape[1]) if raw else (None, None, q.shape[2]), q=q)
+    check_shape(check, "item_values", item_values, (*item_keys.shape[:-1], None), item_keys=item_keys)
     heads = 1 if raw else q.shape[1]
     if not raw:
         check(
             item_keys.shape[1] > 0 and heads % item_keys.shape[1] == 0,
             lambda: f"q has {heads} heads, which is no multiple of the {item_keys.shape[1]} heads of item_keys",
         )
-    check_shape(check, "token_to_case", token_to_case, (tokens,), of_input)
-    check_shape(check, "indices", indices, (tokens if token_to_case is None else None, None), of_input)
+    check_shape(check, "token_to_case", token_to_case, (tokens,), h_input=h_input)
+    rows = tokens if token_to_case is None else None
+    check_shape(check, "indices", indices, (rows, None), h_input=h_input, token_to_case=token_to_case)
     cases = indices.shape[0]
-    if token_to_case is None:
-        check(case_tokens is None, lambda: f"case_tokens is {shape(case_tokens)}, but token_to_case is None")
-    check_shape(check, "case_tokens", case_tokens, (cases,), f"indices are {shape(indices)}")
+    check(
+        case_tokens is None or token_to_case is not None,
+        lambda: f"case_tokens is {shape(case_tokens)}, but token_to_case is None",
+    )
+    check_shape(check, "case_tokens", case_tokens, (cases,), indices=indices)
     if alpha is not None:
+        per_case = token_to_case is not None and alpha.dim() == 1 and alpha.shape[0] == cases
         check(
-            alpha.dim() == 1 and (alpha.shape[0] == tokens or (token_to_case is not None and alpha.shape[0] == cases)),
-            lambda: (
-                f"alpha must be [{tokens}] (tokens) or, with token_to_case, [{cases}] (cases), but got {shape(alpha)}"
-            ),
+            per_case or (alpha.dim() == 1 and alpha.shape[0] == tokens),
+            lambda: f"alpha must be [{tokens}] or, with token_to_case, [{cases}], but got {shape(alpha)}",
         )
     width = heads * item_values.shape[-1]
-    if out_weight is None:
-        check(width == d, lambda: f"the heads make {width} features, h_input has {d}, and out_proj is None")
-    check_shape(check, "out_proj weight", out_weight, (d, width), f"h_input has {d} features, the heads make {width}")
-    check_shape(check, "out_proj bias", out_bias, (d,), of_input)
-    size = d
+    check(
+        out_weight is not None or width == d,
+        lambda: f"the heads make {width} features, h_input has {d}, and out_proj is None",
+    )
+    check_shape(check, "out_proj weight", out_weight, (d, width), h_input=h_input, q=q, item_values=item_values)
+    check_shape(check, "out_proj bias", out_bias, (d,), h_input=h_input)
+    size, source = d, {"h_input": h_input}
     for i in range(0, len(encoder), 2):
         weight, bias = encoder[i], encoder[i + 1]
-        check_shape(check, f"encoder[{i // 2}] weight", weight, (None, size), f"its input has {size} features")
-        size = weight.shape[0]
-        check_shape(check, f"encoder[{i // 2}] bias", bias, (size,), f"its weight is {shape(weight)}")
+        check_shape(check, f"encoder[{i // 2}] weight", weight, (None, size), **source)
+        size, source = weight.shape[0], {"weight": weight}
+        check_shape(check, f"encoder[{i // 2}] bias", bias, (size,), **source)
     check(size == d, lambda: f"the encoder returns {size} features, h_input has {d}")
