@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import assert_close_to_reference
+from torch.utils.flop_counter import FlopCounterMode
 
 from unike_kernels import ops, reference
 
@@ -235,6 +236,24 @@ def test_autocast_does_not_reach_inside(case):
         again, gradients_again, _ = with_gradients(case, ops, leaves, grads)
     for a, b in zip((*outputs, *gradients.values()), (*again, *gradients_again.values()), strict=True):
         assert torch.equal(a, b)
+
+
+@every_case
+def test_gradients_under_a_dispatch_mode(case):
+    """A flop counter calls operators below autograd; their gradients must not turn into zeros there."""
+    leaves = leaves_of(case, torch.float32)
+    _, gradients, grads = with_gradients(case, ops, leaves)
+    with FlopCounterMode(display=False):
+        _, again, _ = with_gradients(case, ops, leaves, grads)
+    assert all(torch.equal(gradients[name], again[name]) for name in leaves)
+
+
+@every_case
+def test_inference_mode_gives_the_same(case):
+    leaves = leaves_of(case, torch.float32)
+    with torch.inference_mode():
+        again = outputs_of(case, ops, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(case, ops, leaves), again, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ as torch sees it

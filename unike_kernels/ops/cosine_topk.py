@@ -1,5 +1,7 @@
 """cosine_topk: the K keys nearest to each query by cosine."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,4 +43,5 @@ def check_arguments(
     check(q.shape[-1] == keys.shape[1], lambda: f"q has {q.shape[-1]} features, keys have {keys.shape[1]}")
     check(k >= 0, lambda: f"k must be 0 or more, but got {k}")
     check_shape(check, "key_norm", key_norm, (keys.shape[0],), keys=keys)
-    check_shape(check, "ranges", ranges, (q.shape[:-1].numel(), 2), q=q)
+    queries = math.prod(q.shape[:-1])  # .numel() would fix a symbolic size
+    check_shape(check, "ranges", ranges, (queries, 2), q=q)

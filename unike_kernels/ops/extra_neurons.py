@@ -1,5 +1,7 @@
 """extra_neurons: what an FFN gains from the neurons of edits (equations 3 and 6)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,7 @@ def check_arguments(
         x.dim() >= 1 and keys.dim() == 2, lambda: f"x must be [..., d], keys [n, d], but got {shape(x)}, {shape(keys)}"
     )
     check(x.shape[-1] == keys.shape[1], lambda: f"x has {x.shape[-1]} features, keys have {keys.shape[1]}")
-    (n, d), tokens = keys.shape, x.shape[:-1].numel()
+    (n, d), tokens = keys.shape, math.prod(x.shape[:-1])  # .numel() would fix a symbolic size
     check_shape(check, "values", values, (n, None), keys=keys)
     check_shape(check, "key_bias", key_bias, (n,), keys=keys)
     check_shape(check, "up", up, (n, d), keys=keys)
