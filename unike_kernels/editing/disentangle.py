@@ -1,5 +1,6 @@
 """Enc_sem and Enc_tru (equations 4 and 5), zeta and W_zeta: what the truthful direction is, learned from triplets."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,13 @@ from ..config import EncoderConfig
 Encoder = tuple[tuple[Tensor, Tensor], ...]
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerFit:
     """What one layer learned: the encoders, zeta [d] and zeta' = W_zeta zeta [d], and how well on held-out triplets.
 
     truthfulness_auc: how well the cosine with zeta tells held-out encoded h_pos from h_neg (0.5 is chance).
-    semantic_recall: share of held-out anchors whose nearest encoded item is their own; `untrained` is the same for
-    encoders as initialised.
+    semantic_recall: share of held-out anchors whose nearest encoded item is their own; `untrained_*` is the same for
+    encoders as initialised. nan where nothing could be held out. held_out: the number of triplets that measured.
     """
 
     enc_sem: Encoder
@@ -29,11 +30,31 @@ class LayerFit:
     semantic_recall: float
     untrained_auc: float
     untrained_recall: float
+    held_out: int
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerFit(truthfulness AUC {self.truthfulness_auc:.3f} (untrained {self.untrained_auc:.3f}), "
+            f"semantic recall@1 {self.semantic_recall:.3f} (untrained {self.untrained_recall:.3f}), "
+            f"held out {self.held_out})"
+        )
 
 
-def untrained(d: int, generator: torch.Generator) -> Encoder:
-    """Two linear maps [d, d] as initialised: rows of variance 1 / d, zero biases."""
-    return tuple((torch.randn(d, d, generator=generator) / d**0.5, torch.zeros(d)) for _ in range(2))
+class Fits(dict[int, LayerFit]):
+    """What `Editor.fit` learned, by layer; prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("layer", "truthfulness AUC", "untrained", "semantic recall@1", "untrained", "held out")
+        rows = [
+            (
+                str(layer),
+                *(f"{x:.3f}" for x in (f.truthfulness_auc, f.untrained_auc, f.semantic_recall, f.untrained_recall)),
+                str(f.held_out),
+            )
+            for layer, f in sorted(self.items())
+        ]
+        lines = ["  ".join(cell.rjust(len(h)) for cell, h in zip(row, head, strict=True)) for row in (head, *rows)]
+        return "\n".join(lines)
 
 
 def fit_layer(
@@ -42,73 +63,92 @@ def fit_layer(
     items_neg: Tensor,
     h_pos: Tensor,
     h_neg: Tensor,
-    groups: list[str],
+    groups: Sequence[str],
     config: EncoderConfig,
+    *,
+    device: torch.device | str = "cpu",
 ) -> LayerFit:
-    """Fits one layer's encoders on N triplets.
+    """Fits one layer's encoders on N triplets, computing on `device`; the results are on the CPU.
 
     anchors [N, d]: h_att (or h_sem); items_pos, items_neg [N, d]: what a single item would inject (equation 7's space);
     h_pos, h_neg [N, d]: the states themselves. groups: one name per triplet (its answer); whole groups are held out,
     because triplets of one answer on both sides would measure word identity.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    d = h_pos.shape[1]
+    anchors, items_pos, items_neg, h_pos, h_neg = (
+        h.to(device, torch.float32) for h in (anchors, items_pos, items_neg, h_pos, h_neg)
+    )
+    d, act = h_pos.shape[1], config.activation
     train, test = split_groups(groups, config.held_out, generator)
-    start_sem, start_tru = untrained(d, generator), untrained(d, generator)
-    sem = _train(start_sem, config, generator, train, _semantic, (anchors, items_pos, items_neg))
-    tru = _train(start_tru, config, generator, train, _truthful, (h_pos, h_neg))
-    act = config.activation
-    z_pos, z_neg = reference.encode(h_pos, tru, act), reference.encode(h_neg, tru, act)
-    zeta = reference.zeta(z_pos[train], z_neg[train])
-    both, encoded = (
-        torch.cat([h_pos, h_neg])[_twice(train, len(h_pos))],
-        torch.cat([z_pos, z_neg])[_twice(train, len(h_pos))],
-    )
-    w_zeta = linear_decoder(encoded, both, config.ridge)
+    start_sem, start_tru = (untrained(d, generator, device) for _ in range(2))
+    sem = _train(start_sem, config, generator, train, reference.semantic_loss, [anchors], [items_pos, items_neg])
+    tru = _train(start_tru, config, generator, train, reference.truthfulness_loss, [], [h_pos, h_neg])
+    known_pos, known_neg = (reference.encode(h[train], tru, act) for h in (h_pos, h_neg))
+    zeta = reference.zeta(known_pos, known_neg)
+    w_zeta = linear_decoder(torch.cat([known_pos, known_neg]), torch.cat([h_pos[train], h_neg[train]]), config.ridge)
+
+    def measured(semantic: Encoder, truthful: Encoder) -> tuple[float, float]:
+        encoded = (reference.encode(h[rows], truthful, act) for rows in (train, test) for h in (h_pos, h_neg))
+        known_pos, known_neg, new_pos, new_neg = encoded
+        items = reference.encode(items_pos[test], semantic, act)
+        return (
+            truthfulness_auc(new_pos, new_neg, reference.zeta(known_pos, known_neg)),
+            semantic_recall(anchors[test], items),
+        )
+
+    auc, recall = measured(sem, tru)
+    untrained_auc, untrained_recall = measured(start_sem, start_tru)
     return LayerFit(
-        sem,
-        tru,
-        zeta,
-        w_zeta,
-        zeta @ w_zeta.T,
-        truthfulness_auc(h_pos[test], h_neg[test], h_pos[train], h_neg[train], tru, act),
-        semantic_recall(anchors[test], items_pos[test], sem, act),
-        truthfulness_auc(h_pos[test], h_neg[test], h_pos[train], h_neg[train], start_tru, act),
-        semantic_recall(anchors[test], items_pos[test], start_sem, act),
+        _on_cpu(sem),
+        _on_cpu(tru),
+        zeta.cpu(),
+        w_zeta.cpu(),
+        (w_zeta @ zeta).cpu(),
+        auc,
+        recall,
+        untrained_auc,
+        untrained_recall,
+        len(test),
     )
 
 
-def split_groups(groups: list[str], held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _on_cpu(encoder: Encoder) -> Encoder:
+    return tuple((w.cpu(), b.cpu()) for w, b in encoder)
+
+
+def untrained(d: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Encoder:
+    """Two linear maps [d, d] as initialised: rows of variance 1 / d, zero biases."""
+    weights = [torch.randn(d, d, generator=generator) / d**0.5 for _ in range(2)]
+    return tuple((w.to(device), torch.zeros(d, device=device)) for w in weights)
+
+
+def split_groups(groups: Sequence[str], held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(train, test) indices: a share `held_out` of the groups, at least one where there are two, goes to test."""
     names = sorted(set(groups))
     order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
-    n = min(max(1, round(held_out * len(order))), len(order) - 1) if len(order) > 1 else 0
+    n = min(max(1, round(held_out * len(order))), len(order) - 1) if order else 0
     out = set(order[:n])
     test = [i for i, g in enumerate(groups) if g in out]
     train = [i for i, g in enumerate(groups) if g not in out]
     return torch.tensor(train, dtype=torch.long), torch.tensor(test, dtype=torch.long)
 
 
-def truthfulness_auc(
-    pos: Tensor, neg: Tensor, known_pos: Tensor, known_neg: Tensor, encoder: Encoder, act: str
-) -> float:
-    """P(cos(Enc(h_pos), zeta) > cos(Enc(h_neg), zeta)) over all pairs, zeta taken from the known states."""
-    zeta = reference.zeta(reference.encode(known_pos, encoder, act), reference.encode(known_neg, encoder, act))
-    p = nn.functional.cosine_similarity(reference.encode(pos, encoder, act), zeta, dim=-1)
-    n = nn.functional.cosine_similarity(reference.encode(neg, encoder, act), zeta, dim=-1)
-    if len(p) == 0:
+def truthfulness_auc(pos: Tensor, neg: Tensor, zeta: Tensor) -> float:
+    """P(cos(p, zeta) > cos(n, zeta)) over all pairs of encoded states pos, neg [N, d]; a tie counts half."""
+    if len(pos) == 0 or len(neg) == 0:
         return float("nan")
+    p, n = (nn.functional.cosine_similarity(z, zeta, dim=-1) for z in (pos, neg))
     wins = (p[:, None] > n[None, :]).double() + 0.5 * (p[:, None] == n[None, :]).double()
     return float(wins.mean())
 
 
-def semantic_recall(anchors: Tensor, items: Tensor, encoder: Encoder, act: str) -> float:
-    """Share of anchors whose nearest encoded item (cosine) is their own."""
+def semantic_recall(anchors: Tensor, encoded: Tensor) -> float:
+    """Share of anchors [N, d] whose nearest encoded item [N, d] (cosine) is their own; nan for none."""
     if len(anchors) == 0:
         return float("nan")
-    a = nn.functional.normalize(anchors, dim=-1)
-    e = nn.functional.normalize(reference.encode(items, encoder, act), dim=-1)
-    return float(((a @ e.T).argmax(dim=1) == torch.arange(len(a))).double().mean())
+    a, e = nn.functional.normalize(anchors, dim=-1), nn.functional.normalize(encoded, dim=-1)
+    own = torch.arange(len(a), device=a.device)
+    return float(((a @ e.T).argmax(dim=1) == own).double().mean())
 
 
 def linear_decoder(encoded: Tensor, states: Tensor, ridge: float) -> Tensor:
@@ -124,33 +164,28 @@ def linear_decoder(encoded: Tensor, states: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(gram + ridge * scale * eye, z.T @ h).T.to(states.dtype)
 
 
-def _semantic(encoder: Encoder, act: str, temperature: float, anchors: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-    return reference.semantic_loss(
-        anchors, reference.encode(pos, encoder, act), reference.encode(neg, encoder, act), temperature
-    )
+def _train(
+    start: Encoder,
+    config: EncoderConfig,
+    generator: torch.Generator,
+    train: Tensor,
+    loss_of: Callable[..., Tensor],
+    plain: list[Tensor],
+    encoded: list[Tensor],
+) -> Encoder:
+    """Adam on mini-batches of the `train` rows of `plain` (given to the loss as they are) and `encoded`, in that order.
 
-
-def _truthful(encoder: Encoder, act: str, temperature: float, pos: Tensor, neg: Tensor) -> Tensor:
-    return reference.truthfulness_loss(
-        reference.encode(pos, encoder, act), reference.encode(neg, encoder, act), temperature
-    )
-
-
-def _train(start, config: EncoderConfig, generator: torch.Generator, train: Tensor, loss_of, data) -> Encoder:
-    """Adam on mini-batches of triplets; the learning rate falls to zero along a cosine."""
-    leaves = [(w.clone().requires_grad_(), b.clone().requires_grad_()) for w, b in start]
-    parameters = [t for pair in leaves for t in pair]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    for _ in range(config.steps):
-        rows = train[torch.randperm(len(train), generator=generator)[: config.batch_size]]
-        loss = loss_of(tuple(leaves), config.activation, config.temperature, *(t[rows] for t in data))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    The learning rate falls to zero along a cosine.
+    """
+    with torch.enable_grad():
+        leaves = [(w.clone().requires_grad_(), b.clone().requires_grad_()) for w, b in start]
+        optimizer = torch.optim.AdamW([t for pair in leaves for t in pair], config.lr, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        for _ in range(config.steps):
+            rows = train[torch.randperm(len(train), generator=generator)[: config.batch_size]]
+            states = [t[rows] for t in plain] + [reference.encode(t[rows], leaves, config.activation) for t in encoded]
+            optimizer.zero_grad()
+            loss_of(*states, config.temperature).backward()
+            optimizer.step()
+            schedule.step()
     return tuple((w.detach(), b.detach()) for w, b in leaves)
-
-
-def _twice(index: Tensor, n: int) -> Tensor:
-    return torch.cat([index, index + n])

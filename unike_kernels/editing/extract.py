@@ -5,18 +5,25 @@ question, h_pos and h_neg at the last token of the question with the right and t
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models import Decoder, get_module
-from .inputs import Batch, Collator, Sample
-from .prefix import recorded
+from .inputs import Batch, Collator, Sample, image_digest
+from .prefix import recorded, run_until
+
+ANSWER_TOKENS = 24  # a generated answer may be this long, or as long as the longest right answer
 
 
 @dataclass
@@ -33,6 +40,7 @@ class LayerStates:
 class TripletStates:
     """What `build_memory` finds: the triplets kept (the model was wrong on them) and their states, by layer.
 
+    kept: indices of the N triplets kept, in order; predictions: the model's answers to all M triplets.
     cases: [M, d] taps at the case tokens of *all* triplets at the first edited layer, right or wrong, for routing.
     ffn_mean: [d] by layer, the mean FFN input at the case tokens.
     """
@@ -50,18 +58,15 @@ def tap_rows(
     """One forward; for each row index [B] (into the B * S tokens): {"tap" | "att" | "ffn": {layer: [B, d]}}."""
     attention = {i: get_module(model, decoder.layers[i].attention) for i in layers}
     ffn = {i: get_module(model, decoder.layers[i].ffn_input) for i in layers}
-    with (
-        torch.no_grad(),
-        recorded(attention, "input") as tap,
-        recorded(attention, "output") as att,
-        recorded(ffn, "input") as ffn_in,
-    ):
-        batch.model(**batch.inputs, use_cache=False)
-    return [
-        {
-            kind: {i: kept[i].reshape(-1, kept[i].shape[-1])[row] for i in layers}
-            for kind, kept in (("tap", tap), ("att", att), ("ffn", ffn_in))
+    with ExitStack() as stack:
+        found = {
+            "tap": stack.enter_context(recorded(attention, "input")),
+            "att": stack.enter_context(recorded(attention, "output")),
+            "ffn": stack.enter_context(recorded(ffn, "input")),
         }
+        run_until(batch, get_module(model, decoder.layers[max(layers)].ffn_output))
+    return [
+        {kind: {i: x.reshape(-1, x.shape[-1])[row] for i, x in kept.items()} for kind, kept in found.items()}
         for row in rows
     ]
 
@@ -79,6 +84,15 @@ def answers_match(prediction: str, target: str) -> bool:
 
 def _plain(answer: str) -> str:
     return " ".join(answer.lower().split()).rstrip(".").strip()
+
+
+@dataclass
+class _Chunk:
+    """What one batch of triplets gives: the answers, and states by name, those of h_neg for the kept rows only."""
+
+    predictions: list[str]
+    kept: list[int]
+    states: dict[str, Tensor]
 
 
 class Extraction:
@@ -100,107 +114,114 @@ class Extraction:
 
     def run(self, triplets: Sequence[dict[str, Any]]) -> TripletStates:
         """States of all triplets (dicts: prompt, target, image or None, prediction: optional, computed)."""
-        parts = []
-        bar = tqdm(total=len(triplets), desc="memory", unit="triplet", disable=not self.progress)
-        for at in range(0, len(triplets), self.batch_size):
-            chunk = list(triplets[at : at + self.batch_size])
-            parts.append(self._cached(at, chunk))
-            bar.update(len(chunk))
-        bar.close()
-        return self._join(parts)
+        right = [Sample(t["prompt"], t["target"], t.get("image")) for t in triplets]
+        longest = max(ANSWER_TOKENS, self.collator.longest_target(right))
+        base = self._base_key(longest) if self.cache is not None else ""
+        chunks = []
+        with tqdm(total=len(triplets), desc="memory", unit="triplet", disable=not self.progress) as bar:
+            for at in range(0, len(triplets), self.batch_size):
+                samples = right[at : at + self.batch_size]
+                given = [str(t.get("prediction") or "").strip() for t in triplets[at : at + self.batch_size]]
+                chunks.append(self._cached(base, samples, given, longest))
+                bar.update(len(samples))
+        return self._join(chunks)
 
-    def _cached(self, at: int, chunk: list[dict[str, Any]]) -> dict[str, Any]:
+    def _cached(self, base: str, samples: list[Sample], given: list[str], longest: int) -> _Chunk:
         if self.cache is None:
-            return self._chunk(at, chunk)
-        path = self.cache / f"triplets-{at}-{self._key(chunk)}.pt"
-        if path.exists():
-            return torch.load(path, weights_only=True)
-        part = self._chunk(at, chunk)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".tmp")
-        torch.save(part, half)
-        half.replace(path)  # a stop leaves whole chunks only
-        return part
+            return self._chunk(samples, given, longest)
+        digest = hashlib.sha256(base.encode())
+        for s, answer in zip(samples, given, strict=True):
+            digest.update(repr((s.prompt, s.target, answer, image_digest(s.image))).encode())
+        path = self.cache / f"triplets-{digest.hexdigest()[:24]}.safetensors"
+        chunk = _read(path, self._names(), len(samples))
+        if chunk is None:
+            chunk = self._chunk(samples, given, longest)
+            _write(path, chunk)
+        return chunk
 
-    def _key(self, chunk: list[dict[str, Any]]) -> str:
-        digest = hashlib.sha256(repr(self.layers).encode())
-        weight = next(self.collator.model.parameters()).detach().reshape(-1)[:64].float().cpu()
-        digest.update(weight.numpy().tobytes())
-        for t in chunk:
-            digest.update(repr((t["prompt"], t["target"], t.get("prediction"), image_digest(t.get("image")))).encode())
-        return digest.hexdigest()[:16]
+    def _base_key(self, longest: int) -> str:
+        """Tells one base model from another: a few numbers of every weight, their types, and the edited layers."""
+        digest = hashlib.sha256(repr((self.layers, longest, type(self.collator.model).__name__)).encode())
+        for name, p in self.collator.model.named_parameters():
+            digest.update(repr((name, tuple(p.shape), p.dtype)).encode())
+            if p.device.type != "meta" and p.numel():
+                at = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
+                digest.update(repr(p.detach().reshape(-1)[at].tolist()).encode())
+        return digest.hexdigest()
 
-    def _chunk(self, at: int, chunk: list[dict[str, Any]]) -> dict[str, Any]:
+    def _names(self) -> list[str]:
+        kinds = ("h_sem", "h_pos", "h_neg", "h_att", "ffn")
+        return [f"{kind}.{i}" for kind in kinds for i in self.layers]
+
+    def _chunk(self, samples: list[Sample], given: list[str], longest: int) -> _Chunk:
         """Predictions where none are given, then one teacher-forced forward each for Q + A_pos and Q + A_neg."""
-        unknown = [i for i, t in enumerate(chunk) if not t.get("prediction")]
-        predictions = [str(t.get("prediction") or "") for t in chunk]
-        asked = [Sample(chunk[i]["prompt"], None, chunk[i].get("image")) for i in unknown]
-        for i, answer in zip(unknown, self.collator.generate(asked, self.batch_size), strict=True):
+        unknown = [i for i, answer in enumerate(given) if not answer]
+        predictions = list(given)
+        answers = self.collator.generate([samples[i] for i in unknown], self.batch_size, max_new_tokens=longest)
+        for i, answer in zip(unknown, answers, strict=True):
             predictions[i] = answer
-        right = [Sample(t["prompt"], t["target"], t.get("image")) for t in chunk]
-        wrong = [Sample(t["prompt"], p or None, t.get("image")) for t, p in zip(chunk, predictions, strict=True)]
-        out: dict[str, Any] = {"predictions": predictions, "at": at}
-        out["kept"] = [
-            at + i
-            for i, (t, p) in enumerate(zip(chunk, predictions, strict=True))
-            if p and not answers_match(p, t["target"])
+        kept = [
+            i
+            for i, (s, answer) in enumerate(zip(samples, predictions, strict=True))
+            if answer and not answers_match(answer, s.target or "")  # an empty answer has no last token
         ]
-        for name, samples in (("pos", right), ("neg", wrong)):
-            for key, states in self._states(samples).items():
-                out[f"{name}.{key}"] = states
-        return out
-
-    def _states(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """{"case.tap.layer", "case.att.layer", "case.ffn.layer", "last.tap.layer": [len(samples), d]}, on the CPU."""
-        out: dict[str, Tensor] = {}
+        d = self.decoder.layers[0].hidden_size
+        states = {name: torch.zeros(len(samples), d) for name in self._names()}
         for batch in self.collator.batches(samples, self.batch_size, eos=False):
-            case, last = tap_rows(
-                self.collator.model, self.decoder, self.layers, batch, [batch.case_rows(), last_rows(batch)]
-            )
+            case, last = self._taps(batch, [batch.case_rows(), last_rows(batch)])
             for i in self.layers:
-                found = {
-                    "case.tap": case["tap"],
-                    "case.att": case["att"],
-                    "case.ffn": case["ffn"],
-                    "last.tap": last["tap"],
-                }
-                for key, states in found.items():
-                    rows = states[i].float().cpu()
-                    whole = out.setdefault(f"{key}.{i}", rows.new_zeros(len(samples), rows.shape[1]))
-                    whole[batch.rows] = rows
-        return out
+                found = {"h_sem": case["tap"], "h_att": case["att"], "ffn": case["ffn"], "h_pos": last["tap"]}
+                for kind, rows in found.items():
+                    states[f"{kind}.{i}"][batch.rows] = rows[i].float().cpu()
+        wrong = [Sample(samples[i].prompt, predictions[i], samples[i].image) for i in kept]
+        for batch in self.collator.batches(wrong, self.batch_size, eos=False):
+            (last,) = self._taps(batch, [last_rows(batch)])
+            for i in self.layers:
+                states[f"h_neg.{i}"][[kept[r] for r in batch.rows]] = last["tap"][i].float().cpu()
+        return _Chunk(predictions, kept, states)
 
-    def _join(self, parts: list[dict[str, Any]]) -> TripletStates:
-        kept = [i for p in parts for i in p["kept"]]
-        predictions = [a for p in parts for a in p["predictions"]]
-        index = torch.tensor(kept, dtype=torch.long)
+    def _taps(self, batch: Batch, rows: list[Tensor]) -> list[dict[str, dict[int, Tensor]]]:
+        return tap_rows(self.collator.model, self.decoder, self.layers, batch, rows)
 
-        def all_of(key: str) -> Tensor:
-            return torch.cat([p[key] for p in parts]) if parts else torch.zeros(0, self.decoder.layers[0].hidden_size)
+    def _join(self, chunks: list[_Chunk]) -> TripletStates:
+        starts = list(_starts(len(c.predictions) for c in chunks))
+        kept = [at + i for at, c in zip(starts, chunks, strict=True) for i in c.kept]
+        whole = {name: torch.cat([c.states[name] for c in chunks]) for name in self._names()}
 
-        layers = {
-            i: LayerStates(
-                h_sem=all_of(f"pos.case.tap.{i}")[index],
-                h_pos=all_of(f"pos.last.tap.{i}")[index],
-                h_neg=all_of(f"neg.last.tap.{i}")[index],
-                h_att=all_of(f"pos.case.att.{i}")[index],
-            )
-            for i in self.layers
-        }
-        means = {i: all_of(f"pos.case.ffn.{i}").mean(dim=0) for i in self.layers}
-        return TripletStates(kept, predictions, layers, all_of(f"pos.case.tap.{self.layers[0]}"), means)
+        def layer(i: int) -> LayerStates:
+            return LayerStates(*(whole[f"{kind}.{i}"][kept] for kind in ("h_sem", "h_pos", "h_neg", "h_att")))
+
+        return TripletStates(
+            kept,
+            [answer for c in chunks for answer in c.predictions],
+            {i: layer(i) for i in self.layers},
+            whole[f"h_sem.{self.layers[0]}"],
+            {i: whole[f"ffn.{i}"].mean(dim=0) for i in self.layers},
+        )
 
 
-def image_digest(image: Any) -> str | None:
-    """A short digest of a picture's pixels (a path's own text), None for no picture: to tell requests apart."""
-    if image is None:
+def _starts(sizes: Iterator[int]) -> Iterator[int]:
+    at = 0
+    for size in sizes:
+        yield at
+        at += size
+
+
+def _write(path: Path, chunk: _Chunk) -> None:
+    """Whole or not at all: a stop while writing leaves no file of this name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(chunk.states, half, {"predictions": json.dumps(chunk.predictions), "kept": json.dumps(chunk.kept)})
+    half.replace(path)
+
+
+def _read(path: Path, names: Sequence[str], rows: int) -> _Chunk | None:
+    """The chunk, None where there is none or its file is damaged: then it is computed again."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+            states = {name: file.get_tensor(name) for name in names}
+        chunk = _Chunk(json.loads(said["predictions"]), json.loads(said["kept"]), states)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    if isinstance(image, str | Path):
-        return hashlib.sha256(str(image).encode()).hexdigest()[:16]
-    data = image.tobytes() if hasattr(image, "tobytes") else image.numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def concat(states: Sequence[LayerStates]) -> LayerStates:
-    """Rows of several LayerStates, one after another."""
-    return LayerStates(*(torch.cat([getattr(s, f.name) for s in states]) for f in fields(LayerStates)))
+    return chunk if len(chunk.predictions) == rows and all(len(t) == rows for t in states.values()) else None

@@ -1,7 +1,10 @@
 """From (picture, prompt, target) to padded model inputs, with the case token and the target positions of every row."""
 
+import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,14 +64,18 @@ class Collator:
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        pad = self.tokenizer.pad_token_id
-        self.pad = self.tokenizer.eos_token_id if pad is None else pad
         self.eos = self.tokenizer.eos_token_id
+        self.pad = next(i for i in (self.tokenizer.pad_token_id, self.eos, 0) if i is not None)
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model takes pictures in: its first float parameter's dtype (integers hold quantised weights)."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     def text_model(self) -> nn.Module:
         """What answers text without a picture: a BLIP-2's language model, otherwise the model itself."""
@@ -77,15 +84,32 @@ class Collator:
         return self.model
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
-        """The target's tokens as they follow the prompt: after one space, never as one unknown token."""
+        """The target's tokens as they follow the prompt, after one space unless the prompt ends in white space.
+
+        ValueError where the target is empty or the tokenizer has no token for a part of it.
+        """
         target = target.strip()
         if not target:
             raise ValueError(f"the target of prompt {prompt!r} is empty")
-        before = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer(f"{prompt} {target}", add_special_tokens=False)["input_ids"]
-        if whole[: len(before)] == before and len(whole) > len(before):
-            return whole[len(before) :]
-        return self.tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+        text = target if prompt[-1:].isspace() else f" {target}"
+        ids = self._ids(text)
+        # After the prompt, so that a tokenizer adds no start of text of its own; after a new line where the prompt's
+        # last token would swallow the target's first letters ("Answer: " and "cat" give one token " cat").
+        for before in (prompt, "\n"):
+            start, whole = self._ids(before), self._ids(before + text)
+            if whole[: len(start)] == start and len(whole) > len(start):
+                ids = whole[len(start) :]
+                break
+        if self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer has no token for a part of the target {target!r}")
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def longest_target(self, samples: Sequence[Sample]) -> int:
+        """Tokens of the longest target, without end of sequence; 0 without any."""
+        return max((len(self.target_ids(s.prompt, s.target)) for s in samples if s.target is not None), default=0)
 
     def batches(
         self, samples: Sequence[Sample], batch_size: int, *, eos: bool = True, side: str = "right"
@@ -100,58 +124,55 @@ class Collator:
                 yield self.batch(samples, rows[at : at + batch_size], eos=eos, side=side)
 
     def batch(self, samples: Sequence[Sample], rows: list[int], *, eos: bool = True, side: str = "right") -> Batch:
-        """One batch of samples[rows], which must all have a picture or all have none."""
-        encoded = [self._encode(samples[i]) for i in rows]
-        ids, cases, ends, starts = [], [], [], []
-        for i, features in zip(rows, encoded, strict=True):
-            prompt = features["input_ids"][0].tolist()
-            sample = samples[i]
-            target = [] if sample.target is None else self.target_ids(sample.prompt, sample.target)
-            cases.append(len(prompt) - 1)
-            starts.append(len(prompt))
-            ends.append(len(prompt) + len(target) - 1)
-            ids.append(prompt + target + ([self.eos] if target and eos else []))
+        """One batch of samples[rows]; ValueError unless all have a picture or none has."""
+        if len({samples[i].image is None for i in rows}) != 1:
+            raise ValueError("one batch takes samples that all have a picture, or samples that all have none")
+        model = self.text_model() if samples[rows[0]].image is None else self.model
+        encoded = [self._encode(samples[i], model) for i in rows]
+        prompts = [features["input_ids"][0].tolist() for features in encoded]
+        targets = [self._target(samples[i]) for i in rows]
+        ends = [[self.eos] if target and eos and self.eos is not None else [] for target in targets]
+        ids = [prompt + target + end for prompt, target, end in zip(prompts, targets, ends, strict=True)]
         length = max(map(len, ids))
         shift = [length - len(row) if side == "left" else 0 for row in ids]
         input_ids = torch.full((len(ids), length), self.pad)
         mask = torch.zeros(len(ids), length, dtype=torch.long)
         target_mask = torch.zeros(len(ids), length, dtype=torch.bool)
         for r, row in enumerate(ids):
-            input_ids[r, shift[r] : shift[r] + len(row)] = torch.tensor(row)
-            mask[r, shift[r] : shift[r] + len(row)] = 1
-            target_mask[r, shift[r] + starts[r] : shift[r] + len(row)] = True
+            here = slice(shift[r], shift[r] + len(row))
+            input_ids[r, here] = torch.tensor(row)
+            mask[r, here] = 1
+            target_mask[r, shift[r] + len(prompts[r]) : here.stop] = True
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         for name in encoded[0]:
             if name not in inputs:
-                inputs[name] = self._stack([e[name] for e in encoded], encoded, shift, length)
-        moved = torch.tensor(shift)
-        has_image = samples[rows[0]].image is not None
+                inputs[name] = _stack(name, [e[name] for e in encoded], prompts, shift, length)
+        case = torch.tensor(shift) + torch.tensor([len(prompt) - 1 for prompt in prompts])
+        last = case + torch.tensor([len(target) for target in targets])
         device = self.device
         return Batch(
-            self.model if has_image else self.text_model(),
+            model,
             {name: tensor.to(device) for name, tensor in inputs.items()},
-            (torch.tensor(cases) + moved).to(device),
+            case.to(device),
             target_mask.to(device),
-            (torch.tensor(ends) + moved).to(device),
+            last.to(device),
             list(rows),
         )
 
-    def _encode(self, sample: Sample) -> dict[str, Tensor]:
-        if sample.image is None:
-            return dict(self.tokenizer(sample.prompt, return_tensors="pt"))
-        features = dict(self.processor(images=sample.image, text=sample.prompt, return_tensors="pt"))
-        dtype = next(self.model.parameters()).dtype
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in features.items()}
+    def _target(self, sample: Sample) -> list[int]:
+        return [] if sample.target is None else self.target_ids(sample.prompt, sample.target)
 
-    def _stack(self, parts: list[Tensor], encoded: list[dict], shift: list[int], length: int) -> Tensor:
-        """Per-sample features as one batch; those with one entry per token (token types) are padded with zeros."""
-        per_token = all(p.dim() == 2 and p.shape == e["input_ids"].shape for p, e in zip(parts, encoded, strict=True))
-        if not per_token:
-            return torch.cat(parts)
-        out = parts[0].new_zeros(len(parts), length)
-        for r, part in enumerate(parts):
-            out[r, shift[r] : shift[r] + part.shape[1]] = part[0]
-        return out
+    def _encode(self, sample: Sample, model: nn.Module) -> dict[str, Tensor]:
+        """The features [1, ...] of one prompt, image tokens included."""
+        if sample.image is None:
+            features = dict(self.tokenizer(sample.prompt, return_tensors="pt"))
+        else:
+            features = dict(self.processor(images=sample.image, text=sample.prompt, return_tensors="pt"))
+        if features["input_ids"].numel() == 0:
+            raise ValueError(f"prompt {sample.prompt!r} has no token, so it has no case token")
+        if not _takes(model, "token_type_ids"):  # most tokenizers give them, few decoders know them
+            features.pop("token_type_ids", None)
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in features.items()}
 
     @torch.no_grad()
     def generate(
@@ -170,8 +191,44 @@ class Collator:
     def generate_ids(self, batch: Batch, max_new_tokens: int = 24, **kw: Any) -> Tensor:
         """[B, new] greedily generated token ids of a left-padded batch, without the prompt."""
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad} | kw
-        ids = batch.model.generate(**batch.inputs, **options)  # type: ignore[operator]  # a generating model's method
+        ids = batch.model.generate(**batch.inputs, **options)
         prompt = batch.inputs["input_ids"]
         width = prompt.shape[1]
+        # Models that generate from embeddings give the new tokens alone, the others the prompt before them.
         echoed = ids.shape[1] >= width and torch.equal(ids[:, :width].to(prompt), prompt)
         return ids[:, width:] if echoed else ids
+
+
+def image_digest(image: Any) -> str | None:
+    """A short digest of a picture, None for none: of its pixels, of a file's bytes, of any other text itself."""
+    if image is None:
+        return None
+    if isinstance(image, str | Path):
+        data = Path(image).read_bytes() if Path(image).is_file() else str(image).encode()
+        return hashlib.sha256(data).hexdigest()[:16]
+    if isinstance(image, list | tuple):
+        return hashlib.sha256(repr([image_digest(part) for part in image]).encode()).hexdigest()[:16]
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().float().numpy()
+    form = (getattr(image, "mode", None), getattr(image, "size", None), getattr(image, "shape", None))
+    return hashlib.sha256(repr(form).encode() + image.tobytes()).hexdigest()[:16]
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument of this name (an adapter's wrapper passes everything on)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(base.forward).parameters
+
+
+def _stack(name: str, parts: list[Tensor], prompts: list[list[int]], shift: list[int], length: int) -> Tensor:
+    """Features [1, ...] of several samples as one batch; those with one entry per token are padded with zeros."""
+    if not all(p.shape == (1, len(prompt)) for p, prompt in zip(parts, prompts, strict=True)):
+        try:
+            return torch.cat(parts)
+        except RuntimeError:
+            shapes = sorted({tuple(p.shape) for p in parts})
+            raise ValueError(f"the pictures of one batch give {name} of different shapes: {shapes}") from None
+    out = parts[0].new_zeros(len(parts), length)
+    for r, part in enumerate(parts):
+        out[r, shift[r] : shift[r] + part.shape[1]] = part[0]
+    return out

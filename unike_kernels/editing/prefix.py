@@ -8,66 +8,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cases import Cases, CaseState
 from ..models import Decoder, get_module
+from ..patching import PatchHandle
 from .inputs import Batch
 
 
 class _Reached(Exception):
-    """The first edited layer was called; nothing above it needs to run."""
+    """The module to stop at was called; nothing after it needs to run."""
 
 
 @dataclass
 class Prefix:
-    """What enters the first edited layer: hidden states [B, S, d] and the layer's other arguments."""
+    """What enters layer `first`, hidden states [B, S, d], and the other arguments of every layer from there on."""
 
     hidden: Tensor
-    kwargs: dict[str, Any]
+    calls: dict[int, tuple[tuple, dict[str, Any]]]  # by layer, since masks and rotations may differ between layers
     first: int
-
-    def rows(self, index: Tensor) -> "Prefix":
-        """The prefix of some rows [b] of the batch."""
-        return Prefix(self.hidden[index], _select(self.kwargs, index, len(self.hidden)), self.first)
-
-
-def _select(value: Any, index: Tensor, batch: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[index] if value.dim() > 0 and value.shape[0] == batch and batch > 1 else value
-    if isinstance(value, dict):
-        return {k: _select(v, index, batch) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_select(v, index, batch) for v in value)
-    return value
 
 
 @torch.no_grad()
-def run_prefix(model: nn.Module, decoder: Decoder, batch: Batch, first: int) -> Prefix:
-    """Runs `model` on the batch up to decoder layer `first`; the layers from there on do not run."""
-    caught: list[Prefix] = []
-    names = ("hidden_states",)
+def run_until(batch: Batch, module: nn.Module) -> None:
+    """Runs the batch's model until `module` is about to run; nothing from there on runs."""
 
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop(names[0])
-        dropped = ("past_key_values", "past_key_value", "use_cache")
-        caught.append(Prefix(hidden, {k: v for k, v in kwargs.items() if k not in dropped}, first))
+    def stop(module: nn.Module, args: tuple) -> None:
         raise _Reached
 
-    layer = get_module(model, decoder.layer_name(first))
-    hook = layer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    hook = module.register_forward_pre_hook(stop)
     try:
         batch.model(**batch.inputs, use_cache=False)
     except _Reached:
-        return caught[0]
+        return
     finally:
         hook.remove()
-    raise RuntimeError(f"decoder layer {first} did not run")
+    raise RuntimeError(f"{type(batch.model).__name__} did not run its {type(module).__name__}")
+
+
+def run_prefix(model: nn.Module, decoder: Decoder, batch: Batch, first: int) -> Prefix:
+    """Runs the batch's model below decoder layer `first`; `model` is what `decoder`'s names start from."""
+    indices = range(first, len(decoder.layers))
+    layers = {i: get_module(model, decoder.layer_name(i)) for i in indices}
+    calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+    hooks = []
+    with recorded({first: layers[first]}, "input") as hidden:
+        for i, layer in layers.items():
+
+            def keep(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> None:
+                dropped = ("hidden_states", "past_key_values", "past_key_value", "use_cache")
+                calls[i] = (args[1:], {k: v for k, v in kwargs.items() if k not in dropped})
+
+            hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        try:
+            run_until(batch, layers[indices[-1]])  # each layer's arguments are known only when it is called
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return Prefix(hidden[first], calls, first)
 
 
 def run_tail(model: nn.Module, decoder: Decoder, prefix: Prefix) -> Tensor:
     """[B, S, d] the decoder's output (after its final norm) from the prefix on, through the edited layers' hooks."""
     hidden = prefix.hidden
-    for i in range(prefix.first, len(decoder.layers)):
-        out = get_module(model, decoder.layer_name(i))(hidden, **prefix.kwargs)
+    for i, (args, kwargs) in sorted(prefix.calls.items()):
+        out = get_module(model, decoder.layer_name(i))(hidden, *args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
     owner = get_module(model, decoder.name)
     for name in ("final_layer_norm", "norm", "project_out"):  # OPT; LLaMA; OPT-350m
@@ -85,6 +88,22 @@ def head(model: nn.Module, decoder: Decoder) -> nn.Module:
         if isinstance(getattr(module, "lm_head", None), nn.Module):
             return module.lm_head
     raise ValueError(f"no lm_head around {decoder.name!r} in {type(model).__name__}")
+
+
+@contextmanager
+def cases_named(handle: PatchHandle, batch: Batch, selected: Tensor | None = None) -> Iterator[Cases]:
+    """Inside, a patch knows the cases of a teacher-forced batch whose layers run without their decoder.
+
+    selected [B, m]: the groups that act on each case, -1 padded; None leaves it to the patch. Every entry is a new
+    pass: nothing that was decided before is kept.
+    """
+    tracker = handle.record.runtime.tracker
+    state = CaseState(tracker.version, batch.shape[0], selected=selected, chosen=selected is not None)
+    tracker.current = Cases(batch.token_to_case(), batch.case_rows(), state, fresh=True)
+    try:
+        yield tracker.current
+    finally:
+        tracker.current = None
 
 
 @contextmanager

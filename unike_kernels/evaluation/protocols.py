@@ -11,46 +11,80 @@ from ..editing.inputs import Collator, Sample
 from ..edits import Edits
 from ..models import Decoder
 from ..patching import patch
-from .metrics import exact_match
-from .scoring import Score, Scorer
+from .metrics import exact_match, mean_of_five
+from .scoring import Scorer
 
 KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
+LOCAL = ("t_loc", "m_loc")
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One probe: the answers before and after, and its score (accuracy for rel and *_gen, locality for *_loc)."""
+    """One probe: the answers generated before and after, and its scores as shares of 1.
+
+    before, after: accuracy on the target; for locality 1 and the share of target tokens that stay (A). exact: whether
+    the answer is the target; for locality whether it is the one of before. locality_b: None but for locality.
+    """
 
     kind: str
     prompt: str
     target: str
-    before: str
-    after: str
-    score: float
+    answer_before: str
+    answer_after: str
+    before: float
+    after: float
+    exact: float
+    locality_b: float | None
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The five metrics in percent (locality A) of the kinds asked, with B, exact match and every probe's row."""
+    """The five metrics on probes; prints as a table, and holds every probe's row."""
 
-    metrics: dict[str, float]
-    locality_b: dict[str, float]
-    exact: dict[str, float]
-    before: dict[str, float]
     rows: tuple[CheckRow, ...]
 
+    @property
+    def before(self) -> dict[str, float]:
+        """Percent by kind, on the unedited model: the measured accuracy; locality starts at 100 by definition."""
+        return self._mean("before")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Percent by kind, edited: Rel, T-Gen and M-Gen by token accuracy, locality A; "mean" where all five are."""
+        found = self._mean("after")
+        return found | {"mean": mean_of_five(*(found[k] for k in KINDS))} if len(found) == len(KINDS) else found
+
+    @property
+    def locality_b(self) -> dict[str, float]:
+        """Percent by kind of locality."""
+        return self._mean("locality_b")
+
+    @property
+    def exact(self) -> dict[str, float]:
+        """Percent by kind: greedy answers that are the target; for locality, that are those of before."""
+        return self._mean("exact")
+
+    def _mean(self, field: str) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for kind in KINDS:
+            for row in self.rows:
+                if row.kind == kind and getattr(row, field) is not None:
+                    found.setdefault(kind, []).append(100.0 * getattr(row, field))
+        return {kind: sum(values) / len(values) for kind, values in found.items()}
+
     def __str__(self) -> str:
-        head = f"{'':10}" + "".join(f"{k:>8}" for k in KINDS)
-        lines = [head]
+        columns = (*KINDS, "mean")
+        lines = [f"{'percent':10}" + "".join(f"{c:>8}" for c in columns)]
         for name, values in (
             ("before", self.before),
             ("after", self.metrics),
             ("locality B", self.locality_b),
             ("exact", self.exact),
         ):
-            cells = (f"{values[k]:8.1f}" if k in values and values[k] == values[k] else f"{'':>8}" for k in KINDS)
-            lines.append(f"{name:10}" + "".join(cells))
-        return "\n".join(lines)
+            lines.append(f"{name:10}" + "".join(f"{values[c]:8.1f}" if c in values else " " * 8 for c in columns))
+        counts = {kind: sum(row.kind == kind for row in self.rows) for kind in KINDS}
+        lines.append(f"{'probes':10}" + "".join(f"{counts[k] or '':>8}" for k in KINDS))
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def check(
@@ -64,50 +98,33 @@ def check(
 ) -> CheckReport:
     """The five metrics of `edits`, all on the model, over probes (dicts: kind, prompt, target, image: optional).
 
-    "before" is measured on the unedited model: accuracy for rel and generality; locality starts at 100 by definition.
+    routing: as `patch` takes it. Locality's targets only say which positions are compared. ValueError on a bad probe.
     """
-    for n, probe in enumerate(probes):
-        if probe.get("kind") not in KINDS:
-            raise ValueError(f"probe {n} needs a kind of {', '.join(KINDS)}, but has {probe.get('kind')!r}")
-    samples = [Sample(p["prompt"], p["target"], p.get("image")) for p in probes]
+    samples = [_sample(n, probe) for n, probe in enumerate(probes)]
     scorer = Scorer(collator, decoder, min(edits.layers), samples)
-    base = scorer.base_accuracy()
-    answers_before = collator.generate(samples)
+    longest = collator.longest_target(samples) + 1  # one more, so that an answer that goes on is seen to
+    answers_before = collator.generate(samples, max_new_tokens=longest)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the base is the model that the edits were just checked against
+        warnings.simplefilter("ignore")  # other weights of the same architecture: said when the edits were loaded
         handle = patch(model, edits, name="unike_check", routing=routing)
     with handle:
         scores = scorer.score(handle)
-        answers = collator.generate(samples)
-    kinds = [p["kind"] for p in probes]
-    local = [k.endswith("loc") for k in kinds]
-    values = [s.locality_a if is_local else s.accuracy for s, is_local in zip(scores, local, strict=True)]
-    kept = [
-        float(a == b) if is_local else float(exact_match(a, s.target or ""))
-        for a, b, s, is_local in zip(answers, answers_before, samples, local, strict=True)
-    ]
-    rows = tuple(
-        CheckRow(k, s.prompt, s.target or "", b, a, v)
-        for k, s, b, a, v in zip(kinds, samples, answers_before, answers, values, strict=True)
-    )
-    return CheckReport(
-        by_kind(kinds, values),
-        {k: v for k, v in by_kind(kinds, [s.locality_b for s in scores]).items() if k.endswith("loc")},
-        by_kind(kinds, kept),
-        by_kind(kinds, [100.0 if is_local else b for b, is_local in zip(base, local, strict=True)], scale=None),
-        rows,
-    )
+        answers_after = collator.generate(samples, max_new_tokens=longest)
+    rows = []
+    for n, (probe, sample, score, base) in enumerate(zip(probes, samples, scores, scorer.base_accuracy(), strict=True)):
+        said, says, target = answers_before[n], answers_after[n], sample.target or ""
+        if probe["kind"] in LOCAL:
+            values = (1.0, score.locality_a, float(says == said), score.locality_b)
+        else:
+            values = (base, score.accuracy, float(exact_match(says, target)), None)
+        rows.append(CheckRow(probe["kind"], sample.prompt, target, said, says, *values))
+    return CheckReport(tuple(rows))
 
 
-def by_kind(kinds: Sequence[str], values: Sequence[float], scale: float | None = 100.0) -> dict[str, float]:
-    """Mean of `values` in percent for every kind that occurs; accuracies are shares unless they are above 1."""
-    out = {}
-    for kind in KINDS:
-        mine = [v for k, v in zip(kinds, values, strict=True) if k == kind]
-        if mine:
-            mean = sum(mine) / len(mine)
-            out[kind] = mean * scale if scale is not None else (mean if kind.endswith("loc") else mean * 100.0)
-    return out
-
-
-__all__ = ["KINDS", "CheckReport", "CheckRow", "Score", "check"]
+def _sample(n: int, probe: dict[str, Any]) -> Sample:
+    if probe.get("kind") not in KINDS:
+        raise ValueError(f"probe {n} needs a kind of {', '.join(KINDS)}, but has {probe.get('kind')!r}")
+    for key in ("prompt", "target"):
+        if not isinstance(probe.get(key), str) or not probe[key].strip():
+            raise ValueError(f"probe {n} needs a non-empty string {key!r}, but has {probe.get(key)!r}")
+    return Sample(probe["prompt"], probe["target"], probe.get("image"))

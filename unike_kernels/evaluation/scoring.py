@@ -1,16 +1,16 @@
 """Teacher-forced scoring of many probes under many edits: the layers below the first edited one run once per probe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..cases import Cases, CaseState
+from ..cases import Cases
 from ..editing.inputs import Batch, Collator, Sample
-from ..editing.prefix import Prefix, head, recorded, run_prefix, run_tail
+from ..editing.prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
 from ..models import Decoder, get_module
-from ..patching import PatchHandle
+from ..patching import PatchHandle, status
 from . import metrics
 
 
@@ -27,35 +27,40 @@ class Scorer:
     """Scores probes (question, target) on the base and under any patch of the same layers.
 
     Holds, per batch, the states that enter the first edited layer and what the base predicts.
+    case_tap [n, d]: the tap at every probe's case token, at the first edited layer: what a router decides by.
     """
 
     def __init__(
         self, collator: Collator, decoder: Decoder, first: int, samples: Sequence[Sample], *, batch_size: int = 64
     ) -> None:
-        """first: the lowest edited layer. samples: all with a target. The model must carry no active edit now."""
+        """first: the lowest edited layer. samples: all with a target. ValueError while the model carries edits."""
+        active = sorted({s.name for s in status(collator.model) if s.enabled})
+        if active:
+            raise ValueError(f"the model carries edits ({', '.join(active)}): make the Scorer on the base")
         self.collator, self.decoder, self.first = collator, decoder, first
         self.samples = list(samples)
         self.head = head(collator.model, decoder)
         attention = get_module(collator.model, decoder.layers[first].attention)
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].target or ""))
+        none = torch.empty(0, dtype=torch.long)
         self.batches: list[tuple[Batch, Prefix]] = []
-        self.base_target: list[Tensor] = [torch.empty(0)] * len(samples)  # tf_ids of the base, by sample
+        self.base_target: list[Tensor] = [none] * len(samples)  # tf_ids of the base, by sample
         self.base_top: list[Tensor] = []  # top ids at all positions, by batch
-        self.wanted: list[Tensor] = [torch.empty(0)] * len(samples)
-        self.case_tap = torch.zeros(len(samples), decoder.layers[first].hidden_size)  # [n, d] at the first edited layer
-        sorted_samples = [self.samples[i] for i in order]
-        for batch in collator.batches(sorted_samples, batch_size, eos=False):
+        self.wanted: list[Tensor] = [none] * len(samples)
+        self.case_tap = torch.zeros(len(samples), decoder.layers[first].hidden_size)
+        # like lengths share a batch, and little padding
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].target or ""))
+        for batch in collator.batches([self.samples[i] for i in order], batch_size, eos=False):
             batch.rows = [order[r] for r in batch.rows]
             prefix = run_prefix(collator.model, decoder, batch, first)
             self.batches.append((batch, prefix))
-            with torch.no_grad(), recorded({"tap": attention}, "input") as kept:
+            with torch.no_grad(), recorded({first: attention}, "input") as kept:
                 logits = self._logits(prefix)
-            taps = kept["tap"].reshape(-1, kept["tap"].shape[-1])[batch.case_rows()]
-            self.base_top.append(metrics.top_ids(logits, self._k(batch)))
-            for row, ids, wanted, tap in zip(
-                batch.rows, metrics.target_ids(logits, batch.target_mask), self._targets(batch), taps, strict=True
-            ):
-                self.base_target[row], self.wanted[row], self.case_tap[row] = ids, wanted, tap
+            taps = kept[first].reshape(-1, kept[first].shape[-1])[batch.case_rows()]
+            self.base_top.append(metrics.top_ids(logits, self._ranks(batch)))
+            for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
+                row = batch.rows[r]
+                self.wanted[row] = batch.inputs["input_ids"][r][batch.target_mask[r]]
+                self.base_target[row], self.case_tap[row] = ids, taps[r]
 
     def base_accuracy(self) -> list[float]:
         """Token accuracy of the unedited model on every probe's target: the measured value before any edit."""
@@ -68,11 +73,9 @@ class Scorer:
         chosen: for each probe the index of the one edit that acts on it, None for none; without it the patch's own
         routing decides (or all edits act).
         """
-        out: list[Score | None] = [None] * len(self.samples)
-        for (batch, prefix), base_top in zip(self.batches, self.base_top, strict=True):
-            self._name(handle, batch, prefix, chosen)
-            logits = self._logits(prefix)
-            top = metrics.top_ids(logits, self._k(batch))
+        out = [Score(float("nan"), float("nan"), float("nan"))] * len(self.samples)
+        for (batch, _, logits), base_top in zip(self._passes(handle, chosen), self.base_top, strict=True):
+            top = metrics.top_ids(logits, self._ranks(batch))
             for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
                 row, real = batch.rows[r], batch.inputs["attention_mask"][r] != 0
                 out[row] = Score(
@@ -80,57 +83,47 @@ class Scorer:
                     metrics.locality_a(self.base_target[row], ids),
                     metrics.locality_b(base_top[r][real], top[r][real]),
                 )
-        return [s for s in out if s is not None]
+        return out
 
     @torch.no_grad()
     def alphas(self, handle: PatchHandle, chosen: Sequence[int | None] | None = None) -> list[float]:
-        """The mean alpha of every probe's case over the edited layers, in order; arguments as in `score`."""
+        """The mean alpha of every probe's case over the edited layers, in order; nan without a per-case alpha."""
         out = [float("nan")] * len(self.samples)
-        for batch, prefix in self.batches:
-            self._name(handle, batch, prefix, chosen)
-            self._logits(prefix)
-            cases = handle.record.runtime.tracker.current
-            if cases is None or not cases.state.layers:
-                continue
-            alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
-            for row, value in zip(batch.rows, alpha.tolist(), strict=True):
-                out[row] = value
+        for batch, cases, _ in self._passes(handle, chosen):
+            if cases.state.layers:
+                alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
+                for row, value in zip(batch.rows, alpha.tolist(), strict=True):
+                    out[row] = value
         return out
 
     @torch.no_grad()
     def logits(self, handle: PatchHandle | None = None) -> list[Tensor]:
         """[B, S, V] by batch: of the base as the model stands, or with `handle`'s patch and its own routing."""
-        out = []
-        for batch, prefix in self.batches:
-            if handle is not None:
-                self._name(handle, batch, prefix, None)
-            out.append(self._logits(prefix))
-        return out
+        if handle is None:
+            return [self._logits(prefix) for _, prefix in self.batches]
+        return [logits for _, _, logits in self._passes(handle, None)]
 
-    @staticmethod
-    def _name(handle: PatchHandle, batch: Batch, prefix: Prefix, chosen: Sequence[int | None] | None) -> None:
-        selected = None
-        if chosen is not None:
-            picks = [chosen[r] for r in batch.rows]
-            selected = torch.tensor([-1 if p is None else p for p in picks], device=prefix.hidden.device)[:, None]
-        name_cases(handle, batch, selected)
+    def _passes(
+        self, handle: PatchHandle, chosen: Sequence[int | None] | None
+    ) -> Iterator[tuple[Batch, Cases, Tensor]]:
+        """Every batch through the edited layers, with its cases and logits [B, S, V]."""
+        lowest = min(layer.index for layer in handle.record.layers)
+        if lowest < self.first:
+            raise ValueError(f"the patch edits layer {lowest}, but this Scorer holds the states below {self.first}")
+        if chosen is not None and len(chosen) != len(self.samples):
+            raise ValueError(f"{len(self.samples)} probes, but edits are chosen for {len(chosen)}")
+        for batch, prefix in self.batches:
+            selected = None
+            if chosen is not None:
+                picks = [-1 if (pick := chosen[r]) is None else pick for r in batch.rows]
+                selected = torch.tensor(picks, device=prefix.hidden.device)[:, None]
+            with cases_named(handle, batch, selected) as cases:
+                logits = self._logits(prefix)
+            yield batch, cases, logits
 
     def _logits(self, prefix: Prefix) -> Tensor:
         return self.head(run_tail(self.collator.model, self.decoder, prefix))
 
-    def _k(self, batch: Batch) -> int:
+    def _ranks(self, batch: Batch) -> int:
+        """How many top ids locality B compares: 10 for pictures, 1 for text."""
         return 10 if self.samples[batch.rows[0]].image is not None else 1
-
-    @staticmethod
-    def _targets(batch: Batch) -> list[Tensor]:
-        return [ids[mask] for ids, mask in zip(batch.inputs["input_ids"], batch.target_mask, strict=True)]
-
-
-def name_cases(handle: PatchHandle, batch: Batch, selected: Tensor | None) -> None:
-    """Tells a patch the cases of a teacher-forced batch whose layers are about to run without their decoder.
-
-    selected [B, m]: the groups that act on each case, None to leave it to the patch.
-    """
-    tracker = handle.record.runtime.tracker
-    state = CaseState(tracker.version, batch.shape[0], selected=selected, chosen=selected is not None)
-    tracker.current = Cases(batch.token_to_case(), batch.case_rows(), state, fresh=True)

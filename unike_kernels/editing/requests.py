@@ -1,0 +1,110 @@
+"""What edits are asked for, and how they and their tensors join an Edits."""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..edits import EditEntry, Edits, LayerEdits
+from .inputs import Sample, image_digest
+from .train import Rows
+
+
+@dataclass
+class Request:
+    """One edit asked for; digest: of its picture, None for none."""
+
+    id: str
+    prompt: str
+    target: str
+    image: Any
+    digest: str | None
+
+    def sample(self) -> Sample:
+        """The request as a question with its answer."""
+        return Sample(self.prompt, self.target, self.image)
+
+    def entry(self, layers: Sequence[int]) -> EditEntry:
+        """Its entry while it has no neurons."""
+        return EditEntry(self.id, self.prompt, self.target, self.digest, dict.fromkeys(layers, 0), None, False, 0)
+
+
+def check_samples(samples: Sequence[dict[str, Any]], what: str) -> None:
+    """ValueError unless there are samples, all with a prompt and a target."""
+    if not samples:
+        raise ValueError(f"no {what}s given")
+    for n, s in enumerate(samples):
+        for key in ("prompt", "target"):
+            if not isinstance(s.get(key), str) or not s[key].strip():
+                raise ValueError(f"{what} {n} needs a non-empty string {key!r}, but has {s.get(key)!r}")
+
+
+def asked(sample: dict[str, Any]) -> tuple[str | None, str]:
+    """(digest of the picture, prompt): what is asked, whatever the answer."""
+    return image_digest(sample.get("image")), sample["prompt"]
+
+
+def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tuple[list[Request], Edits | None]:
+    """The requests with their ids, and `onto` without the edits that a request replaces.
+
+    Of two that ask the same (picture and prompt) the newer one stays, said in a warning; two with one id are an error.
+    """
+    check_samples(requests, "request")
+    latest: dict[tuple[str | None, str], Request] = {}
+    replaced = []
+    for r in requests:
+        key = asked(r)
+        made = hashlib.sha256(repr((*key, r["target"])).encode()).hexdigest()[:12]
+        new = Request(made if r.get("id") is None else str(r["id"]), r["prompt"], r["target"], r.get("image"), key[0])
+        if key in latest:
+            replaced.append((new.id, latest.pop(key).id))
+        latest[key] = new
+    if onto is not None:
+        gone = {e.id: latest[e.image, e.prompt].id for e in onto.entries if (e.image, e.prompt) in latest}
+        replaced += [(new, old) for old, new in gone.items()]
+        onto = onto.remove(list(gone))
+    for newer, older in replaced:
+        warnings.warn(f"request {newer!r} replaces {older!r}: the same picture and prompt", stacklevel=3)
+    ids = [r.id for r in latest.values()]
+    twice = sorted({i for i in ids if ids.count(i) > 1} | (set(ids) & set(onto.ids if onto is not None else ())))
+    if twice:
+        raise ValueError(f"edit ids must be unique, but these come twice: {', '.join(map(repr, twice))}")
+    return list(latest.values()), onto
+
+
+def appended(edits: Edits, entries: Sequence[EditEntry], layers: dict[int, LayerEdits]) -> Edits:
+    """`edits` with more edits behind the ones it has."""
+    grown = {i: LayerEdits.cat([layer, layers[i]]) for i, layer in edits.layers.items()}
+    return replace(edits, entries=[*edits.entries, *entries], layers=grown)
+
+
+def new_layer(
+    own: tuple[Tensor, Tensor], gated: bool, rows: Rows | None = None, zeta: Tensor | None = None
+) -> LayerEdits:
+    """E edits at one layer, all of one size, on the CPU in float32; without rows their groups are empty.
+
+    own: (h_sem, h_pos), each [E, d]; rows: the neurons [E * ne, ...], those of one edit side by side; zeta [E, d].
+    """
+    h_sem, h_pos = own
+    edits, d = h_sem.shape
+    if rows is None:
+        names = ("keys", "values", "up") if gated else ("keys", "values")
+        biases = ("key_bias", "up_bias") if gated else ("key_bias",)
+        rows = {name: torch.zeros(0, d) for name in names} | {name: torch.zeros(0) for name in biases}
+    rows = {name: t.float().cpu() for name, t in rows.items()}
+    size = len(rows["keys"]) // max(edits, 1)
+    return LayerEdits(
+        keys=rows["keys"],
+        key_bias=rows["key_bias"],
+        values=rows["values"],
+        group_ptr=size * torch.arange(edits + 1),
+        zeta=torch.zeros(edits, d) if zeta is None else zeta.float().cpu(),
+        up=rows.get("up"),
+        up_bias=rows.get("up_bias"),
+        h_sem=h_sem,
+        h_pos=h_pos,
+    )
