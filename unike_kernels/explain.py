@@ -17,7 +17,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """One case: the edits that act on it, as (id, routing score or None when all act), and each layer's decision."""
+    """One case: the edits that act on it, as (id, routing score or None where none was routed), then each layer."""
 
     case: int
     edits: tuple[tuple[str, float | None], ...]
@@ -38,11 +38,11 @@ def report(cases: Cases, edits: Edits) -> list[CaseReport]:
     state = cases.state
     out = []
     for case in range(state.size):
-        if state.selected is None or state.route_scores is None:
-            acting: list[tuple[str, float | None]] = [(i, None) for i in edits.ids]
-        else:
-            chosen = zip(state.selected[case].tolist(), state.route_scores[case].tolist(), strict=True)
-            acting = [(edits.ids[group], score) for group, score in chosen if group >= 0]
+        acting: list[tuple[str, float | None]] = [(i, None) for i in edits.ids]
+        if state.selected is not None:
+            groups = state.selected[case].tolist()
+            scores = [None] * len(groups) if state.route_scores is None else state.route_scores[case].tolist()
+            acting = [(edits.ids[group], score) for group, score in zip(groups, scores, strict=True) if group >= 0]
         layers = []
         for index, decision in sorted(state.layers.items()):
             shared = len(edits.shared[index].h_sem)

@@ -1,17 +1,21 @@
 """ExternalMemory: the items of one site, searched by cosine; rows in fixed storage so that graphs follow a swap."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .reference import compute_dtype
 
 
 class ExternalMemory(nn.Module):
     """Items (h_sem, h_pos) of one self-attention site, with what the shift needs of each precomputed.
 
     Storage holds `capacity` items; the first `shared` are the memory, the next `own` belong to one edit each.
-    sem [capacity, d]: h_sem as stored; sem_norm [capacity]: its fp32 norm; keys, values: what the attention over the
-    items reads, [capacity, kv_heads, head_dim] (`projected`) or the same [capacity, d] h_pos (`raw`).
+    sem [capacity, d]: h_sem as stored; sem_norm [capacity]: its norm, in fp32 at least; keys, values: what the
+    attention over the items reads, [capacity, kv_heads, head_dim] (`projected`) or twice h_pos [capacity, d] (`raw`).
     Tensors are buffers that move with the module and are never part of a state_dict.
     """
 
@@ -26,7 +30,8 @@ class ExternalMemory(nn.Module):
         capacity = len(sem) if capacity is None else capacity
         for name, rows in (("sem", sem), ("keys", keys), ("values", values)):
             self.register_buffer(name, rows.new_zeros((capacity, *rows.shape[1:])), persistent=False)
-        self.register_buffer("sem_norm", torch.zeros(capacity, device=sem.device), persistent=False)
+        norm = torch.zeros(capacity, dtype=compute_dtype(sem), device=sem.device)
+        self.register_buffer("sem_norm", norm, persistent=False)
         # [shared, shared + own]: read on the device, so that a captured graph follows a swap
         self.register_buffer("counts", torch.zeros(2, dtype=torch.long, device=sem.device), persistent=False)
         self.load(sem, keys, values, shared)
@@ -39,21 +44,29 @@ class ExternalMemory(nn.Module):
     def check(self, n: int) -> None:
         """Raises ValueError when n items do not fit."""
         if n > self.capacity:
-            raise ValueError(f"the memory holds at most {self.capacity} items (max_items at patch time), but got {n}")
+            raise ValueError(f"room for {self.capacity} items (max_items at patch time), but got {n}")
 
     def load(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int) -> None:
         """Replaces all items, in place: sem [n, d], keys and values [n, ...], the first `shared` of no single edit."""
         self.check(len(sem))
         n = len(sem)
         with torch.no_grad():
-            self.sem[:n].copy_(sem)
-            self.keys[:n].copy_(keys)
-            self.values[:n].copy_(values)
-            # the norm of the rows as stored, so that rounding to the working dtype does not tilt a cosine
-            self.sem_norm[:n].copy_(self.sem[:n].float().norm(dim=-1))
-            for rows in (self.sem, self.keys, self.values, self.sem_norm):
+            for rows, new in ((self.sem, sem), (self.keys, keys), (self.values, values)):
+                rows[:n].copy_(new)
                 rows[n:].zero_()
             self.counts.copy_(torch.tensor([shared, n]))
+            self._measure()
+
+    def _measure(self) -> None:
+        """The norm of the rows as stored, so that rounding to the working dtype does not tilt a cosine."""
+        self.sem_norm.copy_(torch.linalg.vector_norm(self.sem.to(self.sem_norm.dtype), dim=-1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ExternalMemory":
+        super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
+        self.sem_norm = self.sem_norm.to(compute_dtype(self.sem))
+        with torch.no_grad():
+            self._measure()
+        return self
 
     def search(self, q: Tensor, k: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(scores [T, k] fp32, indices [T, k] int64) of the items nearest to q [T, d] by cosine, -inf and -1 padded.
@@ -65,16 +78,25 @@ class ExternalMemory(nn.Module):
         end = self.counts[1] if selected is None else self.counts[0]
         ranges = torch.stack([start, end]).expand(len(q), 2)
         scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges)
-        if selected is None:
+        if selected is None or self.capacity == 0:
             return scores, indices
         own = torch.where(selected >= 0, selected + self.counts[0], -1)  # [T, m]
-        fits = (own >= 0) & (own < self.counts[1])
-        rows = self.sem[own.clamp(min=0, max=max(self.capacity - 1, 0))].float()  # [T, m, d]
-        cosine = torch.nn.functional.cosine_similarity(rows, q.float()[:, None], dim=-1)
-        scores = torch.cat([cosine.masked_fill(~fits, -torch.inf), scores], dim=1)
-        indices = torch.cat([own.masked_fill(~fits, -1), indices], dim=1)
+        own_scores = self._cosine(q, own.clamp(min=0, max=self.capacity - 1)).to(scores.dtype)
+        # Not finite: a NaN query retrieves nothing, a NaN item is never retrieved.
+        missing = (own < 0) | (own >= self.counts[1]) | ~own_scores.isfinite()
+        scores = torch.cat([scores, own_scores.masked_fill(missing, -torch.inf)], dim=1)
+        indices = torch.cat([indices, own.masked_fill(missing, -1)], dim=1)
+        # Stable, and the memory comes first: among equal scores the lowest index wins.
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return scores[:, :k], indices.gather(1, order)[:, :k]
+
+    def _cosine(self, q: Tensor, items: Tensor) -> Tensor:
+        """cos(q, sem[i]) of q [T, d] and items [T, m] -> [T, m]; 0 for zero vectors."""
+        dtype = compute_dtype(q, self.sem)
+        q, rows = q.to(dtype), self.sem[items].to(dtype)  # [T, d], [T, m, d]
+        norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True) * self.sem_norm[items]
+        # No matrix product: autocast would round it to half precision.
+        return (q[:, None] * rows).sum(-1) / norm.masked_fill(norm == 0, torch.inf)
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, d={self.sem.shape[1]}"

@@ -5,8 +5,10 @@ and LLaVA differ in what surrounds their language model, not in the layers of it
 layers: `opt` (fc1 and fc2 on the layer itself) and `llama` (gate_proj, up_proj, down_proj in `mlp`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "Identity": "identity",
+    "relu": "relu",  # torch.nn.functional's
+    "silu": "silu",
+    "gelu": "gelu",
 }
 
 
@@ -54,11 +59,28 @@ class LayerSites:
     k_norm: str | None = None
     softcap: float | None = None
 
+    def module_names(self) -> list[str]:
+        """The names of all modules, those that the layer does not have left out."""
+        return [name for field in _MODULE_FIELDS if (name := getattr(self, field)) is not None]
+
     def below(self, prefix: str) -> "LayerSites":
         """The same sites with every module name below `prefix`."""
-        names = ("attention", "ffn_input", "ffn_output", "q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
-        moved = {n: f"{prefix}.{getattr(self, n)}" for n in names if getattr(self, n) is not None}
-        return LayerSites(**{**self.__dict__, **moved})
+        return self._renamed(lambda name: f"{prefix}.{name}")
+
+    def relative_to(self, prefix: str) -> "LayerSites":
+        """The inverse of `below`; ValueError where a name does not start with `prefix`."""
+        outside = [name for name in self.module_names() if not name.startswith(f"{prefix}.")]
+        if outside:
+            raise ValueError(f"sites must lie inside their decoder {prefix!r}, but got {', '.join(outside)}")
+        return self._renamed(lambda name: name[len(prefix) + 1 :])
+
+    def _renamed(self, rename: Callable[[str], str]) -> "LayerSites":
+        names: dict[str, Any] = {field: getattr(self, field) for field in _MODULE_FIELDS}
+        moved: dict[str, Any] = {field: name and rename(name) for field, name in names.items()}
+        return replace(self, **moved)
+
+
+_MODULE_FIELDS = ("attention", "ffn_input", "ffn_output", "q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,12 @@ class Decoder:
     def layer_name(self, index: int) -> str:
         """Dotted name of one decoder layer."""
         return f"{self.name}.layers.{index}" if self.name else f"layers.{index}"
+
+    def relative(self) -> "Decoder":
+        """The same decoder with names below itself instead of below the model."""
+        if not self.name:
+            return self
+        return Decoder(self.family, "", tuple(layer.relative_to(self.name) for layer in self.layers))
 
     def default_layers(self) -> tuple[int, ...]:
         """The last four decoder layers (the paper's choice), or all of a shallower model."""
@@ -132,12 +160,17 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises UnsupportedModelError when there is none, or more than one.
     """
     found = []
+    strange = ""
     for name, module in model.named_modules():
         layers = getattr(module, "layers", None)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             continue
         for family, describe in FAMILIES.items():
-            sites = [describe(layer) for layer in layers]
+            try:
+                sites = [describe(layer) for layer in layers]
+            except UnsupportedModelError as error:  # of a known structure, but perhaps not the language model
+                strange = f" ({name}: {error})"
+                continue
             if all(sites):
                 prefix = f"{name}.layers" if name else "layers"
                 placed = tuple(s.below(f"{prefix}.{i}") for i, s in enumerate(sites) if s is not None)
@@ -146,7 +179,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         return found[0]
     what = "no decoder of a known family" if not found else f"several decoders ({', '.join(d.name for d in found)})"
     raise UnsupportedModelError(
-        f"{type(model).__name__} has {what}. Known families: {', '.join(sorted(FAMILIES))}. "
+        f"{type(model).__name__} has {what}{strange}. Known families: {', '.join(sorted(FAMILIES))}. "
         "Name the sites by hand: patch(model, edits, sites=unike_kernels.models.Decoder(family, name, layers)), "
         "or describe the layer once with unike_kernels.models.register_family."
     )
@@ -160,22 +193,42 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
         raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r}") from None
 
 
+def base_layer(module: nn.Module) -> nn.Module:
+    """What an adapter (peft's layers, however many) wraps; the module itself where nothing does."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
 def probe_weights(model: nn.Module, decoder: Decoder, layers: Iterable[int], samples: int = 8) -> tuple[float, ...]:
     """A few sampled FFN input weights of the edited layers, to tell one base checkpoint from another.
 
-    Quantised or offloaded weights (no float tensor at hand) give no samples. Values are rounded to 3 significant
-    digits: fp32, bf16 and fp16 copies of one checkpoint must agree.
+    Weights that are quantised, offloaded or of a tensor subclass give no samples. Values are rounded to 3 significant
+    digits; compare them with `same_weights`.
     """
     out: list[float] = []
     for i in layers:
         site = get_module(model, decoder.layers[i].ffn_input)
-        weight = next((p for p in site.parameters() if p.dim() == 2 and p.is_floating_point()), None)
-        if weight is None or weight.device.type == "meta":
+        weight = next((p for p in site.parameters() if p.dim() == 2 and _readable(p)), None)
+        if weight is None:
             continue
         flat = weight.detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, samples, dtype=torch.float64).long()
         out += [float(f"{v:.2e}") for v in flat[at.to(flat.device)].double().tolist()]
     return tuple(out)
+
+
+def same_weights(probe: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two probes are of one checkpoint, in whatever precision; yes where either could not sample all layers."""
+    if len(probe) != len(other):
+        return True
+    # 1 % covers bfloat16 (0.4 %) and the rounding of both probes (0.5 % together); float16 loses the smallest numbers.
+    return all(math.isclose(a, b, rel_tol=0.01, abs_tol=1e-6) for a, b in zip(probe, other, strict=True))
+
+
+def _readable(p: torch.Tensor) -> bool:
+    plain = type(p) in (torch.Tensor, nn.Parameter)
+    return plain and p.is_floating_point() and p.dtype.itemsize >= 2 and p.device.type != "meta"
 
 
 def _has(module: nn.Module, *names: str) -> bool:
@@ -188,8 +241,11 @@ def _has(module: nn.Module, *names: str) -> bool:
     return True
 
 
-def _activation(module: nn.Module) -> str:
-    name = type(module).__name__
+def _activation(module: object) -> str:
+    """The name, as the operators know it, of an activation module or function."""
+    name = getattr(module, "__name__", type(module).__name__)
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        name = "GELUTanh"
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .cases import Cases, LayerDecision
-from .config import RoutingConfig, ShiftConfig
-from .edits import Calibration, LayerEdits
+from .cases import Cases, LayerDecision, all_missing
+from .config import ShiftConfig
+from .edits import LayerEdits
 from .memory import ExternalMemory
 from .models import LayerSites
+from .projections import Projections
+from .routing import Router, calibrate
+
+__all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router", "calibrate"]
 
 
 class ExtraNeurons(nn.Module):
@@ -68,9 +72,9 @@ class ExtraNeurons(nn.Module):
         """Replaces all groups, in place; beta * zeta' is folded into the values in fp32, rounded once."""
         self.check(edits)
         n = len(edits.keys)
-        sizes = edits.group_ptr[1:] - edits.group_ptr[:-1]
-        zeta = torch.repeat_interleave(edits.zeta.float(), sizes, dim=0)  # [n, d]
-        rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.float() + self.beta * zeta}
+        wide = reference.compute_dtype(edits.values)
+        zeta = torch.repeat_interleave(edits.zeta.to(wide), edits.group_ptr.diff(), dim=0)  # [n, d]
+        rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.to(wide) + self.beta * zeta}
         if edits.up is not None and edits.up_bias is not None:
             rows |= {"up": edits.up, "up_bias": edits.up_bias}
         for name, tensor in rows.items():
@@ -101,65 +105,6 @@ class ExtraNeurons(nn.Module):
         return f"max_neurons={len(self.keys)}, max_groups={self.max_groups}, act={self.act}"
 
 
-class Router(nn.Module):
-    """Which edits act on a case: the nearest by centred cosine at the first edited layer, above a calibrated threshold.
-
-    keys [max_groups, d]: each edit's h_sem minus the centre, normalised; center [d]; threshold [] fp32: the score that
-    a share `false_accept_rate` of the training-split cases exceeds for *some* edit, so it rises with their number.
-    """
-
-    keys: Tensor
-    center: Tensor
-    threshold: Tensor
-    n_groups: Tensor
-
-    def __init__(self, config: RoutingConfig, max_groups: int, like: Tensor) -> None:
-        super().__init__()
-        self.config = config
-        d = like.shape[-1]
-        # fp32 whatever the model computes in: the threshold lies in the third digit of a cosine
-        self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
-        self.register_buffer("center", torch.zeros(d, device=like.device), persistent=False)
-        self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
-        self.register_buffer("n_groups", torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
-
-    @torch.no_grad()
-    def load(self, h_sem: Tensor, calibration: Calibration) -> None:
-        """Takes the edits' h_sem [E, d] and calibrates the threshold for exactly these edits."""
-        device = self.keys.device
-        center = calibration.center.float().to(device)
-        keys = nn.functional.normalize(h_sem.float().to(device) - center, dim=-1)
-        cases = nn.functional.normalize(calibration.cases.float().to(device) - center, dim=-1)
-        self.keys.zero_()
-        self.keys[: len(keys)].copy_(keys)
-        self.center.copy_(center)
-        self.threshold.fill_(calibrate(cases, keys, self.config.false_accept_rate))
-        self.n_groups.fill_(len(keys))
-
-    def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
-        n = self.n_groups.expand(len(tap))
-        ranges = torch.stack([torch.zeros_like(n), n], dim=1)
-        centred = tap.detach().float() - self.center
-        scores, selected = ops.cosine_topk(centred, self.keys, self.config.top, ranges=ranges)
-        return scores, torch.where(scores > self.threshold, selected, -1)
-
-    def extra_repr(self) -> str:
-        return f"top={self.config.top}, false_accept_rate={self.config.false_accept_rate}"
-
-
-def calibrate(cases: Tensor, keys: Tensor, false_accept_rate: float) -> float:
-    """The threshold that `false_accept_rate` of the cases exceed for some key: cases [M, d], keys [E, d], unit rows.
-
-    At most floor(rate * M) cases score above it. With no case or no key the threshold is -1: nothing to protect.
-    """
-    if len(cases) == 0 or len(keys) == 0:
-        return -1.0
-    best = torch.cat([(part @ keys.T).amax(dim=1) for part in cases.split(4096)])
-    allowed = int(false_accept_rate * len(best))
-    return float(best.sort(descending=True).values[min(allowed, len(best) - 1)])
-
-
 class KnowledgeShift(nn.Module):
     """The shift of one self-attention output towards the memory's knowledge (equations 2, 7 and 8).
 
@@ -178,12 +123,7 @@ class KnowledgeShift(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer, self.encoder_act = config, layer, encoder_act
-        self.heads, self.head_dim, self.scaling, self.softcap = (
-            sites.heads,
-            sites.head_dim,
-            sites.scaling,
-            sites.softcap,
-        )
+        self.scaling, self.softcap = sites.scaling, sites.softcap
         self.memory = memory
         self.depth = len(encoder)
         for i, (weight, bias) in enumerate(encoder):
@@ -196,58 +136,82 @@ class KnowledgeShift(nn.Module):
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
 
     def forward(
-        self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: "Projections", cases: Cases
+        self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases
     ) -> Tensor:
         """h [T, d] for the tap [T, d] and the attention output h_att [T, d] of the layer's `attention` module."""
         if self.config.k == 0 or self.memory.capacity == 0:
             return h_att
-        rows = cases.rows(self.config.positions)
-        q = projections.query(attention, tap) if self.config.attention == "projected" else tap
+        token_to_case: Tensor | None = cases.rows(self.config.positions)
+        alpha: Tensor | float | None
         if self.config.per == "token":
-            indices, alpha, rows = self._per_token(tap, rows, cases)
+            scores, indices = self._items_of_tokens(tap, token_to_case, cases)
+            alpha, token_to_case = self.config.alpha, None
         else:
-            decision = self._decide(tap, q, h_att, attention, projections, cases)
+            decision = self._decide(tap, h_att, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
-        h, _ = self._shift(h_att, q, indices, attention, projections, alpha=alpha, token_to_case=rows)
+        if all_missing(indices):
+            return h_att
+        q = projections.query(attention, tap) if self.config.attention == "projected" else tap
+        h, alpha = self._shift(h_att, q, indices, attention, projections, alpha=alpha, token_to_case=token_to_case)
+        if self.config.per == "token":
+            self._note(scores, indices, alpha, cases)
         return h
 
+    def check_encoder(self, encoder: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        """Raises ValueError unless `encoder` is the one in use: it is built into the patch."""
+        if len(encoder) != self.depth:
+            raise ValueError(f"layer {self.layer} has an encoder of {self.depth} maps, but got one of {len(encoder)}")
+        for (weight, bias), (new_weight, new_bias) in zip(self.encoder, encoder, strict=True):
+            if not (torch.equal(weight, new_weight.to(weight)) and torch.equal(bias, new_bias.to(bias))):
+                raise ValueError(f"layer {self.layer} has another encoder than these edits; patch again instead")
+
+    @property
+    def _nothing(self) -> float:
+        """The alpha of a case without any knowledge."""
+        return 0.0 if self.config.orientation == "knowledge" else 1.0
+
     def _decide(
-        self, tap: Tensor, q: Tensor, h_att: Tensor, attention: nn.Module, projections: "Projections", cases: Cases
+        self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases
     ) -> LayerDecision:
         """Items and alpha of every case: computed where the case token is in this pass, kept where it is not."""
         before = cases.state.layers.get(self.layer)
         if cases.decided and before is not None:
-            return before
-        at = cases.case_tokens.clamp(min=0)  # [C]
-        scores, indices = self.memory.search(tap[at].detach(), self.config.k, cases.state.selected)
-        fixed = self.config.alpha
-        if fixed is None:
-            _, alpha = self._shift(h_att[at], q[at], indices, attention, projections)
+            return LayerDecision(*(t.to(tap.device) for t in (before.indices, before.scores, before.alpha)))
+        at, selected = cases.case_tokens.clamp(min=0), cases.selected  # [C]
+        scores, indices = self.memory.search(tap[at].detach(), self.config.k, selected)
+        if selected is not None:  # a case without any edit passes bit for bit
+            routed = (selected >= 0).any(dim=1)[:, None]
+            scores, indices = scores.masked_fill(~routed, -torch.inf), indices.masked_fill(~routed, -1)
+        found = (indices >= 0).any(dim=1)
+        if self.config.alpha is not None or all_missing(indices):
+            fixed = self._nothing if self.config.alpha is None else self.config.alpha
+            alpha = torch.full_like(scores[:, 0], fixed)
         else:
-            alpha = torch.full_like(scores[:, 0], fixed).to(h_att.dtype)
-        if cases.state.selected is not None:  # an unrouted case passes bit for bit: no items, whatever the orientation
-            routed = (cases.state.selected >= 0).any(dim=1)
-            indices = torch.where(routed[:, None], indices, -1)
-            scores = torch.where(routed[:, None], scores, -torch.inf)
-            alpha = torch.where(routed, alpha, 0.0)
-        if before is not None and not cases.fresh:
-            new = cases.case_tokens >= 0
-            indices = torch.where(new[:, None], indices, before.indices)
-            scores = torch.where(new[:, None], scores, before.scores)
-            alpha = torch.where(new, alpha, before.alpha.to(alpha))
+            q = projections.query(attention, tap[at]) if self.config.attention == "projected" else tap[at]
+            _, alpha = self._shift(h_att[at], q, indices, attention, projections)
+        alpha = torch.where(found, alpha, self._nothing)
+        if before is not None:
+            scores = cases.keep_decided(scores, before.scores, -torch.inf)
+            indices = cases.keep_decided(indices, before.indices, -1)
+            alpha = cases.keep_decided(alpha, before.alpha, 0.0)
         decision = LayerDecision(indices, scores, alpha)
         cases.state.layers[self.layer] = decision
         return decision
 
-    def _per_token(self, tap: Tensor, rows: Tensor, cases: Cases) -> tuple[Tensor, float | None, None]:
-        """Items of every token, -1 for tokens of no (routed) case; alpha is left to the operator, per token."""
-        selected = cases.state.selected
-        per_token = None if selected is None else selected[cases.token_to_case.clamp(min=0)]
-        _, indices = self.memory.search(tap.detach(), self.config.k, per_token)
-        acts = rows >= 0
-        if per_token is not None:
-            acts = acts & (per_token >= 0).any(dim=1)
-        return torch.where(acts[:, None], indices, -1), self.config.alpha, None
+    def _items_of_tokens(self, tap: Tensor, rows: Tensor, cases: Cases) -> tuple[Tensor, Tensor]:
+        """(scores, indices) [T, K] of every token by itself; nothing for tokens of no case, or of an unrouted one."""
+        acts, selected = rows >= 0, cases.selected
+        if selected is not None:
+            selected = selected[cases.token_to_case.clamp(min=0)]
+            acts = acts & (selected >= 0).any(dim=1)
+        scores, indices = self.memory.search(tap.detach(), self.config.k, selected)
+        return scores.masked_fill(~acts[:, None], -torch.inf), indices.masked_fill(~acts[:, None], -1)
+
+    def _note(self, scores: Tensor, indices: Tensor, alpha: Tensor, cases: Cases) -> None:
+        """Keeps what the case tokens found, for `explain` alone: with per="token" nothing of it is used again."""
+        if not cases.decided:
+            at = cases.case_tokens.clamp(min=0)
+            cases.state.layers[self.layer] = LayerDecision(indices[at], scores[at], alpha[at])
 
     def _shift(
         self,
@@ -255,95 +219,47 @@ class KnowledgeShift(nn.Module):
         q: Tensor,
         indices: Tensor,
         attention: nn.Module,
-        projections: "Projections",
+        projections: Projections,
         alpha: Tensor | float | None = None,
         token_to_case: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(h, alpha): one operator call where the output projection is a plain linear map, otherwise around it."""
         raw = self.config.attention == "raw"
         weights = None if raw else projections.plain_output(attention)
-        same: dict[str, Any] = {
-            "encoder": self.encoder or None,
-            "encoder_act": self.encoder_act,
-            "orientation": self.config.orientation,
-            "clamp": self.config.clamp,
+        items: dict[str, Any] = {
+            "item_keys": self.memory.keys,
+            "item_values": self.memory.values,
+            "indices": indices,
+            "token_to_case": token_to_case,
+            "scaling": None if raw else self.scaling,
+            "softcap": None if raw else self.softcap,
         }
         if raw or weights is not None:
             return ops.knowledge_shift(
                 h_input,
                 q,
-                self.memory.keys,
-                self.memory.values,
-                indices,
+                **items,
                 alpha=alpha,
-                token_to_case=token_to_case,
                 out_proj=weights,
-                scaling=None if raw else self.scaling,
-                softcap=self.softcap,
-                **same,
+                encoder=self.encoder or None,
+                encoder_act=self.encoder_act,
+                orientation=self.config.orientation,
+                clamp=self.config.clamp,
             )
         # A quantised, adapted or offloaded projection is called, never read: attention over the items first (alpha 1
         # gives h_know itself), the projection, then the mix.
-        flat = q.reshape(len(q), -1)
-        heads, _ = ops.knowledge_shift(
-            torch.zeros_like(flat),
-            q,
-            self.memory.keys,
-            self.memory.values,
-            indices,
-            alpha=1.0,
-            token_to_case=token_to_case,
-            scaling=self.scaling,
-            softcap=self.softcap,
-        )
+        heads, _ = ops.knowledge_shift(h_input.new_zeros(q.flatten(1).shape), q, **items, alpha=1.0)
         h_know = projections.output(attention, heads)
         if alpha is None:
-            encode = (lambda h: reference.encode(h, self.encoder, self.encoder_act)) if self.depth else None
-            alpha = reference.alpha(h_know, h_input, encoder=encode, clamp=self.config.clamp)
-        found = (indices >= 0).any(dim=1)
-        strength = torch.as_tensor(alpha, device=h_input.device, dtype=h_input.dtype).expand(len(indices))
-        acts = found
+            alpha = reference.alpha(
+                h_know, h_input, encoder=self.encoder or None, act=self.encoder_act, clamp=self.config.clamp
+            )
+        elif not isinstance(alpha, Tensor):
+            alpha = torch.full(indices.shape[:1], alpha, dtype=reference.compute_dtype(h_input), device=h_input.device)
+        per_case = per_token = torch.where((indices >= 0).any(dim=1), alpha, self._nothing)
         if token_to_case is not None:
-            case = token_to_case.clamp(min=0)
-            strength, acts = strength[case], found[case] & (token_to_case >= 0)
-        mixed = reference.shift(h_input, h_know, strength, orientation=self.config.orientation)
-        nothing = 0.0 if self.config.orientation == "knowledge" else 1.0
-        return torch.where(acts[:, None], mixed, h_input), torch.where(found, torch.as_tensor(alpha), nothing)
+            per_token = torch.where(token_to_case >= 0, per_case[token_to_case.clamp(min=0)], self._nothing)
+        return reference.shift(h_input, h_know, per_token, orientation=self.config.orientation), per_case
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, k={self.config.k}, attention={self.config.attention}, alpha={self.config.alpha}"
-
-
-class Projections:
-    """A self-attention's own projections as the shift uses them: called as modules, names relative to the attention."""
-
-    def __init__(self, sites: LayerSites) -> None:
-        self.sites = sites
-        self.below = len(sites.attention) + 1
-
-    def _get(self, attention: nn.Module, name: str) -> nn.Module:
-        return attention.get_submodule(name[self.below :])
-
-    def query(self, attention: nn.Module, tap: Tensor) -> Tensor:
-        """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position."""
-        q = self._get(attention, self.sites.q_proj)(tap).unflatten(-1, (self.sites.heads, self.sites.head_dim))
-        return self._get(attention, self.sites.q_norm)(q) if self.sites.q_norm else q
-
-    def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""
-        shape = (self.sites.kv_heads, self.sites.head_dim)
-        k = self._get(attention, self.sites.k_proj)(h_pos).unflatten(-1, shape)
-        v = self._get(attention, self.sites.v_proj)(h_pos).unflatten(-1, shape)
-        return (self._get(attention, self.sites.k_norm)(k) if self.sites.k_norm else k), v
-
-    def output(self, attention: nn.Module, heads: Tensor) -> Tensor:
-        """[T, d] of the concatenated heads [T, heads * head_dim]."""
-        return self._get(attention, self.sites.out_proj)(heads)
-
-    def plain_output(self, attention: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-        """(weight, bias) of the output projection when it is exactly nn.Linear with its weight at hand."""
-        out = self._get(attention, self.sites.out_proj)
-        hooked = out._forward_hooks or out._forward_pre_hooks or hasattr(out, "_hf_hook")
-        if type(out) is not nn.Linear or hooked or out.weight.device.type == "meta":
-            return None
-        return out.weight, out.bias

@@ -1,0 +1,126 @@
+"""Putting a planned patch on a model, and taking it off: child modules and forward hooks, nothing else."""
+
+import inspect
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .hooks import (
+    AttentionHook,
+    BeginHook,
+    EndHook,
+    FfnInputHook,
+    FfnOutputHook,
+    LabelsDoneHook,
+    LabelsHook,
+    LegacyReorder,
+)
+from .models import Decoder, base_layer, get_module
+from .projections import Projections
+from .records import CONTAINER, RECORDS, LayerPatch, PatchRecord
+
+
+class SaveWarning:
+    """State-dict pre-hook on the decoder: says once that the base alone is what gets saved."""
+
+    def __init__(self, record: PatchRecord) -> None:
+        self.record = record
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not self.record.warned:
+            self.record.warned = True
+            warnings.warn(
+                f"this model carries edits (patch {self.record.name!r}); its state_dict is the base model alone. "
+                "Save the edits with edits.save_pretrained(path)",
+                stacklevel=3,
+            )
+
+
+def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
+    """Attaches children and hooks; where anything fails, all that was done is undone. decoder: as `model` names it."""
+    holder = get_module(model, decoder.name)
+    try:
+        for layer in record.layers:
+            _attach_layer(holder, record, layer)
+        path = decoder.name.split(".") if decoder.name else []
+        for i in range(len(path)):
+            _hook_around(get_module(model, ".".join(path[:i])), record)
+        record.hooks += [
+            holder.register_forward_pre_hook(BeginHook(record.runtime), with_kwargs=True),
+            holder.register_forward_hook(EndHook(record.runtime)),
+            holder.register_state_dict_pre_hook(SaveWarning(record)),
+        ]
+        holder.__dict__.setdefault(RECORDS, {})[record.name] = record
+    except BaseException:
+        detach(model, holder, record)
+        raise
+
+
+def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
+    """Takes the patch off again. model: what the decoder `holder` is in, or the decoder itself."""
+    for hook in record.hooks:
+        hook.remove()
+    record.hooks.clear()
+    for site in list(holder.modules()):  # not by name: an adapter may have wrapped a site since
+        container = site._modules.get(CONTAINER)
+        if isinstance(container, nn.ModuleDict) and record.name in container:
+            del container[record.name]
+            if len(container) == 0:
+                del site._modules[CONTAINER]
+    for module in model.modules():
+        reorder = module.__dict__.get("_reorder_cache")
+        if isinstance(reorder, LegacyReorder):
+            reorder.trackers = [t for t in reorder.trackers if t is not record.runtime.tracker]
+            if not reorder.trackers:
+                del module.__dict__["_reorder_cache"]
+    kept = holder.__dict__.get(RECORDS, {})
+    if kept.get(record.name) is record:
+        del kept[record.name]
+        if not kept:
+            del holder.__dict__[RECORDS]
+
+
+def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> None:
+    runtime, sites = record.runtime, layer.sites
+    if layer.router is not None or layer.shift is not None:
+        attention = get_module(holder, sites.attention)
+        _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
+        hook = AttentionHook(runtime, layer.router, layer.shift, Projections(sites))
+        record.hooks.append(attention.register_forward_hook(hook, with_kwargs=True))
+    if layer.neurons is not None:
+        # Below an adapter that wraps the module: it calls its base layer, and may leave without notice.
+        first, last = (base_layer(get_module(holder, name)) for name in (sites.ffn_input, sites.ffn_output))
+        _add(last, record.name, {"neurons": layer.neurons})
+        source = None
+        if first is not last:
+            source = FfnInputHook(runtime)
+            record.hooks.append(first.register_forward_pre_hook(source, with_kwargs=True))
+        out = FfnOutputHook(runtime, layer.neurons, source, record.config.shift.positions)
+        record.hooks.append(last.register_forward_hook(out, with_kwargs=True))
+
+
+def _add(site: nn.Module, name: str, children: dict[str, Any]) -> None:
+    group = nn.ModuleDict({kind: module for kind, module in children.items() if module is not None})
+    group.train(site.training)
+    if CONTAINER not in site._modules:
+        site.add_module(CONTAINER, nn.ModuleDict().train(site.training))
+    container: Any = site._modules[CONTAINER]
+    container[name] = group
+
+
+def _hook_around(module: nn.Module, record: PatchRecord) -> None:
+    """On a module around the decoder: its labels tell where the prompts end."""
+    tracker = record.runtime.tracker
+    record.hooks += [
+        module.register_forward_pre_hook(LabelsHook(tracker, module), with_kwargs=True),
+        module.register_forward_hook(LabelsDoneHook(tracker), always_call=True),
+    ]
+    if "_reorder_cache" not in module.__dict__:  # tuple caches, transformers < 4.48
+        reorder = inspect.getattr_static(type(module), "_reorder_cache", None)
+        if not isinstance(reorder, staticmethod):
+            return
+        module.__dict__["_reorder_cache"] = LegacyReorder(reorder.__func__)
+    legacy = module.__dict__["_reorder_cache"]
+    if isinstance(legacy, LegacyReorder):
+        legacy.trackers.append(tracker)

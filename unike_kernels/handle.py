@@ -1,0 +1,173 @@
+"""PatchHandle: one patch on one model."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .attaching import detach
+from .cases import cases_from_ptr
+from .edits import Edits
+from .explain import CaseReport, report
+from .planning import items_of, plan_swap
+from .records import PatchRecord, records
+from .tracker import CONTINUATIONS
+
+
+class PatchHandle:
+    """One patch on one model: switch it off, swap its edits, name cases, ask why, remove it."""
+
+    def __init__(self, model: nn.Module, record: PatchRecord) -> None:
+        self.model = model
+        self.record = record
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = "default") -> "PatchHandle":
+        """The handle of a patch that is already on `model`: on a copy, or after a pickle."""
+        found = [record for _, record in records(model)]
+        for record in found:
+            if record.name == name:
+                return cls(model, record)
+        raise ValueError(
+            f"no patch named {name!r} on this model; there are: {', '.join(r.name for r in found) or 'none'}"
+        )
+
+    @property
+    def edits(self) -> Edits:
+        """The edits on the model now."""
+        return self.record.edits
+
+    def __enter__(self) -> "PatchHandle":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Takes this patch off the model; a second call does nothing."""
+        for holder, record in records(self.model):
+            if record is self.record:
+                detach(self.model, holder, record)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base, bit for bit. Does not reach a CUDA graph that was captured before."""
+        before = self.record.runtime.enabled
+        self.record.runtime.enabled = False
+        try:
+            yield
+        finally:
+            self.record.runtime.enabled = before
+
+    # ------------------------------------------------------------------------------------------------- its edits
+
+    def swap(self, edits: Edits) -> None:
+        """Replaces the edits inside the same storage, so compiled and captured graphs stay valid.
+
+        ValueError, and nothing changed, when they do not fit the capacities given to `patch`, or when their encoders,
+        config, layers or base differ. KV caches of before are refused at their next use.
+        """
+        items = plan_swap(self._holder(), self.record, edits)
+        for layer in self.record.layers:
+            if layer.neurons is not None:
+                layer.neurons.load(edits.layers[layer.index])
+            if layer.shift is not None:
+                layer.shift.memory.load(*items[layer.index])
+            if layer.router is not None and edits.calibration is not None:
+                layer.router.load(edits.layers[layer.index].h_sem, edits.calibration)
+        self.record.edits = edits
+        self.record.runtime.tracker.renew()
+
+    def refresh(self) -> None:
+        """Computes the memory's projected keys and values again: after an adapter was merged, switched or loaded."""
+        holder, record = self._holder(), self.record
+        for layer in record.layers:
+            if layer.shift is not None:
+                layer.shift.memory.load(*items_of(holder, layer.sites, self.edits, layer.index, record.config))
+        record.runtime.tracker.renew()
+
+    # ------------------------------------------------------------------------------------------------- its cases
+
+    def set_cases(
+        self,
+        token_to_case: Tensor | None = None,
+        case_tokens: Tensor | None = None,
+        *,
+        case_ptr: Tensor | None = None,
+        case_positions: Tensor | None = None,
+    ) -> None:
+        """Names the cases of the next passes, until named again; without arguments they are found by themselves.
+
+        Of packed inputs, for passes of exactly T tokens: token_to_case [T] int64, the case of each flattened token, -1
+        for padding; case_tokens [C] int64, the row of each case's case token, -1 for a case (a slot) that an earlier
+        pass decided and that goes on. Or, for packed cases that end at their case token, the CSR form case_ptr [C + 1].
+        Of padded batches: case_positions [B] int64, the position of each row's case token, where it is not the last
+        attended one: sequences that already hold their answer, or grow in generate(use_cache=False).
+        """
+        tracker = self.record.runtime.tracker
+        given = [n for n, t in (("token_to_case", token_to_case), ("case_ptr", case_ptr)) if t is not None]
+        given += ["case_positions"] * (case_positions is not None)
+        if len(given) > 1:
+            raise ValueError(f"cases are named in one way at a time, but got {' and '.join(given)}")
+        if case_positions is not None and (case_positions.dim() != 1 or int(case_positions.min()) < 0):
+            raise ValueError(f"case_positions must be [B] and 0 or more, but got {case_positions.tolist()}")
+        if case_ptr is not None:
+            token_to_case, case_tokens = cases_from_ptr(case_ptr)
+        tracker.name_cases(token_to_case, case_tokens)
+        tracker.positions = None if case_positions is None else case_positions.long()
+
+    @contextlib.contextmanager
+    def choosing(self, edit_ids: Sequence[str | None | Sequence[str]]) -> Iterator[None]:
+        """Inside, the cases of every prompt are served with the edits named here, whatever the routing would say.
+
+        edit_ids: one entry per case: an id, several ids, or None for the base model's answer, bit for bit.
+        """
+        rows = [[] if e is None else [e] if isinstance(e, str) else list(dict.fromkeys(e)) for e in edit_ids]
+        known = {name: i for i, name in enumerate(self.edits.ids)}
+        unknown = sorted({e for row in rows for e in row if e not in known})
+        if unknown:
+            raise ValueError(f"no edits {', '.join(unknown)} on this model; there are: {', '.join(known) or 'none'}")
+        width = max([1, *map(len, rows)])
+        chosen = torch.tensor([[known[e] for e in row] + [-1] * (width - len(row)) for row in rows])
+        tracker = self.record.runtime.tracker
+        before, tracker.chosen = tracker.chosen, chosen.reshape(len(rows), width)
+        try:
+            yield
+        finally:
+            tracker.chosen = before
+
+    @contextlib.contextmanager
+    def continuing(self, how: str) -> Iterator[None]:
+        """Inside, says what several tokens on a KV cache that already holds some are; outside, they are refused.
+
+        "keep": the decided case goes on (speculative decoding). "new": they end a prompt, whose case is decided at its
+        last token: the next turn of a chat, the last chunk of a prompt, a prompt after a shared prefix. Edits reach
+        only tokens that run now.
+        """
+        if how not in CONTINUATIONS:
+            raise ValueError(f"how must be one of {', '.join(map(repr, CONTINUATIONS))}, but got {how!r}")
+        tracker = self.record.runtime.tracker
+        before, tracker.continuation = tracker.continuation, how
+        try:
+            yield
+        finally:
+            tracker.continuation = before
+
+    def explain(self, **inputs: object) -> list[CaseReport]:
+        """Per case: the edits that act, and per layer the items retrieved with their cosines, and alpha.
+
+        inputs: what the model's forward takes (a prompt, not a prompt with its answer, unless cases are named).
+        """
+        with torch.no_grad():
+            self.model(**inputs)
+        cases = self.record.runtime.tracker.current
+        if cases is None:
+            raise RuntimeError("there is nothing to explain: the patch is disabled, or the model's decoder did not run")
+        return report(cases, self.edits)
+
+    def _holder(self) -> nn.Module:
+        for holder, record in records(self.model):
+            if record is self.record:
+                return holder
+        raise ValueError(f"patch {self.record.name!r} is no longer on the model")

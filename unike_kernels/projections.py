@@ -1,0 +1,82 @@
+"""A self-attention's own projections, as the shift and the memory use them: called as modules, never read."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import LayerSites
+
+
+class Projections:
+    """The projections of one layer's self-attention.
+
+    Calling them keeps what others put into them: quantisation, adapters, offloading. Names are relative to the
+    attention module, which is given with every call, so that copies and pickles of a model use their own.
+    """
+
+    def __init__(self, sites: LayerSites) -> None:
+        self.sites = sites
+        self.below = len(sites.attention) + 1
+
+    def _get(self, attention: nn.Module, name: str) -> nn.Module:
+        return attention.get_submodule(name[self.below :])
+
+    def query(self, attention: nn.Module, tap: Tensor) -> Tensor:
+        """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position."""
+        q = self._get(attention, self.sites.q_proj)(tap).unflatten(-1, (self.sites.heads, self.sites.head_dim))
+        return self._get(attention, self.sites.q_norm)(q) if self.sites.q_norm else q
+
+    def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""
+        shape = (self.sites.kv_heads, self.sites.head_dim)
+        k = self._get(attention, self.sites.k_proj)(h_pos).unflatten(-1, shape)
+        v = self._get(attention, self.sites.v_proj)(h_pos).unflatten(-1, shape)
+        return (self._get(attention, self.sites.k_norm)(k) if self.sites.k_norm else k), v
+
+    def output(self, attention: nn.Module, heads: Tensor) -> Tensor:
+        """[T, d] of the concatenated heads [T, heads * head_dim]."""
+        return self._get(attention, self.sites.out_proj)(heads)
+
+    def plain_output(self, attention: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) of the output projection when calling it is exactly F.linear of tensors at hand, else None."""
+        out: Any = self._get(attention, self.sites.out_proj)
+        if type(out) is not nn.Linear or out._forward_hooks or out._forward_pre_hooks or hasattr(out, "_hf_hook"):
+            return None
+        weight = out.weight
+        if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta" or weight.dtype.itemsize < 2:
+            return None  # a quantised tensor inside a plain nn.Linear
+        return weight, out.bias
+
+
+def empty_like_site(model: nn.Module, name: str) -> Tensor:
+    """An empty tensor of the dtype and on the device in which the site `name` computes.
+
+    Quantised weights say nothing of it, so the nearest floating parameter around them does; offloaded ones rest on the
+    meta device, so accelerate's hooks tell where they will run. ValueError where nothing does.
+    """
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path), -1, -1)]
+    dtype = next((p.dtype for module in around for p in module.parameters() if _computes(p)), torch.get_default_dtype())
+    site = around[0]
+    device = next((d for module in site.modules() if (d := _execution_device(module)) is not None), None)
+    if device is None:
+        tensors = (t for module in around for tensors in (module.parameters(), module.buffers()) for t in tensors)
+        device = next((t.device for t in tensors), torch.device("cpu"))
+        if device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: load the model's weights (or dispatch it) before patching")
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _computes(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+
+
+def _execution_device(module: nn.Module) -> Any:
+    """Where accelerate's hook on this module, alone or in a sequence of hooks, moves its inputs and weights."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return device
+    return None

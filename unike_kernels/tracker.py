@@ -1,0 +1,306 @@
+"""CaseTracker: finds the cases of every forward pass of one decoder, and keeps what was decided with their KV cache.
+
+A decision (edits routed to the case, items retrieved, alpha) is kept *on the KV cache*, so two sequences that decode in
+turn never see each other's; packed batches name their cases explicitly. One pass runs at a time.
+"""
+
+import inspect
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .cases import Cases, CaseState, Version, attended, case_tokens_from_labels, last_attended, padded_cases
+
+CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
+CONTINUATIONS = ("refuse", "keep", "new")
+
+
+class CaseTracker:
+    """`current`: the cases of the pass that runs now, which the sites of the patch read; `explicit`: named by hand."""
+
+    def __init__(self, name: str, decoder: nn.Module) -> None:
+        self.name = name
+        self.current: Cases | None = None
+        self.explicit: Cases | None = None
+        self.positions: Tensor | None = None  # [B] position of each row's case token, where named
+        self.labels: Tensor | None = None  # of the pass that the modules around the decoder are in
+        self.chosen: Tensor | None = None  # [C, m] edits chosen by hand for the cases of the next passes
+        self.continuation = "refuse"  # what several tokens on a used KV cache are
+        self.version = Version()
+        self.parameters = tuple(inspect.signature(decoder.forward).parameters)
+        self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
+        self._growth = (0, 0, 0)  # batch, length and growing passes so far without a KV cache
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        of_this_process = {"current": None, "explicit": None, "positions": None, "labels": None, "chosen": None}
+        return {**self.__dict__, **of_this_process, "legacy": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.legacy = WeakIdKeyDictionary()
+
+    def renew(self) -> None:
+        """Forgets everything decided so far: after a swap, kept indices would point at other edits and items."""
+        self.version.live = False
+        self.version, self.current = Version(), None
+
+    # ------------------------------------------------------------------------------------------------- one pass
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the decoder: finds the cases of this pass."""
+        given = self._given(args, kwargs)
+        labels, self.labels, self.current = self.labels, None, None
+        inputs = given.get("inputs_embeds")
+        shape = None if inputs is None else inputs.shape[:-1]
+        if inputs is None:
+            inputs = given.get("input_ids")
+            shape = None if inputs is None else inputs.shape
+        if inputs is None or shape is None:
+            return  # the decoder says what is missing
+        if self.explicit is not None:
+            self.current = self._named(shape, inputs.device)
+        else:
+            self.current = self._found(given, shape, inputs.device, labels)
+        if not self.current.decided:
+            self._choose(self.current, inputs.device)
+
+    def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the decoder of a patch that is switched off: what this pass puts into an empty cache is not ours."""
+        self.labels = self.current = None
+        self._forget(self._given(args, kwargs).get("past_key_values"))
+
+    def end(self, output: Any) -> None:
+        """After the decoder: leaves the decisions on the KV cache."""
+        if self.current is None:
+            return
+        state = self.current.state
+        if self.explicit is not None:
+            now = self.current.case_tokens >= 0
+            state.known = now if state.known is None else now | state.known.to(now.device)
+            return
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(output, tuple):
+            cache = output[1] if len(output) > 1 else None
+        if isinstance(cache, tuple):
+            if cache and isinstance(cache[0], tuple):
+                self.legacy[cache[0][0]] = state
+        elif cache is not None and not isinstance(cache, Tensor):
+            setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
+
+    def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.parameters, args, strict=False)) | kwargs
+
+    def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
+        """One case per row of a padded batch."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"the decoder got tokens of shape {tuple(shape)}, not [batch, length], so they are packed: "
+                "name their cases with handle.set_cases"
+            )
+        batch, length = shape
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        token_to_case = padded_cases(mask, batch, length, device)
+        past = self._past(cache)
+        if past:
+            state = self._continued(cache, batch, length)
+            if state is not None:
+                nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
+                return Cases(token_to_case, nowhere, state, decided=True)
+        else:
+            self._forget(cache)
+        if length > 1:
+            _refuse_packed(given.get("position_ids"), mask, length, past)
+        last = last_attended(mask, batch, length, device, past)
+        if self.positions is not None:
+            last = self._named_positions(batch, length).to(device)
+        elif labels is not None:
+            if tuple(labels.shape) != (batch, length):
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
+                    "name the cases with handle.set_cases"
+                )
+            last = case_tokens_from_labels(labels.to(device), last)
+        elif given.get("use_cache") is False and cache is None:
+            self._watch_growth(batch, length)
+        rows = torch.arange(batch, device=device) * length + last
+        return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
+
+    def _named(self, shape: torch.Size, device: torch.device) -> Cases:
+        """The cases that were named by hand, for a pass of exactly as many tokens."""
+        assert self.explicit is not None
+        named, tokens = self.explicit, self.explicit.token_to_case.numel()
+        if tokens != shape.numel():
+            raise ValueError(
+                f"set_cases named the cases of {tokens} tokens, but this pass has {' x '.join(map(str, shape))} = "
+                f"{shape.numel()}; call set_cases() to find cases automatically again"
+            )
+        state = named.state
+        if named.fresh:  # a state of its own for every pass: the same cases may be asked again
+            named.state = CaseState(self.version, state.size)
+        elif not state.version.live or (not torch.compiler.is_compiling() and state.version != self.version):
+            raise ValueError(
+                "cases that an earlier pass decided go on, but the edits changed since: prefill them again"
+            )
+        elif not named.decided and state.chosen != (self.chosen is not None):
+            raise ValueError(
+                "some cases go on from an earlier pass and some are new: choose edits for all of them from their start "
+                "(None: the base model), or for none"
+            )
+        return named.to(device)
+
+    def _choose(self, cases: Cases, device: torch.device) -> None:
+        """Puts the edits chosen by hand, if any, in the place of a router's decision."""
+        if self.chosen is None:
+            return
+        state = cases.state
+        chosen = self._repeated(self.chosen, state.size, "edits were chosen for {} cases").to(device)
+        state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
+        state.chosen, state.route_scores = True, None
+
+    def _named_positions(self, batch: int, length: int) -> Tensor:
+        assert self.positions is not None
+        at = self._repeated(self.positions, batch, "case positions were named for {} rows")
+        if not torch.compiler.is_compiling() and int(at.max()) >= length:
+            raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
+        return at
+
+    @staticmethod
+    def _repeated(rows: Tensor, size: int, what: str) -> Tensor:
+        """rows, each as often as a beam search repeats its prompt."""
+        beams, rest = divmod(size, max(1, len(rows)))
+        if rest or not beams:
+            raise ValueError(f"{what.format(len(rows))}, but this pass has {size}")
+        return rows.repeat_interleave(beams, dim=0)
+
+    def _watch_growth(self, batch: int, length: int) -> None:
+        """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's."""
+        if torch.compiler.is_compiling():
+            return
+        before_batch, before_length, grown = self._growth
+        grown = grown + 1 if (batch, length) == (before_batch, before_length + 1) else 0
+        self._growth = (batch, length, grown)
+        if grown == 2 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this looks like generation with use_cache=False: every pass is a new case, whose case token is the "
+                "newest token. Name the prompts' ends with handle.set_cases(case_positions=...), or use a KV cache",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------------------------------------ KV caches
+
+    def kept(self, cache: Any) -> CaseState | None:
+        """The state that an earlier pass left on this KV cache."""
+        if isinstance(cache, tuple):
+            return self.legacy.get(cache[0][0]) if cache else None
+        return getattr(cache, CACHE_ATTRIBUTE, {}).get(self.name)
+
+    def _continued(self, cache: Any, batch: int, length: int) -> CaseState | None:
+        """The decisions that a pass on a used KV cache goes on with; None where it brings a prompt of its own."""
+        state = self.kept(cache)
+        if state is None:
+            if self.continuation == "new":
+                return None
+            raise ValueError(
+                "this KV cache holds tokens that ran without this patch, so their case was never decided: prefill it "
+                "with the patch on, or, if the prompt ends in this pass, use `with handle.continuing('new')`"
+            )
+        if length > 1 and self.continuation == "new":
+            return None
+        if length > 1 and self.continuation == "refuse":
+            raise ValueError(
+                f"a pass of {length} tokens on a KV cache whose case was already decided is either one answer that "
+                "goes on (speculative decoding) or the rest of a prompt (a prompt in chunks, the next turn of a chat): "
+                "use `with handle.continuing('keep')` or `with handle.continuing('new')`"
+            )
+        if not state.version.live or (not torch.compiler.is_compiling() and state.version != self.version):
+            raise ValueError(
+                "the KV cache was prefilled before the edits of this patch changed; prefill it again after a swap"
+            )
+        if state.size != batch:
+            raise ValueError(f"the KV cache was prefilled with {state.size} cases, but this pass has {batch} rows")
+        return state
+
+    def _past(self, cache: Any) -> int:
+        """Tokens that a KV cache holds; while compiling, 1 stands for any number that only the device knows."""
+        if cache is None:
+            return 0
+        if isinstance(cache, tuple):
+            return cache[0][0].shape[-2] if cache else 0
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if isinstance(length, Tensor) and torch.compiler.is_compiling():
+            return int(self.kept(cache) is not None)
+        return int(length)
+
+    def _forget(self, cache: Any) -> None:
+        """Takes the decisions of an earlier sequence off an empty cache: generate() resets and reuses static caches."""
+        if not isinstance(cache, tuple) and self.kept(cache) is not None and not self._past(cache):
+            setattr(
+                cache, CACHE_ATTRIBUTE, {n: s for n, s in getattr(cache, CACHE_ATTRIBUTE).items() if n != self.name}
+            )
+
+    # -------------------------------------------------------------------------------------------------- by hand
+
+    def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
+        """Cases by hand, for every pass until named again; (None, None) returns to finding them automatically.
+
+        token_to_case: [T] int64, -1 for tokens of no case; case_tokens: [C] int64 rows into the T tokens, -1 for a
+        case that an earlier pass decided (its slot's decisions are kept).
+        """
+        if token_to_case is None or case_tokens is None:
+            if token_to_case is not None or case_tokens is not None:
+                raise ValueError("set_cases takes both token_to_case and case_tokens, or None for both")
+            self.explicit = None
+            return
+        token_to_case, case_tokens = token_to_case.long().reshape(-1), case_tokens.long().reshape(-1)
+        tokens, size = token_to_case.numel(), case_tokens.numel()
+        _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
+        _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens")
+        new = case_tokens >= 0
+        owner = token_to_case[case_tokens[new]]
+        if not torch.equal(owner, new.nonzero().flatten().to(owner)):
+            raise ValueError(
+                f"case tokens {case_tokens[new].tolist()} of cases {new.nonzero().flatten().tolist()} belong to "
+                f"cases {owner.tolist()}"
+            )
+        before = None if self.explicit is None else self.explicit.state
+        if before is not None and (before.size != size or before.version != self.version or not before.layers):
+            before = None
+        known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device)
+        used = torch.zeros_like(new).index_fill(0, token_to_case[token_to_case >= 0], True)
+        if bool((used & ~new & ~known).any()):
+            missing = (used & ~new & ~known).nonzero().flatten().tolist()
+            raise ValueError(f"cases {missing} have no case token in this pass and were never decided before")
+        if before is None or bool(new.all()):
+            self.explicit = Cases(token_to_case, case_tokens, CaseState(self.version, size), fresh=True)
+        else:
+            state = replace(before, layers=dict(before.layers))
+            self.explicit = Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
+
+
+def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < size:
+        raise ValueError(
+            f"{name} must be in [-1, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
+        )
+
+
+def _refuse_packed(position_ids: Any, mask: object, length: int, past: int) -> None:
+    """Raises where positions start again inside a row: that row holds several sequences, whose cases must be named."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return
+    before, after = position_ids[:, :-1], position_ids[:, 1:]
+    real = attended(mask, length, past)
+    real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
+    # Padding stands at position 0 or 1; what a block-diagonal mask hides from the last query looks like padding too.
+    again = (after <= before) & ((real[:, 1:] & real[:, :-1]) | (before > 1))
+    if bool(again.any()):
+        raise ValueError(
+            f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "
+            "hold several sequences: name their cases with handle.set_cases"
+        )
