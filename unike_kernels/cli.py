@@ -1,0 +1,102 @@
+"""`unike-kernels`: info, inspect and edit on the command line."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="UniKE knowledge editing: correct what a multimodal model believes, without retraining.",
+)
+
+
+@app.command()
+def info() -> None:
+    """Which version this is, which torch it uses, and which backends can run here.
+
+    Example: unike-kernels info
+    """
+    import torch
+
+    from . import __version__, backends
+
+    typer.echo(f"unike-kernels {__version__}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    for backend in backends.available():
+        typer.echo(f"backend {backend.name}: {'usable' if backend.reason is None else backend.reason}")
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="Folder of saved edits, or a hub repository.")]) -> None:
+    """What saved edits hold: the base they belong to, their settings, and every edit.
+
+    Example: unike-kernels inspect my-edits
+    """
+    from .edits import Edits
+
+    edits = Edits.from_pretrained(path)
+    base, shift, routing = edits.base, edits.config.shift, edits.config.routing
+    alpha = "adaptive" if shift.alpha is None else shift.alpha
+    typer.echo(f"base: {base.family}, hidden size {base.hidden_size}, {base.num_layers} layers, {base.name_or_path}")
+    typer.echo(f"shift: {shift.attention}, K = {shift.k}, alpha {alpha}" if shift.enabled else "shift: off")
+    typer.echo(f"routing: {routing.mode}, false-accept rate {routing.false_accept_rate}")
+    typer.echo(edits.summary(limit=None))
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="Model folder or name that transformers can load.")],
+    requests: Annotated[Path, typer.Argument(help="JSON list of {prompt, target, image: path or null, id?}.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the edits.")],
+    triplets: Annotated[
+        Path, typer.Option(help="JSON list of {prompt, target, image, prediction?} for the memory: training questions.")
+    ],
+    config: Annotated[Path | None, typer.Option(help="JSON of a UnikeConfig; defaults otherwise.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder where a stopped run goes on.")] = None,
+) -> None:
+    """Makes edits of a model and saves them.
+
+    Example: unike-kernels edit Salesforce/blip2-opt-2.7b requests.json my-edits --triplets train.json
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .config import UnikeConfig
+    from .editing.editor import Editor
+
+    asked, known = _read(requests), _read(triplets)
+    settings = UnikeConfig.from_json(json.loads(config.read_text())) if config is not None else None
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    editor = Editor(base, AutoProcessor.from_pretrained(model), settings)
+    editor.build_memory(known, cache=cache)
+    typer.echo(str(editor.fit()))
+    edits = editor.edit(asked)
+    edits.save_pretrained(out)
+    typer.echo(edits.summary(limit=None))
+    typer.echo(
+        f"saved to {out}; use them with: unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(out)!r}))"
+    )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of samples, their pictures loaded from paths relative to the file; missing ones named together."""
+    from PIL import Image
+
+    samples = json.loads(path.read_text())
+    if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
+        raise typer.BadParameter(f"{path} must hold a JSON list of objects")
+    named = {str(s["image"]) for s in samples if s.get("image")}
+    missing = sorted(n for n in named if not (path.parent / n).exists())
+    if missing:
+        raise typer.BadParameter(
+            f"{len(missing)} of {len(named)} pictures of {path} are missing: {', '.join(missing[:5])}"
+        )
+    return [
+        s | {"image": Image.open(path.parent / str(s["image"])).convert("RGB") if s.get("image") else None}
+        for s in samples
+    ]
+
+
+if __name__ == "__main__":
+    app()
