@@ -34,7 +34,14 @@ _PLAIN = re.compile(rf"{_PART}\.safetensors")
 _LEFTOVER = re.compile(rf"{_PART}\.[0-9a-f]{{16}}\.safetensors(?:\.tmp)?|{re.escape(CONFIG_NAME)}\.tmp")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RECORD: dict[str, tuple[type, ...]] = {"name": (str,), "size": (int,), "digest": (str,)}
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
+_FLOATS = tuple(name for dtype, name in _DTYPES.items() if dtype.is_floating_point)
 _READS = 5  # tries to read a directory in which others keep saving
 
 T = TypeVar("T")
@@ -112,18 +119,36 @@ def _read(
 
 def _stage(directory: Path, name: str, part: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Step 1 for one file; returns its record."""
-    from safetensors.torch import save_file
-
     part = _plain(part)
     digest = _digest(part)
     staged = directory / _staged_name(name, digest)
     temporary = staged.with_name(f"{staged.name}.tmp")
-    save_file(part, temporary, metadata={"format": "pt", "digest": digest})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
+    size = _write_file(temporary, part, digest)
     os.replace(temporary, staged)
     return {"name": name, "size": size, "digest": digest}
+
+
+def _write_file(path: Path, part: dict[str, torch.Tensor], digest: str) -> int:
+    """A safetensors file straight from the tensors' memory, synced; returns its size.
+
+    safetensors' own save_file (0.8) lets nobody but the owner read the file, and a kill leaves its `.tmp??????` behind.
+    """
+    names = sorted(part, key=lambda name: (-part[name].element_size(), name))  # wide ones first: all are aligned
+    header: dict[str, Any] = {"__metadata__": {"digest": digest, "format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = part[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_bytes(part[name]))
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(text) + end
 
 
 def _commit(directory: Path, document: dict[str, Any]) -> None:
@@ -302,7 +327,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError) as err:
+    except (SafetensorError, OSError, RuntimeError) as err:  # torch gives a RuntimeError where it cannot map a file
         raise EditsFileError(f"{path} is not a readable safetensors file: {err}") from err
 
 
@@ -312,9 +337,13 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update((c_char * tensor.nbytes).from_address(tensor.data_ptr()))  # no copy, and no numpy needed
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """A contiguous CPU tensor's memory: no copy, no numpy, and any dtype. Valid while the tensor lives."""
+    return (c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
 
 
 # The hub
