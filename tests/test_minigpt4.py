@@ -29,6 +29,7 @@ from unike_kernels.patching import fingerprint
 
 QUERIES, HIDDEN, SIDE, EOS = 3, 16, 8, 2
 TEXT = "# ### Human Assistant : < > </ Img ? what is this thing a cat dog red blue on the table two of them"
+PUBLISHED = {"visual_encoder", "ln_vision", "Qformer", "query_tokens", "llama_proj", "llama_model"}
 FP32 = {"rtol": 1e-4, "atol": 1e-5}  # LLaMA's norms and rotations compute in fp32 also in a double model
 QUESTIONS = ["what is this ?", "is the cat on the table ?", "red ?"]
 
@@ -226,39 +227,51 @@ def test_generate_ignores_padding(beams, model, processor):
         assert torch.equal(model.generate(**one, **options)[0], together[row])
 
 
-def test_parts_of_other_dtypes(tokenizer, processor):
-    """A half-precision tower before a full-precision Q-Former before another language model, as people load them."""
-    model = MiniGPT4.from_blip2(make_blip2().float(), make_llama(tokenizer), tokenizer).eval()
-    model.visual_encoder.bfloat16()
-    inputs = processor(images=PICTURES[0], text="a cat ?", return_tensors="pt")
-    assert model.llama_proj.weight.dtype == torch.float32
-    assert model(**inputs).logits.dtype == torch.float64
+class Tower(nn.Sequential):
+    """A tower that gives a tensor and casts nothing, as the published one does: pictures -> [B, P, 12]."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 12, 4, stride=4), nn.Flatten(2))
+
+    def forward(self, image):
+        return super().forward(image).mT
+
+
+def parts_of_the_published_shape(model, tokenizer, ln_vision):
+    """The tower's norm apart, the Q-Former inside `bert`."""
+    holder = nn.Module()
+    holder.bert = model.Qformer
+    parts = (Tower().double(), ln_vision, holder, model.query_tokens, model.llama_model, tokenizer)
+    return MiniGPT4(*parts, model.llama_proj).eval()
 
 
 def test_parts_of_the_published_shape(model, tokenizer, processor):
-    """A tower that returns a tensor and a Q-Former inside `bert`, as the published modules do."""
+    other = parts_of_the_published_shape(model, tokenizer, nn.LayerNorm(12).double())
+    inputs = batch(processor, questions=QUESTIONS[:1])
+    seen = nn.functional.layer_norm(other.visual_encoder(inputs["pixel_values"]), [12])
+    image = model.llama_proj(model.Qformer(model.query_tokens, encoder_hidden_states=seen).last_hidden_state)
+    assert torch.equal(other.encode_img(inputs["pixel_values"]), image)
+    assert {key.split(".")[0] for key in other.state_dict()} == PUBLISHED
 
-    class Tower(nn.Module):
-        def __init__(self, tower):
-            super().__init__()
-            self.tower = tower
 
-        def forward(self, image):
-            return self.tower(image).last_hidden_state
-
-    holder = nn.Module()
-    holder.bert = model.Qformer
-    parts = (Tower(model.visual_encoder), nn.LayerNorm(12).double(), holder, model.query_tokens)
-    other = MiniGPT4(*parts, model.llama_model, tokenizer, model.llama_proj).eval()
-    inputs = batch(processor)
-    assert moved(other(**inputs).logits, model(**inputs).logits) < 1e-3  # the norm of a normed state changes little
-    other.ln_vision = nn.Identity()
-    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+def test_parts_of_other_dtypes(model, tokenizer, processor):
+    """A half-precision tower, a single-precision Q-Former, another language model: as people load them."""
+    other = parts_of_the_published_shape(model, tokenizer, nn.Identity())
+    other.visual_encoder.bfloat16()
+    other.Qformer.float()
+    other.query_tokens.data = other.query_tokens.data.float()
+    seen = []
+    other.Qformer.bert.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].dtype), with_kwargs=True
+    )
+    inputs = processor(images=PICTURES[0], text="a cat ?", return_tensors="pt")
+    assert other(**inputs).logits.dtype == torch.float64 and seen == [torch.float32]
+    fresh = MiniGPT4.from_blip2(make_blip2().float(), model.llama_model, tokenizer)
+    assert fresh.llama_proj.weight.dtype == torch.float32
 
 
 def test_names_are_the_published_ones(model):
-    names = {key.split(".")[0] for key in model.state_dict()}
-    assert names == {"visual_encoder", "Qformer", "query_tokens", "llama_proj", "llama_model"}
+    assert {key.split(".")[0] for key in model.state_dict()} == PUBLISHED - {"ln_vision"}
     assert find_decoder(model).name == "llama_model.model"
     published = {"llama_proj.weight": torch.ones(HIDDEN, 12), "llama_proj.bias": torch.zeros(HIDDEN)}
     assert model.load_state_dict(published, strict=False).unexpected_keys == []
