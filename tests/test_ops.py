@@ -514,23 +514,6 @@ def test_alpha_per_case_is_that_of_the_case_token():
     assert spread[1].shape == (6,)
 
 
-def test_raw_rescales_after_the_encoder_has_looked():
-    h, q, items, indices = (
-        torch.randn(3, 8),
-        torch.randn(3, 8),
-        torch.randn(5, 8),
-        torch.tensor([[0, 1], [2, 3], [4, 0]]),
-    )
-    encoder = [(torch.randn(8, 8), torch.randn(8))]
-    know = reference.knowledge_attention(q, items, items, indices)
-    alpha = reference.alpha(know, h, encoder=encoder, clamp=False)
-    for rescale in (True, False):
-        out, used = ops.knowledge_shift(h, q, items, items, indices, encoder=encoder, clamp=False, rescale=rescale)
-        torch.testing.assert_close(used, alpha)
-        mixed = know * (h.norm(dim=1) / know.norm(dim=1))[:, None] if rescale else know
-        torch.testing.assert_close(out, (1 - alpha)[:, None] * h + alpha[:, None] * mixed)
-
-
 def test_topk_carries_no_gradient():
     scores, _ = ops.cosine_topk(torch.randn(2, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), 3)
     assert not scores.requires_grad

@@ -239,7 +239,7 @@ def test_topk_of_one_exact_tie_after_another():
 
 
 def test_topk_zero_vectors_score_0_and_the_two_zeros_are_one_score():
-    keys = torch.tensor([[-0.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
+    keys = torch.tensor([[-0.0, 0.0], [-1.0, 0.0], [-1e-35, 1e15], [0.0, 0.0]])  # the third: -1e-50, which is -0.0
     scores, indices = reference.cosine_topk(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), keys, 4)
     assert indices.tolist() == [[0, 2, 3, 1], [0, 1, 2, 3]]
     assert scores.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]] and not scores[scores == 0].signbit().any()
@@ -252,6 +252,8 @@ def test_topk_nothing_that_is_not_finite_is_retrieved():
     scores, indices = reference.cosine_topk(q, keys, 6)
     assert sorted(indices[0].tolist()) == [-1, -1, 0, 2, 3, 5] and scores[0, 4:].tolist() == [-math.inf] * 2
     assert indices[1:].eq(-1).all() and scores[1:].eq(-math.inf).all()
+    stored = reference.cosine_topk(q, keys, 6, key_norm=torch.ones(6).double())  # norms that know nothing of it
+    assert torch.equal(stored[1].sort()[0], indices.sort()[0])
 
 
 def test_topk_stored_norms_and_unit_rows():
@@ -400,11 +402,12 @@ def test_shift_without_weight_keeps_every_bit_and_no_gradient_of_what_it_skips(d
     h_know = torch.full((4, 8), math.nan, dtype=dtype)
     for leaf in (h_input, h_know):
         leaf.requires_grad_()
-    for alpha in (none, torch.full((4,), none)):
-        h = reference.shift(h_input, h_know, alpha, orientation=orientation)
-        assert torch.equal(h, h_input) and h[0, 0].signbit()
-        for grad, wanted in zip(torch.autograd.grad(h.sum(), [h_input, h_know]), (1, 0), strict=True):
-            assert grad.eq(wanted).all()
+    assert torch.equal(reference.shift(h_input, h_know, none, orientation=orientation), h_input)
+    alpha = torch.full((4,), none, requires_grad=True)
+    h = reference.shift(h_input, h_know, alpha, orientation=orientation)
+    assert torch.equal(h, h_input) and h[0, 0].signbit()
+    for grad, wanted in zip(torch.autograd.grad(h.sum(), [h_input, h_know, alpha]), (1, 0, 0), strict=True):
+        assert grad.eq(wanted).all()
 
 
 def test_rescale_takes_the_norm_of_the_input():
@@ -414,6 +417,26 @@ def test_rescale_takes_the_norm_of_the_input():
     torch.testing.assert_close(scaled[:2].norm(dim=1), h_input[:2].norm(dim=1))
     torch.testing.assert_close(F.cosine_similarity(scaled[:2], h_know[:2]), torch.ones(2).double())
     assert scaled[2].eq(0).all()
+
+
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize("form", ["projected", "raw"])
+def test_knowledge_shift_is_its_parts(form, orientation):
+    h, indices, encoder = randn(3, 8), torch.tensor([[0, 1], [2, -1], [4, 3]]), [(randn(8, 8), randn(8))]
+    if form == "projected":
+        q, keys, values, out_proj = randn(3, 4, 2), randn(5, 2, 2), randn(5, 2, 3), (randn(8, 12), randn(8))
+        know = F.linear(reference.knowledge_attention(q, keys, values, indices).flatten(1), *out_proj)
+    else:
+        q, keys, out_proj = randn(3, 8), randn(5, 8), None
+        values = keys
+        know = reference.knowledge_attention(q, keys, values, indices)
+    alpha = reference.alpha(know, h, encoder=encoder, clamp=False)  # before rescaling
+    options = {"encoder": encoder, "orientation": orientation, "clamp": False, "out_proj": out_proj}
+    for rescale in (True, False):
+        mixed = reference.rescale(know, h) if rescale and form == "raw" else know
+        out, used = reference.knowledge_shift(h, q, keys, values, indices, rescale=rescale, **options)
+        torch.testing.assert_close(used, alpha)
+        torch.testing.assert_close(out, reference.shift(h, mixed, alpha, orientation=orientation))
 
 
 # ------------------------------------------------------------------------------------------------ equations 4 and 5

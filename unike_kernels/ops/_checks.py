@@ -1,7 +1,6 @@
 """What the operators' argument checks share. Each message names both values that disagree."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -26,12 +25,10 @@ def shape(tensor: Tensor | None) -> list[int] | None:
     return None if tensor is None else list(tensor.shape)
 
 
-def require_tensors(
-    floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] = MappingProxyType({})
-) -> None:
+def require_tensors(floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] | None = None) -> None:
     """The tensors are float, the indices int64, and all lie on the device of the first."""
     first, device = next(iter(floats)), None
-    for kind, tensors in (("float", floats), ("int64", integers)):
+    for kind, tensors in (("float", floats), ("int64", integers or {})):
         for name, tensor in tensors.items():
             if tensor is None and name != first:
                 continue

@@ -57,10 +57,10 @@ def knowledge_shift(
         raise ValueError(f"orientation must be 'knowledge' or 'input', but got {orientation!r}")
     weight, bias = (None, None) if out_proj is None else out_proj
     layers = [] if encoder is None else list(encoder)
-    floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values}
-    floats |= {"alpha": alpha if isinstance(alpha, Tensor) else None, "out_proj weight": weight, "out_proj bias": bias}
-    for i, (w, b) in enumerate(layers):
-        floats |= {f"encoder[{i}] weight": w, f"encoder[{i}] bias": b}
+    given = alpha if isinstance(alpha, Tensor) else None
+    floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": given}
+    for name, pair in [("out_proj", (weight, bias)), *((f"encoder[{i}]", layer) for i, layer in enumerate(layers))]:
+        floats[f"{name} weight"], floats[f"{name} bias"] = pair
     require_tensors(floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
     if alpha is not None and not isinstance(alpha, Tensor):
         count = h_input.shape[0] if token_to_case is None else indices.shape[0]
