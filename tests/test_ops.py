@@ -376,7 +376,16 @@ def test_nothing_selected_adds_nothing(how, dtype):
     assert torch.equal(y, kept) and y[0, 0].signbit()
 
 
-@pytest.mark.parametrize("routing", [{}, {"group_ptr": torch.tensor([0])}, {"group_ptr": torch.tensor([0, 0, 0])}])
+EMPTY_PTR = torch.tensor([0, 0, 0])
+NO_GROUPS = {
+    "no neurons": {},
+    "no groups": {"group_ptr": torch.tensor([0])},
+    "empty groups": {"group_ptr": EMPTY_PTR},
+    "an empty group selected": {"group_ptr": EMPTY_PTR, "selected": torch.ones(4, 1, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("routing", NO_GROUPS.values(), ids=NO_GROUPS)
 def test_no_groups_add_nothing(routing):
     x, y = torch.randn(4, 8), torch.randn(4, 8)
     y[0, 0] = -0.0
@@ -485,18 +494,21 @@ def test_k_0_retrieves_nothing():
     assert scores.shape == indices.shape == (2, 3, 0)
 
 
-def test_tokens_of_no_case_and_cases_without_items_pass_bit_for_bit():
+@pytest.mark.parametrize(("orientation", "untouched"), [("knowledge", 0.0), ("input", 1.0)])
+def test_tokens_of_no_case_and_cases_without_items_pass_bit_for_bit(orientation, untouched):
     h, q, keys, values = shift_inputs()
     keys[0] = values[0] = math.nan  # the row that stands in for index -1
     cases = torch.tensor([1, -1, 0, 2, 0, -1])
     indices = torch.tensor([[1, 2], [-1, -1], [4, -1]])
     for options in ({"alpha": 0.5}, {"case_tokens": torch.tensor([4, 0, -1])}, {}):
-        out, used = ops.knowledge_shift(h, q, keys, values, indices, token_to_case=cases, clamp=False, **options)
+        options |= {"token_to_case": cases, "clamp": False, "orientation": orientation}
+        out, used = ops.knowledge_shift(h, q, keys, values, indices, **options)
         acts = torch.tensor([False, False, True, "case_tokens" not in options, True, False])
         assert out.isfinite().all()
         assert [torch.equal(a, b) for a, b in zip(out, h, strict=True)] == (~acts).tolist()
-        per_token = used if len(used) == 6 else torch.where(cases >= 0, used[cases], 0)
-        assert used.shape == ((3,) if options else (6,)) and torch.equal(per_token != 0, acts)
+        assert used.shape == ((3,) if "alpha" in options or "case_tokens" in options else (6,))
+        per_token = used if len(used) == 6 else torch.where(cases >= 0, used[cases], untouched)
+        assert torch.equal(per_token != untouched, acts)
 
 
 def test_alpha_per_case_is_that_of_the_case_token():
