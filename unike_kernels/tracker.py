@@ -62,6 +62,9 @@ class CaseTracker:
             shape = None if inputs is None else inputs.shape
         if inputs is None or shape is None:
             return  # the decoder says what is missing
+        picture = given.get("query_embeds")
+        if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
+            shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
         if self.explicit is not None:
             self.current = self._named(shape, inputs.device)
         else:
