@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import data, vision
+from . import data, records, vision
 from . import model as tiny
 
 Case = tuple[str | None, str, str]  # (image path below `data.DRAWINGS` or none, prompt, target)
@@ -124,8 +124,10 @@ def accuracies(model: Any, processor: Any) -> dict[str, Any]:
     return result
 
 
-def geometry(model: Any, processor: Any, split: str = "development") -> dict[str, float]:
-    """Return mean centred cosines at the tap, and how well another artist's drawing is told from other cases."""
+def geometry(
+    model: Any, processor: Any, split: str = "development", layer: int = TAP_LAYER
+) -> dict[str, float]:
+    """Return mean cosines at the tap, centred on the memory's questions, and how well another artist is told apart."""
     rng = random.Random(0)
     members = data.splits()[split]
     drawn = data.drawings(members)
@@ -135,11 +137,12 @@ def geometry(model: Any, processor: Any, split: str = "development") -> dict[str
         calibration.append((concept.image(artist), data.ask(rng.choice(data.NAME))))
         calibration.append((concept.image(artist), rng.choice(data.sorting_questions(concept))[0]))
         calibration.append((None, rng.choice(data.facts(concept))[0]))
-    rows = taps(model, processor, calibration)
-    centre = rows.mean(0)
+    rows = taps(model, processor, calibration, layer)
+    memory = [(row["image"], row["prompt"]) for row in records.triplets()]
+    centre = taps(model, processor, memory, layer).mean(0)
 
     def unit(cases: list[tuple[str | None, str]]) -> Tensor:
-        return torch.nn.functional.normalize(taps(model, processor, cases) - centre, dim=-1)
+        return torch.nn.functional.normalize(taps(model, processor, cases, layer) - centre, dim=-1)
 
     base = unit([(c.image(a), prompt) for c, a in drawn])
     cosine = base @ base.T
@@ -147,13 +150,14 @@ def geometry(model: Any, processor: Any, split: str = "development") -> dict[str
     kind = torch.tensor([[c.kind == d.kind for d, _ in drawn] for c, _ in drawn])
     artists, kin = cosine[same & ~torch.eye(len(drawn), dtype=torch.bool)], cosine[kind & ~same]
     false = torch.nn.functional.normalize(rows - centre, dim=-1) @ base.T  # [calibration, edits]
-    one, many = torch.quantile(false.flatten()[::3], 0.99), torch.quantile(false[:, ::3].max(1).values, 0.99)
+    one, many = torch.quantile(false.flatten(), 0.99), torch.quantile(false[:, ::3].max(1).values, 0.99)
     figures = {
         "cosine, other phrasing": (base * unit([(c.image(a), other) for c, a in drawn])).sum(-1).mean(),
         "cosine, other artist": artists.mean(),
         "cosine, same kind": kin.mean(),
         "cosine, other concept": cosine[~kind].mean(),
         "cosine, same picture, kind question": (base * unit([(c.image(a), sort) for c, a in drawn])).sum(-1).mean(),
+        "cosine, text-only fact": false[2::3].mean(),
         "AUC, other artist against same kind": (artists[:, None] > kin[None]).float().mean(),
         "recall of other artists at 1 % false accepts, one edit": (artists > one).float().mean(),
         f"recall of other artists at 1 % false accepts, {len(drawn) // 3} edits": (artists > many).float().mean(),

@@ -24,6 +24,7 @@ IMAGE_SIZE = 32  # pixels, square
 QUERY_TOKENS = 4  # image tokens per picture
 HIDDEN = 128  # width of all three parts
 VOCABULARY = 2048
+INIT = 0.05  # standard deviation of the initial weights
 BOX = 4  # PIL's area average, the filter that the training augmentation uses too
 SPECIAL = ("<pad>", "</s>", "<unk>", "<image>")  # ids 0..3; OPT's </s> both starts and ends, here it only ends
 
@@ -71,7 +72,7 @@ def make_config() -> Blip2Config:
         image_size=IMAGE_SIZE,
         patch_size=8,
         attention_dropout=0.0,
-        initializer_range=0.02,  # the default of 1e-10 never learns
+        initializer_range=INIT,  # the default of 1e-10 never learns
     )
     qformer = Blip2QFormerConfig(
         vocab_size=1,  # the Q-Former reads no text here
@@ -84,6 +85,7 @@ def make_config() -> Blip2Config:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=8,
+        initializer_range=INIT,
     )
     text = OPTConfig(
         vocab_size=VOCABULARY,
@@ -98,6 +100,7 @@ def make_config() -> Blip2Config:
         attention_dropout=0.0,
         pad_token_id=0,
         bos_token_id=1,
+        init_std=INIT,
         eos_token_id=1,
         tie_word_embeddings=True,
     )
@@ -120,7 +123,7 @@ def make_model(seed: int) -> Blip2ForConditionalGeneration:
             model.query_tokens.normal_()  # zeros would keep the queries identical for ever
             for name, parameter in model.vision_model.named_parameters():
                 if name.endswith(("class_embedding", "position_embedding")):
-                    parameter.normal_(std=0.02)
+                    parameter.normal_(std=INIT)
     return model.eval()
 
 

@@ -20,7 +20,7 @@ from .language import VIEWS, LanguageStage, cache_features
 from .vision import VisionStage
 
 CACHE = tiny.HERE / ".cache"
-VISION_STEPS, LANGUAGE_STEPS = 3000, 5000
+VISION_STEPS, LANGUAGE_STEPS = 2500, 900
 LEARNING_RATE = {"vision": 3e-3, "language": 1.5e-3}
 WEIGHT_DECAY = {"vision": 0.05, "language": 0.01}
 WARM_UP = 150  # steps
@@ -36,6 +36,7 @@ def _write(path: Path, save: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save(temporary)
+    temporary.chmod(0o644)  # safetensors writes for the owner only
     os.replace(temporary, path)
 
 
