@@ -15,8 +15,8 @@ from ..config import UnikeConfig
 from ..edits import Calibration, Edits, LayerShared
 from ..evaluation.protocols import CheckReport, check
 from ..models import find_decoder, get_module
-from ..modules import Projections
 from ..patching import PatchHandle, fingerprint, patch, status
+from ..projections import Projections, empty_like_site
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample
@@ -243,9 +243,10 @@ class Editor:
             return h_pos
         sites = self.decoder.layers[layer]
         attention, projections = get_module(self.model, sites.attention), Projections(sites)
+        like = empty_like_site(self.model, sites.attention)
         out = []
         for part in h_pos.split(1024):
-            _, v = projections.item(attention, part.to(self.collator.device, self.collator.dtype))
+            _, v = projections.item(attention, part.to(like))
             heads = v.repeat_interleave(sites.heads // sites.kv_heads, dim=1)  # grouped-query heads as the layer does
             out.append(projections.output(attention, heads.flatten(1)).float().cpu())
         return torch.cat(out)

@@ -56,7 +56,6 @@ class GroupTrainer:
         self.ffn_mean, self.zeta, self.independent = ffn_mean, zeta, independent
         self.maps, self.lr_maps = maps, lr_maps
         self.head = head(model, decoder)
-        self.sites = {layer.index: layer.sites for layer in handle.record.layers}
         self.modules: dict[int, ExtraNeurons] = {
             layer.index: layer.neurons for layer in handle.record.layers if layer.neurons is not None
         }
@@ -109,7 +108,7 @@ class GroupTrainer:
     @torch.no_grad()
     def _ffn_inputs(self, batch: Batch, prefix: Prefix, selected: Tensor | None) -> dict[int, Tensor]:
         """[B, S, d] what enters each edited FFN, the shift active, the new groups (of zeros) without effect."""
-        modules = {i: get_module(self.model, self.sites[i].ffn_input) for i in self.modules}
+        modules = {i: get_module(self.model, self.decoder.layers[i].ffn_input) for i in self.modules}
         with cases_named(self.handle, batch, selected), recorded(modules, "input") as kept:
             run_tail(self.model, self.decoder, prefix)
         return {i: x.reshape(*batch.shape, -1).float() for i, x in kept.items()}
@@ -133,7 +132,7 @@ class GroupTrainer:
             unit = origin / size + self.config.key_noise * noise.repeat(len(x), 1)
             keys = unit / size / (1 - theta)
             rows = {"keys": keys, "key_bias": -theta / (1 - theta) - keys @ mean, "values": torch.zeros_like(keys)}
-            if self.sites[i].gated:  # up reads the same projection, so that act(gate) * up grows with it
+            if self.decoder.layers[i].gated:  # up reads the same projection, so that act(gate) * up grows with it
                 up = unit / size
                 rows |= {"up": up, "up_bias": -(up @ mean)}
             leaves[i] = {name: t.clone().requires_grad_() for name, t in rows.items()}
