@@ -1,4 +1,4 @@
-"""A decoder that takes its picture apart from its tokens, as LAVIS's OPT does; LAVIS itself is checked in tests/lavis."""
+"""A decoder that takes its picture apart from its tokens, as LAVIS's OPT does (LAVIS itself: tests/lavis)."""
 
 import pytest
 import torch
