@@ -227,7 +227,9 @@ def edits_for(
         edits.layers[layer].h_sem = tap.to(edits.layers[layer].h_sem.dtype)
     for shared in edits.shared.values():  # encoders that neither shrink nor blow up
         shared.encoder = tuple((weight / len(bias) ** 0.5, bias / 10) for weight, bias in shared.encoder)
-    if edits.calibration is not None:
-        edits.calibration.center = edits.calibration.center / 10
+    if edits.calibration is not None:  # on questions of no edit, as the router needs it
+        others = inputs_for(model, [3 + i % 5 for i in range(len(edits.calibration.cases))], seed=1)
+        edits.calibration.cases = case_taps(model, others, layers[:1])[layers[0]].to(edits.calibration.cases.dtype)
+        edits.calibration.center = edits.calibration.cases.mean(dim=0)
     edits.validate()
     return edits

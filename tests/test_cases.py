@@ -38,7 +38,7 @@ def config(request):
 
 
 def patched(name, config, rows=(7, 4, 6), *, edited=2, dtype=torch.float64, side="left", **options):
-    """A patched model and a padded batch; the first `edited` rows are questions of edits, so routing tells rows apart."""
+    """A patched model and a batch, its first `edited` rows questions of edits, so that routing tells rows apart."""
     model = make_model(name, dtype=dtype)
     inputs = inputs_for(model, rows, side=side)
     questions = {key: tensor[:edited] for key, tensor in inputs.items()}
@@ -235,7 +235,7 @@ def test_named_positions_serve_answers_without_labels(config):
     model, inputs, handle = patched("llama", config, rows=(6, 6))
     model(**inputs)
     prompt = decisions(handle)
-    longer = text_inputs([row.tolist() + [9, 8, 7] for row in inputs["input_ids"]])
+    longer = text_inputs([[*row.tolist(), 9, 8, 7] for row in inputs["input_ids"]])
     handle.set_cases(case_positions=torch.tensor([5, 5]))
     model(**longer)
     assert_same_decisions(decisions(handle), prompt)
@@ -442,7 +442,7 @@ def test_generation_without_a_cache_warns_and_is_right_with_named_positions(conf
 
 
 class Packed:
-    """An engine in small: the tokens of all requests in one row without padding, one KV cache, a block-diagonal mask."""
+    """An engine in small: tokens of all requests in one row without padding, one KV cache, a block-diagonal mask."""
 
     def __init__(self, model, handle, slots):
         self.model, self.handle, self.slots = model, handle, slots
@@ -487,7 +487,7 @@ def test_packed_rows_with_mixed_steps_equal_separate_runs(name, config):
 
         def step(requests, slots, tokens):
             work = {s: (t, len(t) > 1) for s, t in zip(slots, tokens, strict=True)}
-            for request, slot, logits in zip(requests, slots, engine.step(work).values(), strict=True):
+            for request, logits in zip(requests, engine.step(work).values(), strict=True):
                 seen[request].append(logits)
 
         step([0], [0], [prompts[0]])  # prefill A
@@ -610,9 +610,9 @@ def test_edits_chosen_per_request(name, base):
 
 def test_choosing_names_what_is_wrong():
     model, inputs, handle = patched("llama", ALWAYS)
-    with pytest.raises(ValueError, match=r"no edits other on this model; there are: edit-0-0, edit-0-1"):
-        with handle.choosing(["other"]):
-            pass
+    message = "no edits other on this model; there are: edit-0-0, edit-0-1"
+    with pytest.raises(ValueError, match=message), handle.choosing(["other"]):
+        pass
     with handle.choosing([None, None]), pytest.raises(ValueError, match="chosen for 2 cases, but this pass has 3"):
         model(**inputs)
     model(**inputs)

@@ -72,7 +72,7 @@ class ExtraNeurons(nn.Module):
         """Replaces all groups, in place; beta * zeta' is folded into the values in fp32, rounded once."""
         self.check(edits)
         n = len(edits.keys)
-        wide = reference.compute_dtype(edits.values)
+        wide = reference.compute_dtype(edits.values, self.values)
         zeta = torch.repeat_interleave(edits.zeta.to(wide), edits.group_ptr.diff(), dim=0)  # [n, d]
         rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.to(wide) + self.beta * zeta}
         if edits.up is not None and edits.up_bias is not None:

@@ -1,0 +1,482 @@
+"""What every site adds, against a straightforward recomputation from the specification."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from tests.models_tiny import ALWAYS, HEADS, ROUTED, edits_for, inputs_for, make_model, row_of
+from unike_kernels import reference
+from unike_kernels.config import UnikeConfig
+from unike_kernels.models import find_decoder, get_module
+from unike_kernels.modules import calibrate
+
+FAMILIES = ("opt", "llama", "qwen3")  # biases and no gate; grouped-query heads; q_norm, k_norm, another head size
+
+
+def shift_of(base: UnikeConfig, **changes) -> UnikeConfig:
+    return replace(base, shift=replace(base.shift, **changes))
+
+
+CONFIGS = {
+    "paper": ALWAYS,
+    "clamped": shift_of(ALWAYS, clamp=True),
+    "letter": shift_of(ALWAYS, orientation="input"),
+    "fixed": shift_of(ALWAYS, alpha=0.3),
+    "fixed letter": shift_of(ALWAYS, alpha=0.3, orientation="input"),
+    "causal": shift_of(ALWAYS, positions="from_case_token"),
+    "token": shift_of(ALWAYS, per="token"),
+    "token, causal, fixed": shift_of(ALWAYS, per="token", positions="from_case_token", alpha=0.3),
+    "raw": shift_of(ALWAYS, attention="raw"),
+    "raw, token": shift_of(ALWAYS, attention="raw", per="token"),
+    "no own items": shift_of(ALWAYS, own_item=False),
+    "one item": shift_of(ALWAYS, k=1),
+    "more than there are": shift_of(ALWAYS, k=40),
+    "routed": ROUTED,
+    "routed, causal": shift_of(ROUTED, positions="from_case_token"),
+    "routed, letter": shift_of(ROUTED, orientation="input"),
+    "routed, raw": shift_of(ROUTED, attention="raw"),
+    "routed, token": shift_of(ROUTED, per="token"),
+    "neurons alone": shift_of(ALWAYS, enabled=False),
+    "gelu encoder": replace(ALWAYS, encoders=replace(ALWAYS.encoders, activation="gelu")),
+}
+
+
+class Recording:
+    """What enters and leaves the sites of the edited layers, before and after the patch's own hooks."""
+
+    def __init__(self, model, layers):
+        self.decoder, self.seen, self.hooks = find_decoder(model), {}, []
+        for i in layers:
+            sites = self.decoder.layers[i]
+            for what, name in (("tap", sites.attention), ("x", sites.ffn_input)):
+                hook = self._input(i, what)
+                self.hooks.append(get_module(model, name).register_forward_pre_hook(hook, with_kwargs=True))
+            for what, name in (("att", sites.attention), ("ffn", sites.ffn_output)):
+                module = get_module(model, name)
+                self.hooks.append(module.register_forward_hook(self._output(i, f"{what} before"), prepend=True))
+                self.hooks.append(module.register_forward_hook(self._output(i, f"{what} after")))
+
+    def _input(self, layer, what):
+        def hook(module, args, kwargs):
+            self.seen[layer, what] = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2)
+
+        return hook
+
+    def _output(self, layer, what):
+        def hook(module, args, output):
+            self.seen[layer, what] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+
+        return hook
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def item_keys_values(attention, sites, h_pos):
+    """k and v [N, Hkv, hd] of the items, from the weights."""
+    parts = []
+    for name in (sites.k_proj, sites.v_proj):
+        linear = attention.get_submodule(name.rpartition(".")[2])
+        y = h_pos @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+        parts.append(y.view(len(y), sites.kv_heads, sites.head_dim))
+    return (attention.k_norm(parts[0]) if sites.k_norm else parts[0]), parts[1]
+
+
+def know(attention, sites, config, query, h_pos):
+    """h_know [d] of one token, for the items that it or its case retrieved."""
+    if config.shift.attention == "raw":
+        return torch.softmax(query @ h_pos.T / len(query) ** 0.5, -1) @ h_pos
+    k, v = item_keys_values(attention, sites, h_pos)
+    q = query @ attention.q_proj.weight.T + (0 if attention.q_proj.bias is None else attention.q_proj.bias)
+    q = q.view(sites.heads, sites.head_dim)
+    if sites.q_norm:
+        q = attention.q_norm(q)
+    heads = []
+    for h in range(sites.heads):
+        of = h * sites.kv_heads // sites.heads
+        heads.append(torch.softmax(sites.head_dim**-0.5 * (k[:, of] @ q[h]), 0) @ v[:, of])
+    out = attention.get_submodule(sites.out_proj.rpartition(".")[2])
+    return torch.cat(heads) @ out.weight.T + (0 if out.bias is None else out.bias)
+
+
+def expected_attention(attention, sites, edits, layer, tap, h_att, rows, selected):
+    """The shifted self-attention output, token by token. rows: (tokens, case token) of every case."""
+    config, shared, own = edits.config, edits.shared[layer], edits.layers[layer]
+    out = h_att.clone()
+    if not config.shift.enabled:
+        return out
+    for case, (tokens, case_token) in enumerate(rows):
+        acting = range(len(edits)) if selected is None else [g for g in selected[case] if g >= 0]
+        if selected is not None and not acting:
+            continue
+        sem, pos = shared.h_sem.to(tap), shared.h_pos.to(tap)
+        if config.shift.own_item:
+            sem, pos = (torch.cat([a, b[list(acting)].to(tap)]) for a, b in ((sem, own.h_sem), (pos, own.h_pos)))
+        encoder = [(w.to(tap), b.to(tap)) for w, b in shared.encoder]
+
+        def found(token, sem=sem, pos=pos):
+            order = torch.cosine_similarity(tap[token], sem, dim=-1).argsort(descending=True, stable=True)
+            return pos[order[: config.shift.k]]
+
+        def strength(token, items, encoder=encoder):
+            if config.shift.alpha is not None:
+                return config.shift.alpha
+            h = know(attention, sites, config, tap[token], items)
+            return reference.alpha(
+                h, h_att[token], encoder=encoder, act=config.encoders.activation, clamp=config.shift.clamp
+            )
+
+        items, alpha = found(case_token), strength(case_token, found(case_token))
+        for token in tokens:
+            if config.shift.positions == "from_case_token" and token < case_token:
+                continue
+            if config.shift.per == "token":
+                items, alpha = found(token), strength(token, found(token))
+            h = know(attention, sites, config, tap[token], items)
+            if config.shift.attention == "raw":
+                h = h * h_att[token].norm() / h.norm()
+            weights = (1 - alpha, alpha) if config.shift.orientation == "knowledge" else (alpha, 1 - alpha)
+            out[token] = weights[0] * h_att[token] + weights[1] * h
+    return out
+
+
+def expected_ffn(edits, layer, x, y, rows, selected, act):
+    """The FFN's output with the groups of every token's case, neuron by neuron."""
+    own, beta = edits.layers[layer], edits.config.neurons.beta
+    out, activation = y.clone(), reference.activation(act)
+    ptr = own.group_ptr.tolist()
+    of_token = {t: (case, token) for case, (tokens, token) in enumerate(rows) for t in tokens}
+    for t in range(len(x)):
+        acting = range(len(edits))
+        if selected is not None:
+            case, case_token = of_token.get(t, (None, 0))
+            before = edits.config.shift.positions == "from_case_token" and t < case_token
+            acting = [] if case is None or before else [g for g in selected[case] if g >= 0]
+        for g in acting:
+            for n in range(ptr[g], ptr[g + 1]):
+                o = activation(x[t] @ own.keys[n].to(x) + own.key_bias[n].to(x))
+                if own.up is not None:
+                    o = o * (x[t] @ own.up[n].to(x) + own.up_bias[n].to(x))
+                out[t] = out[t] + o * (own.values[n].to(x) + beta * own.zeta[g].to(x))
+    return out
+
+
+def cases_of(inputs):
+    """[(tokens, case token)] of a padded batch, flattened."""
+    length, out = inputs["attention_mask"].shape[1], []
+    for row, mask in enumerate(inputs["attention_mask"]):
+        tokens = [row * length + i for i in mask.nonzero().flatten().tolist()]
+        out.append((tokens, tokens[-1]))
+    return out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("what", CONFIGS)
+def test_sites_do_what_the_specification_says(what, name):
+    config = CONFIGS[what]
+    model = make_model(name, dtype=torch.float64)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(
+        model, config, prompts={k: v[:2] for k, v in inputs.items()}, neurons=[[1, 2, 0, 2], [2, 0, 3, 1]]
+    )
+    decoder, rows = find_decoder(model), cases_of(inputs)
+    with uk.patch(model, edits) as handle, Recording(model, edits.layers) as recording, torch.no_grad():
+        model(**inputs)
+        seen, state = recording.seen, handle.record.runtime.tracker.current.state
+        selected = None if state.selected is None else state.selected.tolist()
+        if config.routing.mode == "routed":
+            assert selected == [[0], [1], [-1]]
+        shifted = 0.0
+        for layer in edits.layers:
+            sites = decoder.layers[layer]
+            attention = get_module(model, sites.attention)
+            wanted = expected_attention(
+                attention, sites, edits, layer, seen[layer, "tap"], seen[layer, "att before"], rows, selected
+            )
+            torch.testing.assert_close(seen[layer, "att after"], wanted, rtol=1e-6, atol=1e-7)
+            shifted = max(shifted, float((wanted - seen[layer, "att before"]).abs().max()))
+            wanted = expected_ffn(edits, layer, seen[layer, "x"], seen[layer, "ffn before"], rows, selected, sites.act)
+            torch.testing.assert_close(seen[layer, "ffn after"], wanted, rtol=1e-6, atol=1e-7)
+        assert (shifted > 1e-3) == config.shift.enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_half_precision(name, dtype):
+    """At every site within a few roundings of the same computation in float64, from the same states."""
+    model = make_model(name, dtype=dtype)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()})
+    exact, rows = make_model(name, dtype=dtype).double(), cases_of(inputs)
+    with uk.patch(model, edits) as handle, Recording(model, edits.layers) as recording, torch.no_grad():
+        model(**inputs)
+        state = handle.record.runtime.tracker.current.state
+        selected = state.selected.tolist()
+        assert selected == [[0], [1], [-1]]
+        rounded = edits.to(dtype=dtype).to(dtype=torch.float64)
+        for layer, sites in ((i, find_decoder(model).layers[i]) for i in edits.layers):
+            assert state.layers[layer].alpha.dtype == torch.float32
+            seen = {what: t.double() for (at, what), t in recording.seen.items() if at == layer}
+            attention = get_module(exact, sites.attention)
+            wanted = expected_attention(
+                attention, sites, rounded, layer, seen["tap"], seen["att before"], rows, selected
+            )
+            eps = torch.finfo(dtype).eps
+            assert (seen["att after"] - wanted).abs().max() <= 4 * eps * wanted.abs().max()
+            wanted = expected_ffn(rounded, layer, seen["x"], seen["ffn before"], rows, selected, sites.act)
+            assert (seen["ffn after"] - wanted).abs().max() <= 4 * eps * wanted.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------ nothing selected
+
+
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize("per", ["case", "token"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_case_that_no_edit_claims_passes_bit_for_bit(name, per, orientation):
+    model = make_model(name)
+    inputs = inputs_for(model, (5, 3, 4))
+    base = model(**inputs).logits
+    config = shift_of(ROUTED, per=per, orientation=orientation)
+    edits = edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()})
+    with uk.patch(model, edits) as handle:
+        edited = model(**inputs).logits
+        assert torch.equal(edited[2], base[2])
+        assert (edited[:2] - base[:2]).abs().amax(dim=(1, 2)).min() > 1e-3
+        nothing = 0.0 if orientation == "knowledge" else 1.0
+        layers = handle.record.runtime.tracker.current.state.layers
+        assert all(d.alpha[2] == nothing and (d.indices[2] == -1).all() for d in layers.values())
+        alone = {**row_of(inputs, 2)}
+        with handle.disabled():
+            expected = model(**alone).logits
+        assert torch.equal(model(**alone).logits, expected)  # nothing at all to do: another way through the code
+
+
+@pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
+@pytest.mark.parametrize("change", [{"n_edits": 0}, {"neurons": 0, "n_items": 0}, {"k": 0, "neurons": 0}], ids=str)
+def test_edits_of_nothing_change_nothing(change, config):
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3))
+    base = model(**inputs).logits
+    change = dict(change)
+    if "k" in change:
+        config = shift_of(config, k=change.pop("k"))
+    if change.get("n_items") == 0:
+        config = shift_of(config, own_item=False)
+    if change.get("n_edits") == 0:
+        config = shift_of(config, enabled=config is ROUTED)  # always on, the shared memory still shifts
+    with uk.patch(model, edits_for(model, config, **change)):
+        assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_positions_before_the_case_token_are_the_base_bit_for_bit(name):
+    model = make_model(name)
+    inputs = inputs_for(model, (6, 6))
+    labels = inputs["input_ids"].masked_fill(torch.arange(6) < 4, -100)  # case token 3, then two answer tokens
+    base = model(**inputs).logits
+    for config, neurons in ((ALWAYS, 0), (ROUTED, 2)):
+        config = shift_of(config, positions="from_case_token")
+        prompts = {k: v[:, :4] for k, v in inputs.items()}
+        with uk.patch(model, edits_for(model, config, prompts=prompts, neurons=neurons)):
+            edited = model(**inputs, labels=labels).logits
+        assert torch.equal(edited[:, :3], base[:, :3])
+        assert (edited[:, 3:] - base[:, 3:]).abs().amax(dim=-1).amin() > 0
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_edit_that_is_not_selected_never_leaks(name, poison):
+    model = make_model(name)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ROUTED, prompts=inputs)
+    with uk.patch(model, edits, max_neurons=40, max_groups=9, max_items=40) as handle:
+        rows = {k: v[:2] for k, v in inputs.items()}
+        clean = model(**rows).logits
+        for layer in handle.record.layers:
+            spare = layer.neurons.group_ptr[2]  # edit 2's neurons and the spare ones
+            for tensor in (layer.neurons.keys, layer.neurons.key_bias, layer.neurons.values):
+                tensor[spare:] = poison
+            if layer.neurons.up is not None:
+                layer.neurons.up[spare:] = poison
+            own = int(layer.shift.memory.counts[0]) + 2
+            for tensor in (layer.shift.memory.sem, layer.shift.memory.keys, layer.shift.memory.values):
+                tensor[own:] = poison
+            layer.shift.memory.sem_norm[own:] = poison
+        assert torch.equal(model(**rows).logits, clean)
+        assert clean.isfinite().all()
+        assert not model(**inputs).logits[2].isfinite().all()  # its own case does meet it
+
+
+def test_spare_rows_are_never_read():
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3))
+    edits = edits_for(model)
+    with uk.patch(model, edits):
+        expected = model(**inputs).logits
+    with uk.patch(model, edits, max_neurons=40, max_groups=9, max_items=40) as handle:
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        for layer in handle.record.layers:
+            layer.neurons.keys[6:] = layer.neurons.values[6:] = float("nan")
+            layer.shift.memory.sem[9:] = layer.shift.memory.keys[9:] = float("nan")
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+# ----------------------------------------------------------------------------------------------- other ways through
+
+
+@pytest.mark.parametrize("what", ["paper", "letter", "fixed", "causal", "token", "routed", "routed, letter"])
+@pytest.mark.parametrize("name", ["opt", "qwen3"])
+def test_called_output_projection_equals_the_one_that_is_read(name, what):
+    config = CONFIGS[what]
+    model = make_model(name, dtype=torch.float64)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()})
+    base = model(**inputs).logits
+    with uk.patch(model, edits) as handle:
+        plain = model(**inputs).logits
+        alphas = [d.alpha for d in handle.record.runtime.tracker.current.state.layers.values()]
+        for layer in handle.record.layers:
+            attention = get_module(model, find_decoder(model).layers[layer.index].attention)
+            out = attention.out_proj if name == "opt" else attention.o_proj
+            out.register_forward_hook(lambda module, args, output: None)  # from here on it must be called
+        called = model(**inputs).logits
+        again = [d.alpha for d in handle.record.runtime.tracker.current.state.layers.values()]
+        torch.testing.assert_close(called, plain, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alphas, again, rtol=1e-9, atol=1e-9)
+        assert torch.equal(called[2], base[2]) == (config.routing.mode == "routed")
+
+
+def test_hooks_of_others_on_the_output_projection_see_the_knowledge_too():
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3))
+    with uk.patch(model, edits_for(model)):
+        plain = model(**inputs).logits
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: output * 2)
+        assert not torch.equal(model(**inputs).logits, plain)
+
+
+def test_autocast_keeps_what_is_accumulated_in_float32():
+    model = make_model("opt")
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()})
+    with uk.patch(model, edits) as handle, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs)
+        state = handle.record.runtime.tracker.current.state
+    assert state.selected.tolist() == [[0], [1], [-1]]
+    assert all(d.alpha.dtype == torch.float32 and d.scores.dtype == torch.float32 for d in state.layers.values())
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_gradients_of_a_group_in_training(name):
+    """While an edit is trained its tensors are leaves in the module's place, zeta' apart from the values."""
+    model = make_model(name, dtype=torch.float64)
+    inputs = inputs_for(model, (5, 3))
+    edits = edits_for(model, prompts=inputs).to(dtype=torch.float64)
+    with uk.patch(model, edits) as handle:
+        expected = model(**inputs).logits
+        leaves = []
+        for layer in handle.record.layers:
+            own = edits.layers[layer.index]
+            fields = ["keys", "key_bias", "values", "zeta"] + ["up", "up_bias"] * (own.up is not None)
+            for field in fields:
+                leaf = getattr(own, field).clone().requires_grad_()
+                setattr(layer.neurons, field, leaf)
+                leaves.append(leaf)
+        logits = model(**inputs).logits
+        torch.testing.assert_close(logits, expected)
+        grads = torch.autograd.grad(logits.square().sum(), leaves)
+        assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
+        with pytest.warns(UserWarning, match="save_pretrained"):
+            assert not any("unike" in key for key in model.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------- router
+
+
+def test_calibrate_lets_at_most_the_share_pass():
+    generator = torch.Generator().manual_seed(0)
+    cases = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=-1)
+    keys = torch.nn.functional.normalize(torch.randn(30, 8, generator=generator), dim=-1)
+    best = (cases @ keys.T).amax(dim=1)
+    for rate in (0.0, 0.01, 0.1, 0.5):
+        threshold = calibrate(cases, keys, rate)
+        assert (best > threshold).sum() == int(rate * 200)
+        fewer = calibrate(cases, keys[:3], rate)
+        assert fewer <= threshold  # more edits, more chances of a false accept
+    assert calibrate(cases[:0], keys, 0.1) == calibrate(cases, keys[:0], 0.1) == -1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_keeps_its_precision_when_the_model_changes_its_own(dtype):
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()})
+    handle = uk.patch(model, edits)
+    router = handle.record.layers[0].router
+    before = {name: tensor.clone() for name, tensor in router.named_buffers()}
+    model.to(dtype).to(torch.float32)
+    for name, tensor in router.named_buffers():
+        assert torch.equal(tensor, before[name])
+    model.to(dtype)
+    model(**inputs)
+    assert handle.record.runtime.tracker.current.state.selected.tolist() == [[0], [1], [-1]]
+
+
+def test_more_edits_than_one_may_act():
+    model = make_model("llama", dtype=torch.float64)
+    inputs = inputs_for(model, (5, 5))
+    config = replace(ROUTED, routing=replace(ROUTED.routing, top=2))
+    one = {k: v[[0, 0, 1]] for k, v in inputs.items()}
+    one["input_ids"] = one["input_ids"].clone()
+    edits = edits_for(model, config, prompts=one)
+    generator = torch.Generator().manual_seed(1)
+    for own in edits.layers.values():  # edit 1 asks almost what edit 0 asks
+        own.h_sem[1] = own.h_sem[0] + 1e-3 * torch.randn(own.h_sem.shape[1], generator=generator)
+    with uk.patch(model, edits) as handle:
+        reports = handle.explain(**inputs)
+    assert [[i for i, _ in r.edits] for r in reports] == [edits.ids[:2], edits.ids[2:]]
+    assert reports[0].edits[0][1] > reports[0].edits[1][1]
+
+
+# --------------------------------------------------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("config", [ALWAYS, ROUTED, shift_of(ROUTED, per="token")], ids=["always", "routed", "token"])
+@pytest.mark.parametrize("name", ["opt", "llama", "blip2", "llava"])
+def test_explain_names_an_edits_own_item_first(name, config):
+    model = make_model(name)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()})
+    with uk.patch(model, edits) as handle:
+        reports = handle.explain(**inputs)
+        state = handle.record.runtime.tracker.current.state
+    assert [r.case for r in reports] == [0, 1, 2]
+    for case in (0, 1):
+        first, score = reports[case].layers[0].items[0]
+        assert first == f"edit {edits.ids[case]}" and score > 0.999
+        assert len(reports[case].layers) == 4 and all(len(layer.items) == 4 for layer in reports[case].layers)
+        assert reports[case].layers[1].alpha == pytest.approx(float(state.layers[2].alpha[case]))
+        text = str(reports[case])
+        assert text.startswith(f"case {case}: edits that act: ") and f"edit {edits.ids[case]} 1.000" in text
+    if config.routing.mode == "routed":
+        assert [[i for i, _ in r.edits] for r in reports] == [[edits.ids[0]], [edits.ids[1]], []]
+        assert str(reports[2]).splitlines()[1] == "  layer 1: alpha 0.000; nothing retrieved"
+    else:
+        assert reports[2].edits == tuple((i, None) for i in edits.ids)
+
+
+def test_heads_are_what_the_families_promise():
+    sizes = {name: find_decoder(make_model(name)).layers[0] for name in FAMILIES}
+    assert {n: (s.heads, s.kv_heads, s.head_dim) for n, s in sizes.items()} == {
+        "opt": (HEADS, HEADS, 4),
+        "llama": (HEADS, 2, 4),
+        "qwen3": (HEADS, 2, 6),
+    }
