@@ -467,6 +467,7 @@ NOTHING_RETRIEVED = {
     "K = 0": (5, torch.empty(6, 0, dtype=torch.long)),
     "all -1": (5, torch.full((6, 3), -1)),
     "N = 0": (0, torch.full((6, 3), -1)),
+    "N = 0, indices of what was there": (0, torch.zeros(6, 3, dtype=torch.long)),
 }
 
 
@@ -649,13 +650,17 @@ def test_bad_shapes_are_named(message):
 
 
 TYPE_ERRORS = {
-    "keys must be a float tensor, but got torch.int64": lambda: en(keys=K.long()),
-    "group_ptr must be a int64 tensor, but got torch.int32": lambda: en(group_ptr=PTR.int()),
-    "x must be a float tensor, but got list": lambda: en(x=[1.0]),
-    "x must be a float tensor, but got NoneType": lambda: en(x=None),
+    "keys must be a tensor of float, but got torch.int64": lambda: en(keys=K.long()),
+    "group_ptr must be a tensor of int64, but got torch.int32": lambda: en(group_ptr=PTR.int()),
+    "x must be a tensor of float, but got list": lambda: en(x=[1.0]),
+    "x must be a tensor of float, but got NoneType": lambda: en(x=None),
+    "values must be a tensor of float, but got NoneType": lambda: en(values=None),
+    "w_v must be a tensor of float, but got NoneType": lambda: af(w_v=None),
     "k must be an int, but got float": lambda: ops.cosine_topk(X, K, 2.0),
-    "indices must be a int64 tensor, but got torch.float32": lambda: ks(indices=H),
-    "encoder[0] bias must be a float tensor, but got torch.int64": lambda: ks(encoder=[(K, PTR)]),
+    "indices must be a tensor of int64, but got torch.float32": lambda: ks(indices=H),
+    "indices must be a tensor of int64, but got NoneType": lambda: ks(indices=None),
+    "encoder[0] weight must be a tensor of float, but got NoneType": lambda: ks(encoder=[(None, B)]),
+    "encoder[0] bias must be a tensor of float, but got torch.int64": lambda: ks(encoder=[(K, PTR)]),
 }
 
 

@@ -1,6 +1,6 @@
 """What the operators' argument checks share. Each message names both values that disagree."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -25,17 +25,21 @@ def shape(tensor: Tensor | None) -> list[int] | None:
     return None if tensor is None else list(tensor.shape)
 
 
-def require_tensors(floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] | None = None) -> None:
-    """The tensors are float, the indices int64, and all lie on the device of the first."""
+def require_tensors(
+    required: Collection[str],
+    floats: Mapping[str, Tensor | None],
+    integers: Mapping[str, Tensor | None] | None = None,
+) -> None:
+    """The tensors are float, the indices int64, on the device of the first; only the required ones may not be None."""
     first, device = next(iter(floats)), None
     for kind, tensors in (("float", floats), ("int64", integers or {})):
         for name, tensor in tensors.items():
-            if tensor is None and name != first:
+            if tensor is None and name not in required:
                 continue
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a {kind} tensor, but got {type(tensor).__name__}")
+                raise TypeError(f"{name} must be a tensor of {kind}, but got {type(tensor).__name__}")
             if not (tensor.is_floating_point() if kind == "float" else tensor.dtype == torch.int64):
-                raise TypeError(f"{name} must be a {kind} tensor, but got {tensor.dtype}")
+                raise TypeError(f"{name} must be a tensor of {kind}, but got {tensor.dtype}")
             device = tensor.device if device is None else device
             if tensor.device != device:
                 raise ValueError(f"{first} is on {device}, {name} is on {tensor.device}")

@@ -39,7 +39,7 @@ def augmented_ffn(
     """
     args = (x, w_k, b_k, w_v, b_v, w_up, b_up, keys, key_bias, values, up, up_bias, zeta)
     require_act(act)
-    require_tensors(floats=dict(zip(NAMES, args, strict=True)))
+    require_tensors(("x", "w_k", "w_v", "keys", "values"), dict(zip(NAMES, args, strict=True)))
     check_arguments(require, *args)
     return torch.ops.unike.augmented_ffn(*args, act, float(beta))
 

@@ -27,7 +27,7 @@ def cosine_topk(
     """
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"k must be an int, but got {type(k).__name__}")
-    require_tensors(floats={"q": q, "keys": keys, "key_norm": key_norm}, integers={"ranges": ranges})
+    require_tensors(("q", "keys"), {"q": q, "keys": keys, "key_norm": key_norm}, {"ranges": ranges})
     check_arguments(require, q, keys, k, key_norm, ranges)
     key_norm = None if key_norm is None else key_norm.detach()
     return torch.ops.unike.cosine_topk(q.detach(), keys.detach(), k, key_norm, ranges)

@@ -40,6 +40,7 @@ def extra_neurons(
         selected groups act with their weights. Naming a group twice changes nothing.
     Returns [..., d_out], dtype of x, accumulated in float32 (float64 if an input is).
 
+    On the CPU a group id or case out of range is an IndexError; kernels of other devices do not look.
     A group of weight 0 or not selected is skipped: nothing of it is read, it gets no gradient and, if of weight 0,
     neither does its weight. Differentiable once, in x, keys, key_bias, values, up, up_bias, zeta and route.
     """
@@ -72,7 +73,7 @@ def extra_neurons_(
     """
     args = (x, keys, key_bias, values, up, up_bias, zeta, route, group_ptr, token_to_case, selected)
     _require(args, act)
-    require_tensors(floats={"x": x, "y": y})
+    require_tensors(("x", "y"), {"x": x, "y": y})
     check_shape(require, "y", y, (*x.shape[:-1], values.shape[1]), x=x, values=values)
     if torch.is_grad_enabled():
         for name, tensor in zip(("y", *NAMES), (y, *args), strict=True):
@@ -88,7 +89,7 @@ NAMES = ("x", "keys", "key_bias", "values", "up", "up_bias", "zeta", "route", "g
 def _require(args: tuple[Tensor | None, ...], act: str) -> None:
     require_act(act)
     named = list(zip(NAMES, args, strict=True))
-    require_tensors(floats=dict(named[:8]), integers=dict(named[8:]))
+    require_tensors(("x", "keys", "values"), dict(named[:8]), dict(named[8:]))
     check_arguments(require, *args)
 
 

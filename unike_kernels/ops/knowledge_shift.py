@@ -61,7 +61,15 @@ def knowledge_shift(
     floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": given}
     for name, pair in [("out_proj", (weight, bias)), *((f"encoder[{i}]", layer) for i, layer in enumerate(layers))]:
         floats[f"{name} weight"], floats[f"{name} bias"] = pair
-    require_tensors(floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
+    required = [
+        "h_input",
+        "q",
+        "item_keys",
+        "item_values",
+        "indices",
+        *(f"encoder[{i}] weight" for i in range(len(layers))),
+    ]
+    require_tensors(required, floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
     if alpha is not None and not isinstance(alpha, Tensor):
         count = h_input.shape[0] if token_to_case is None else indices.shape[0]
         alpha = h_input.new_full((count,), float(alpha), dtype=compute_dtype(h_input))
