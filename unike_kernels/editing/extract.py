@@ -211,7 +211,7 @@ def _write(path: Path, chunk: _Chunk) -> None:
     """Whole or not at all: a stop while writing leaves no file of this name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(chunk.states, half, {"predictions": json.dumps(chunk.predictions), "kept": json.dumps(chunk.kept)})
+    save_file(chunk.states, half, {"triplets": json.dumps({"predictions": chunk.predictions, "kept": chunk.kept})})
     half.replace(path)
 
 
@@ -219,9 +219,9 @@ def _read(path: Path, names: Sequence[str], rows: int) -> _Chunk | None:
     """The chunk, None where there is none or its file is damaged: then it is computed again."""
     try:
         with safe_open(path, "pt") as file:
-            said = file.metadata()
+            said = json.loads(file.metadata()["triplets"])
             states = {name: file.get_tensor(name) for name in names}
-        chunk = _Chunk(json.loads(said["predictions"]), json.loads(said["kept"]), states)
+        chunk = _Chunk(said["predictions"], said["kept"], states)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     return chunk if len(chunk.predictions) == rows and all(len(t) == rows for t in states.values()) else None

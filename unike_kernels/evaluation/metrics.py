@@ -8,8 +8,11 @@ from torch import Tensor
 def target_ids(logits: Tensor, target_mask: Tensor) -> list[Tensor]:
     """tf_ids: the teacher-forced argmax at each row's target positions, shifted by one.
 
-    logits [B, S, V]; target_mask [B, S] bool, True at the target tokens (none at position 0). Returns B int64 tensors.
+    logits [B, S, V]; target_mask [B, S] bool, True at the target tokens. Returns B int64 tensors. ValueError for a
+    target token at position 0, which nothing predicts.
     """
+    if bool(target_mask[:, 0].any()):
+        raise ValueError("a target token stands at position 0: nothing before it predicts it")
     best = logits[:, :-1].argmax(dim=-1)
     return [row[mask] for row, mask in zip(best, target_mask[:, 1:], strict=True)]
 
@@ -64,8 +67,8 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
-    """[..., k] int64: the ids of the k largest logits, largest first."""
-    return logits.topk(k, dim=-1).indices
+    """[..., k] int64: the ids of the k largest logits, largest first; all of them where there are fewer than k."""
+    return logits.topk(min(k, logits.shape[-1]), dim=-1).indices
 
 
 def _same_length(a: Tensor, b: Tensor) -> None:
