@@ -42,7 +42,6 @@ _DTYPES = {
     torch.int64: "I64",
 }
 _FLOATS = tuple(name for dtype, name in _DTYPES.items() if dtype.is_floating_point)
-_READS = 5  # tries to read a directory in which others keep saving
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -61,7 +60,7 @@ def write(directory: Path, document: dict[str, Any], tensors: dict[str, torch.Te
     if directory.exists() and not directory.is_dir():
         raise EditsFileError(f"{directory} is a file; edits are saved into a directory")
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    with _locked(directory):
         _settle(directory)  # a killed writer's files may hold the very space that this one needs
         try:
             files = [_stage(directory, name, part) for name, part in _split(tensors, max_file_bytes)]
@@ -76,23 +75,18 @@ def read(directory: Path, parse: Callable[[dict[str, Any]], tuple[T, Shapes]]) -
     Every name, dtype and size is compared with the files' headers before anything is loaded, and what was loaded with
     its digest. Anything amiss is an EditsFileError that names the file and the values. The directory is not changed.
     """
-    text = _text(directory)
-    for _ in range(_READS - 1):
-        try:
-            return _read(directory, text, parse)
-        except EditsFileError:
-            # The files that this text lists may be gone because a newer state was saved meanwhile.
-            newer = _text(directory)
-            if newer == text:
-                raise
-            text = newer
-    return _read(directory, text, parse)
+    try:
+        return _read(directory, parse)
+    except EditsFileError:
+        if not directory.is_dir():
+            raise
+    # The files may have been another state's by the time they were opened: look again while nobody writes.
+    with _locked(directory, shared=True):
+        return _read(directory, parse)
 
 
-def _read(
-    directory: Path, text: bytes, parse: Callable[[dict[str, Any]], tuple[T, Shapes]]
-) -> tuple[T, dict[str, torch.Tensor]]:
-    document = _document(directory, text)
+def _read(directory: Path, parse: Callable[[dict[str, Any]], tuple[T, Shapes]]) -> tuple[T, dict[str, torch.Tensor]]:
+    document = _document(directory)
     try:
         records = _records(document)
         parsed, shapes = parse({key: value for key, value in document.items() if key != "files"})
@@ -168,7 +162,7 @@ def _settle(directory: Path) -> None:
     plain: set[str] | None = None
     if (directory / CONFIG_NAME).exists():
         try:
-            records = _records(_document(directory, _text(directory)))
+            records = _records(_document(directory))
         except EditsError:
             return  # not ours to judge which files a document that we cannot read relies on
         for record in records:
@@ -222,8 +216,11 @@ def _sync_names(directory: Path) -> None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait until no other writer is in the directory; the lock is the system's: a killed writer leaves none."""
+def _locked(directory: Path, shared: bool = False) -> Iterator[None]:
+    """Wait until no writer is in the directory, nor (unless shared) a reader that waited too.
+
+    The lock is the system's, so a killed process leaves none behind; where there are no locks, nobody waits.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -232,29 +229,29 @@ def _alone(directory: Path) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes forked meanwhile
         os.close(handle)
 
 
 # Reading
 
 
-def _text(directory: Path) -> bytes:
+def _document(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
     try:
-        return (directory / CONFIG_NAME).read_bytes()
+        text = path.read_bytes()
     except OSError as err:
         raise EditsFileError(f"{directory} holds no edits: {CONFIG_NAME} cannot be read ({err.strerror})") from err
-
-
-def _document(directory: Path, text: bytes) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as err:  # RecursionError: brackets nested too deep
-        raise EditsFileError(f"{directory / CONFIG_NAME} is not JSON: {err}") from err
+        raise EditsFileError(f"{path} is not JSON: {err}") from err
     if not isinstance(document, dict):
-        raise EditsFileError(f"{directory / CONFIG_NAME} must hold a JSON object, but holds {short(document)}")
+        raise EditsFileError(f"{path} must hold a JSON object, but holds {short(document)}")
     return document
 
 
