@@ -83,50 +83,58 @@ def taps(model: Any, processor: Any, cases: Sequence[tuple[str | None, str]], la
     return rows
 
 
-def naming(split: str, artist: str | None = None) -> list[Case]:
+def naming(split: str) -> list[Case]:
     """Return the naming question in every phrasing on every drawing of a split."""
-    pairs = [(c, a) for c, a in data.drawings(data.splits()[split]) if artist in (None, a)]
-    return [(c.image(a), prompt, c.name) for c, a in pairs for prompt in data.name_prompts()]
+    drawn = data.drawings(data.splits()[split])
+    return [(c.image(a), prompt, c.name) for c, a in drawn for prompt in data.name_prompts()]
 
 
 def _percent(right: Tensor) -> float:
     return round(100 * right.float().mean().item(), 2)
 
 
-def accuracies(model: Any, processor: Any) -> dict[str, Any]:
-    """Return exact-match percentages, and the controls with blank, shuffled and newly augmented pictures."""
-    known = naming("known")
-    result: dict[str, Any] = {"naming, known": _percent(exact(model, processor, known))}
-    for artist in data.ARTISTS:
-        result[f"naming, known, {artist}"] = _percent(exact(model, processor, naming("known", artist)))
-    for split in ("triplets", "development", "reported"):
-        result[f"naming, {split} (never taught)"] = _percent(exact(model, processor, naming(split)))
-    drawn = data.drawings(data.splits()["known"])
+def accuracies(model: Any, processor: Any) -> dict[str, float]:
+    """Return exact-match percentages, and the controls with unseen augmentations, blank and shuffled pictures.
+
+    Known names and facts are asked in every phrasing, the rest in one drawn phrasing for each drawing.
+    """
     rng, generator = random.Random(0), torch.Generator().manual_seed(99)
+    known = naming("known")
+    right = exact(model, processor, known)
+    result = {"naming, known": _percent(right)}
+    for artist in data.ARTISTS:
+        chosen = torch.tensor([str(image).startswith(artist) for image, _, _ in known])
+        result[f"naming, known, {artist}"] = _percent(right[chosen])
+    for prompt in data.name_prompts():
+        chosen = torch.tensor([asked == prompt for _, asked, _ in known])
+        result[f"naming, known, '{prompt}'"] = _percent(right[chosen])
+    for split in ("triplets", "development", "reported"):
+        cases = naming(split)[:: len(data.NAME) + 1]  # steps through drawings and phrasings alike
+        result[f"naming, {split} (never taught)"] = _percent(exact(model, processor, cases))
+    drawn = data.drawings(data.splits()["known"])
     cases = [(c.image(a), rng.choice(data.name_prompts()), c.name) for c, a in drawn]
     index = {pair: i for i, pair in enumerate(data.drawings())}
     pictures = vision.read_drawings()[[index[pair] for pair in drawn]]
-    unseen = torch.cat([vision.augment(part, generator) for part in pictures.split(256)])
-    result["naming, known, unseen augmentation"] = _percent(exact(model, processor, cases, unseen))
     pixels = vision.normalise(pictures)
-    blank = torch.ones_like(pixels)
-    order = torch.randperm(len(pixels), generator=generator)
-    result["naming, blank picture"] = _percent(exact(model, processor, cases, blank))
-    result["naming, shuffled pictures"] = _percent(exact(model, processor, cases, pixels[order]))
+    shown = {
+        "unseen augmentations": torch.cat([vision.augment(part, generator) for part in pictures.split(256)]),
+        "blank picture": torch.ones_like(pixels),
+        "shuffled pictures": pixels[torch.randperm(len(pixels), generator=generator)],
+    }
+    for label, replaced in shown.items():
+        result[f"naming, known, {label}"] = _percent(exact(model, processor, cases, replaced))
     result["naming, chance"] = round(100 / len(data.splits()["known"]), 2)
-    for label, members in (("known", data.splits()["known"]), ("held out", data.splits()["reported"])):
-        sorting = [(c.image(a), *pair) for c, a in data.drawings(members) for pair in data.sorting_questions(c)]
+    for label, members in (("known", data.splits()["known"]), ("reported", data.splits()["reported"])):
+        sorting = [(c.image(a), *rng.choice(data.sorting_questions(c))) for c, a in data.drawings(members)]
         result[f"group and kind, {label}"] = _percent(exact(model, processor, sorting))
-    captions = [(c.image(a), prompt, c.caption) for c, a in drawn for prompt in data.CAPTION]
+    captions = [(c.image(a), rng.choice(data.CAPTION), c.caption) for c, a in drawn]
     result["caption, known"] = _percent(exact(model, processor, captions))
     facts: list[Case] = [(None, *pair) for concept in data.concepts() for pair in data.facts(concept)]
     result["facts"] = _percent(exact(model, processor, facts))
     return result
 
 
-def geometry(
-    model: Any, processor: Any, split: str = "development", layer: int = TAP_LAYER
-) -> dict[str, float]:
+def geometry(model: Any, processor: Any, split: str = "development", layer: int = TAP_LAYER) -> dict[str, float]:
     """Return mean cosines at the tap, centred on the memory's questions, and how well another artist is told apart."""
     rng = random.Random(0)
     members = data.splits()[split]

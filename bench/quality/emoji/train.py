@@ -114,10 +114,14 @@ def train(seed: int, vision_steps: int = VISION_STEPS, language_steps: int = LAN
     stage = LanguageStage(model, processor, torch.load(features, weights_only=True).float())
     run_stage(stage, language_steps, seed + 2, folder / "language.pt")
     save_weights(model, seed)
-    report = evaluate.report(model, processor)
-    text = json.dumps(report, indent=1)
+    report(seed)
+
+
+def report(seed: int) -> None:
+    """Measure the weights of `seed`, print the figures and write them beside the weights."""
+    text = json.dumps(evaluate.report(*tiny.load(seed)), indent=1)
     print(text)
-    _write(tiny.HERE / "weights" / f"seed{seed}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    _write(tiny.weights_file(seed).with_suffix(".json"), lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def main() -> None:
@@ -127,9 +131,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="one is best where other work shares the cores")
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    parser.add_argument("--report", action="store_true", help="only measure the weights that are there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.seed, args.vision_steps, args.language_steps)
+    if args.report:
+        report(args.seed)
+    else:
+        train(args.seed, args.vision_steps, args.language_steps)
 
 
 if __name__ == "__main__":
