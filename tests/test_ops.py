@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import assert_close_to_reference
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unike_kernels import ops, reference
@@ -556,6 +557,15 @@ def test_no_tokens(dtype):
     assert out.shape == (0, 8) and used.tolist() == [0]
 
 
+def test_nothing_selected_has_gradients():
+    """Also where the output does not depend on the one tensor that wants a gradient."""
+    for wanted in range(3):
+        parts = [part.requires_grad_(i == wanted) for i, part in enumerate(neurons())]
+        y = ops.extra_neurons(torch.randn(2, 8), *parts, act="relu", selected=torch.full((2, 1), -1))
+        (gradient,) = torch.autograd.grad(y.sum(), parts[wanted])
+        assert torch.equal(gradient, torch.zeros_like(parts[wanted]))
+
+
 def test_no_tokens_have_gradients():
     parts = [part.requires_grad_() for part in neurons()]
     x = torch.empty(0, 8, requires_grad=True)
@@ -676,11 +686,23 @@ def test_another_device_is_named():
         en(keys=K.to("meta"))
 
 
-def test_the_operators_check_shapes_without_the_functions():
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("cosine_topk", (X, W_V, 2, None, None), "q has 8 features, keys have 9"),
+        ("extra_neurons", (X, W_V, B, V, *[None] * 7, "relu", 0.0), "x has 8 features, keys have 9"),
+        ("extra_neurons_", (B, X, K, B, V, *[None] * 7, "relu", 0.0), r"y must be \[3, 8\]"),
+        ("augmented_ffn", (X, W_V, None, W_V, *[None] * 3, K, B, V, *[None] * 3, "relu", 0.0), "w_k must be"),
+        (
+            "knowledge_shift",
+            (H, Q, H, IV, IDX, *[None] * 5, [], "identity", "knowledge", True, None, None, True),
+            "item_keys must be",
+        ),
+    ],
+)
+def test_the_operators_check_shapes_without_the_functions(name, args, message):
     """The fake kernels state the same contract, for graphs that call the operators themselves."""
-    from torch._subclasses import FakeTensorMode
-
     with FakeTensorMode() as mode:
-        q, keys = mode.from_tensor(X), mode.from_tensor(W_V)
-        with pytest.raises(RuntimeError, match="q has 8 features, keys have 9"):
-            torch.ops.unike.cosine_topk(q, keys, 2, None, None)
+        fakes = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        with pytest.raises(RuntimeError, match=message):
+            getattr(torch.ops.unike, name)(*fakes)

@@ -246,13 +246,13 @@ def test_topk_zero_vectors_score_0_and_the_two_zeros_are_one_score():
 
 
 def test_topk_nothing_that_is_not_finite_is_retrieved():
-    keys = randn(6, 3)
-    keys[1, 0], keys[4, 2] = math.nan, math.inf
+    keys = randn(7, 3)
+    keys[1, 0], keys[4, 2], keys[6, 2] = math.nan, math.inf, -math.inf
     q = torch.stack([randn(3), torch.tensor([math.nan, 1, 1]), torch.tensor([1, -math.inf, 1])])
-    scores, indices = reference.cosine_topk(q, keys, 6)
-    assert sorted(indices[0].tolist()) == [-1, -1, 0, 2, 3, 5] and scores[0, 4:].tolist() == [-math.inf] * 2
+    scores, indices = reference.cosine_topk(q, keys, 7)
+    assert sorted(indices[0].tolist()) == [-1, -1, -1, 0, 2, 3, 5] and scores[0, 4:].tolist() == [-math.inf] * 3
     assert indices[1:].eq(-1).all() and scores[1:].eq(-math.inf).all()
-    stored = reference.cosine_topk(q, keys, 6, key_norm=torch.ones(6).double())  # norms that know nothing of it
+    stored = reference.cosine_topk(q, keys, 7, key_norm=torch.ones(7).double())  # norms that know nothing of it
     assert torch.equal(stored[1].sort()[0], indices.sort()[0])
 
 
@@ -441,7 +441,7 @@ def test_knowledge_shift_is_its_parts(form, orientation):
 
 # ------------------------------------------------------------------------------------------------ equations 4 and 5
 
-# Two triplets whose cosines are 0, 1 or -1, so that every similarity is 0, +s or -s with s = 1 / temperature.
+# Two triplets whose cosines are 0, 1 or -1, so that every similarity is 0, s or -s with s = 1 / temperature.
 POS = [[2.0, 0, 0], [0, 3.0, 0]]
 NEG = [[-1.0, 0, 0], [0, 0, 5.0]]
 
@@ -449,17 +449,15 @@ NEG = [[-1.0, 0, 0], [0, 0, 5.0]]
 def test_truthfulness_loss_by_hand():
     s = 2.0  # temperature 0.5
     e, one, inverse = math.exp(s), 1.0, math.exp(-s)
-    # p_1 = x: P gives x.x = 1, x.y = 0; Q gives x.(-x) = -1, x.z = 0.
-    p_1 = math.log((e + one) / (e + one + inverse + one))
-    # p_2 = y: P gives 0, 1; Q gives 0, 0.
-    p_2 = math.log((one + e) / (one + e + one + one))
-    # n_1 = -x: Q gives 1, 0; P gives -1, 0.
-    n_1 = math.log((e + one) / (e + one + inverse + one))
-    # n_2 = z: Q gives 0, 1; P gives 0, 0.
-    n_2 = math.log((one + e) / (one + e + one + one))
+    pos, neg = torch.tensor(POS).double(), torch.tensor([[-1.0, 0, 0], [-4.0, 0, 0]]).double()
+    # p_1 = x: P gives x.x = 1 and x.y = 0; Q gives -1 twice.
+    p_1 = math.log((e + one) / (e + one + 2 * inverse))
+    # p_2 = y: P gives 0 and 1; Q gives 0 twice.
+    p_2 = math.log((one + e) / (one + e + 2 * one))
+    # n_1 = n_2 = -x: Q gives 1 twice; P gives -1 and 0.
+    n_1 = n_2 = math.log(2 * e / (2 * e + inverse + one))
     expected = -(p_1 + n_1 + p_2 + n_2) / 2
-    assert expected == pytest.approx(0.34075, abs=1e-5)
-    pos, neg = torch.tensor(POS).double(), torch.tensor(NEG).double()
+    assert expected == pytest.approx(0.19681, abs=1e-5)
     assert reference.truthfulness_loss(pos, neg, 0.5).item() == pytest.approx(expected, rel=1e-12)
     alone = -2 * math.log(e / (e + inverse))  # one triplet: 1 to itself, -1 to the other side
     assert reference.truthfulness_loss(pos[:1], neg[:1], 0.5).item() == pytest.approx(alone, rel=1e-12)
