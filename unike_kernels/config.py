@@ -47,7 +47,9 @@ class RoutingConfig:
 
     mode: Literal["always", "routed"] = "always"  # "always" is the paper
     top: int = 1  # at most this many edits act on one case; our prototype's value
-    false_accept_rate: float = 0.01  # share of training-split cases that any edit may claim
+    # development split: 0.01 / 0.002 / 0.001 accept 99 / 98 / 98 % of other artists' drawings, and 18 / 8 / 6 % of the
+    # same subgroup's
+    false_accept_rate: float = 0.001  # share of training-split cases that any edit may claim
 
     def __post_init__(self) -> None:
         _one_of("RoutingConfig", "mode", self.mode, ("always", "routed"))
@@ -88,14 +90,17 @@ class NeuronConfig:
     enabled: bool = True  # False: only the edit's own memory item is added (latent-IKE alone)
     per_layer: int = 10  # ne; the published code's first MiniGPT-4 settings
     beta: float = 0.1  # of zeta' on the values; hard-coded in the published code (its yaml says 0.9, never read)
-    key_threshold: float = 0.5  # a neuron is just active where a state's projection on its key exceeds this share
+    # development split, always on, T-Gen / M-Loc: 0.5 gave 97.8 / 79.2, 0.7 gave 97.9 / 83.9
+    key_threshold: float = 0.7  # a neuron is just active where a state's projection on its key exceeds this share
     center_keys: bool = True  # project on the state minus the mean FFN input of the memory's questions
     key_noise: float = 0.1  # relative; equal keys with zero values would stay copies
     lr_values: float = 1e-2  # Adam
     lr_keys: float = 1e-2  # Adam; sets generality against locality
     lr_zeta: float = 0.0  # above 0: zeta' is learned per edit (its direction then cannot matter: see the spec)
-    steps: int = 25  # at most
-    margin: float = 1.0  # stop when every target token is top-1 by this logit margin
+    # 25 (the spec) left 5 of 50 development edits short of their target, 50 none; the mean is 16
+    steps: int = 50  # at most
+    # 1 (the spec's least) gave T-Gen 95.8 and M-Gen 95.4 on the development split, 2 gave 97.9 and 98.0
+    margin: float = 2.0  # stop when every target token is top-1 by this logit margin
     batch_size: int = 32  # independent edits trained together
     seed: int = 0
 
@@ -127,7 +132,7 @@ class UnikeConfig:
     def from_json(cls, data: dict[str, Any]) -> "UnikeConfig":
         """The config from `to_json`'s values; an unknown or missing key is an error that names it."""
         data = dict(data)
-        parts = {
+        parts: dict[str, Any] = {
             name: _from_dict(part, data.pop(name, {}))
             for name, part in (
                 ("shift", ShiftConfig),
