@@ -33,14 +33,15 @@ QUERY_TOKENS = 4  # image tokens of the BLIP-2 and the LLaVA below
 _STD = 0.25  # far from a trained model's: large enough that every part of a tiny model changes what it says
 
 
-def _text(**more: Any) -> dict[str, Any]:
+def _text(layers: int, **more: Any) -> dict[str, Any]:
     special = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-    return {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, **special, **more}
+    return {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": layers, **special, **more}
 
 
-def _opt_config() -> OPTConfig:
+def _opt_config(layers: int) -> OPTConfig:
     return OPTConfig(
         **_text(
+            layers,
             ffn_dim=24,
             num_attention_heads=HEADS,
             word_embed_proj_dim=WIDTH,
@@ -51,25 +52,25 @@ def _opt_config() -> OPTConfig:
     )
 
 
-def _llama_config(kv_heads: int = 2) -> LlamaConfig:
-    sizes = _text(intermediate_size=24, num_attention_heads=HEADS, num_key_value_heads=kv_heads)
+def _llama_config(layers: int) -> LlamaConfig:
+    sizes = _text(layers, intermediate_size=24, num_attention_heads=HEADS, num_key_value_heads=2)
     return LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=_STD)
 
 
-def _opt() -> nn.Module:
-    return OPTForCausalLM(_opt_config())
+def _opt(layers: int) -> nn.Module:
+    return OPTForCausalLM(_opt_config(layers))
 
 
-def _llama() -> nn.Module:
-    return LlamaForCausalLM(_llama_config())
+def _llama(layers: int) -> nn.Module:
+    return LlamaForCausalLM(_llama_config(layers))
 
 
-def _qwen3() -> nn.Module:
-    sizes = _text(intermediate_size=24, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=6)
+def _qwen3(layers: int) -> nn.Module:
+    sizes = _text(layers, intermediate_size=24, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=6)
     return Qwen3ForCausalLM(Qwen3Config(**sizes, max_position_embeddings=64, initializer_range=_STD))
 
 
-def _blip2() -> nn.Module:
+def _blip2(layers: int) -> nn.Module:
     small = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Blip2Config(
         vision_config={**small, "image_size": 8, "patch_size": 4, "initializer_range": _STD},
@@ -81,7 +82,7 @@ def _blip2() -> nn.Module:
             "max_position_embeddings": 8,
             "initializer_range": _STD,
         },
-        text_config=_opt_config().to_dict(),
+        text_config=_opt_config(layers).to_dict(),
         num_query_tokens=QUERY_TOKENS,
         image_token_index=IMAGE,
     )
@@ -90,7 +91,7 @@ def _blip2() -> nn.Module:
     return model
 
 
-def _llava() -> nn.Module:
+def _llava(layers: int) -> nn.Module:
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=24,
@@ -102,7 +103,7 @@ def _llava() -> nn.Module:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_llama_config(),
+        text_config=_llama_config(layers),
         image_token_index=IMAGE,
         image_seq_length=QUERY_TOKENS,
         pad_token_id=PAD,
@@ -115,11 +116,11 @@ TEXT = ("opt", "llama", "qwen3")
 MULTIMODAL = ("blip2", "llava")
 
 
-def make_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def make_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = LAYERS) -> nn.Module:
     """A random model in evaluation mode; equal names and seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MODELS[name]()
+        model = MODELS[name](layers)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name and parameter_name.endswith("weight"):

@@ -20,6 +20,10 @@ from .models import Decoder, base_layer, get_module
 from .projections import Projections
 from .records import CONTAINER, RECORDS, LayerPatch, PatchRecord
 
+# Dynamo does not look whether a module without hooks has got some since, but it does guard on which attributes a
+# decoder layer has by itself. This one, None as in the class, makes it compile anew a model compiled before its patch.
+MARK = "_compiled_call_impl"
+
 
 class SaveWarning:
     """State-dict pre-hook on the decoder: says once that the base alone is what gets saved."""
@@ -43,6 +47,7 @@ def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
     try:
         for layer in record.layers:
             _attach_layer(holder, record, layer)
+            get_module(holder, record.decoder.layer_name(layer.index)).__dict__.setdefault(MARK, None)
         path = decoder.name.split(".") if decoder.name else []
         for i in range(len(path)):
             _hook_around(get_module(model, ".".join(path[:i])), record)
@@ -76,8 +81,11 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     kept = holder.__dict__.get(RECORDS, {})
     if kept.get(record.name) is record:
         del kept[record.name]
-        if not kept:
-            del holder.__dict__[RECORDS]
+    if not kept:
+        holder.__dict__.pop(RECORDS, None)
+        for module in holder.modules():
+            if module.__dict__.get(MARK, ...) is None:
+                del module.__dict__[MARK]
 
 
 def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> None:

@@ -59,7 +59,7 @@ class AttentionHook:
         if self.shift is None:
             return None
         h_att = output[0] if isinstance(output, tuple) else output
-        h = self.shift(flat, h_att.reshape(-1, h_att.shape[-1]), module, self.projections, cases)
+        h = self.shift.shift(flat, h_att.reshape(-1, h_att.shape[-1]), module, self.projections, cases)
         h = h.reshape(h_att.shape)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 

@@ -135,10 +135,13 @@ class KnowledgeShift(nn.Module):
         """Enc_sem's layers as (weight, bias) pairs."""
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
 
-    def forward(
+    def shift(
         self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases
     ) -> Tensor:
-        """h [T, d] for the tap [T, d] and the attention output h_att [T, d] of the layer's `attention` module."""
+        """h [T, d] for the tap [T, d] and the attention output h_att [T, d] of the layer's `attention` module.
+
+        Not `forward`: accelerate's hooks would move its arguments to a device, the offloaded `attention` among them.
+        """
         if self.config.k == 0 or self.memory.capacity == 0:
             return h_att
         token_to_case: Tensor | None = cases.rows(self.config.positions)

@@ -68,6 +68,7 @@ def plan(
     for index in wanted:
         for module in below.layers[index].module_names():
             get_module(holder, module)
+        _refuse_compiled(get_module(holder, below.layer_name(index)), index)
     config = effective_config(edits, routing)
     if config.routing.mode == "routed":
         _check_routed(edits, wanted[0])
@@ -180,6 +181,14 @@ def _wanted_layers(edits: Edits, layers: Sequence[int] | None) -> list[int]:
     if missing or not wanted:
         raise ValueError(f"layers must be some of the edits' layers {sorted(edits.layers)}, but got {list(layers)}")
     return wanted
+
+
+def _refuse_compiled(layer: nn.Module, index: int) -> None:
+    """Raises where a part of the layer was compiled by itself: what it runs now would not know the patch."""
+    for name, module in layer.named_modules():
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            what = f"{name} of layer {index}" if name else f"layer {index}"
+            raise ValueError(f"{what} was compiled in place by .compile(): patch first, then compile")
 
 
 def _check_routed(edits: Edits, first: int) -> None:

@@ -300,8 +300,9 @@ def _refuse_packed(position_ids: Any, mask: object, length: int, past: int) -> N
     before, after = position_ids[:, :-1], position_ids[:, 1:]
     real = attended(mask, length, past)
     real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
-    # Padding stands at position 0 or 1; what a block-diagonal mask hides from the last query looks like padding too.
-    again = (after <= before) & ((real[:, 1:] & real[:, :-1]) | (before > 1))
+    # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position, and
+    # falls at most from 1 to the 0 of the first token.
+    again = torch.where(real[:, 1:] & real[:, :-1], after <= before, (after < before) & (before > 1))
     if bool(again.any()):
         raise ValueError(
             f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "
