@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen3Config,
@@ -70,6 +72,11 @@ def _qwen3(layers: int) -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(**sizes, max_position_embeddings=64, initializer_range=_STD))
 
 
+def _olmo2(layers: int) -> nn.Module:
+    sizes = _text(layers, intermediate_size=24, num_attention_heads=HEADS, num_key_value_heads=2)
+    return Olmo2ForCausalLM(Olmo2Config(**sizes, max_position_embeddings=64, initializer_range=_STD))
+
+
 def _blip2(layers: int) -> nn.Module:
     small = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Blip2Config(
@@ -111,7 +118,7 @@ def _llava(layers: int) -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-MODELS = {"opt": _opt, "llama": _llama, "qwen3": _qwen3, "blip2": _blip2, "llava": _llava}
+MODELS = {"opt": _opt, "llama": _llama, "qwen3": _qwen3, "olmo2": _olmo2, "blip2": _blip2, "llava": _llava}
 TEXT = ("opt", "llama", "qwen3")
 MULTIMODAL = ("blip2", "llava")
 

@@ -12,7 +12,8 @@ from unike_kernels.config import UnikeConfig
 from unike_kernels.models import find_decoder, get_module
 from unike_kernels.modules import calibrate
 
-FAMILIES = ("opt", "llama", "qwen3")  # biases and no gate; grouped-query heads; q_norm, k_norm, another head size
+# Biases and no gate; grouped-query heads; norms of every head and another head size; norms of all heads at once.
+FAMILIES = ("opt", "llama", "qwen3", "olmo2")
 
 
 def shift_of(base: UnikeConfig, **changes) -> UnikeConfig:
@@ -85,7 +86,13 @@ def item_keys_values(attention, sites, h_pos):
         linear = attention.get_submodule(name.rpartition(".")[2])
         y = h_pos @ linear.weight.T + (0 if linear.bias is None else linear.bias)
         parts.append(y.view(len(y), sites.kv_heads, sites.head_dim))
-    return (attention.k_norm(parts[0]) if sites.k_norm else parts[0]), parts[1]
+    return normed(attention.k_norm, parts[0]) if sites.k_norm else parts[0], parts[1]
+
+
+def normed(norm, heads):
+    """q or k [N, H, hd] after the layer's norm: of every head, or of all heads as one row."""
+    whole = norm.weight.numel() > heads.shape[-1]
+    return norm(heads.flatten(-2)).view_as(heads) if whole else norm(heads)
 
 
 def know(attention, sites, config, query, h_pos):
@@ -96,7 +103,7 @@ def know(attention, sites, config, query, h_pos):
     q = query @ attention.q_proj.weight.T + (0 if attention.q_proj.bias is None else attention.q_proj.bias)
     q = q.view(sites.heads, sites.head_dim)
     if sites.q_norm:
-        q = attention.q_norm(q)
+        q = normed(attention.q_norm, q)
     heads = []
     for h in range(sites.heads):
         of = h * sites.kv_heads // sites.heads
@@ -479,4 +486,5 @@ def test_heads_are_what_the_families_promise():
         "opt": (HEADS, HEADS, 4),
         "llama": (HEADS, 2, 4),
         "qwen3": (HEADS, 2, 6),
+        "olmo2": (HEADS, 2, 4),
     }

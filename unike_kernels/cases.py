@@ -135,16 +135,19 @@ def attended(mask: object, length: int, past: int = 0) -> Tensor | None:
 
     mask: [B, S], whose last columns are this pass; or [B, 1, Q, S] as attention layers take it (bool, or additive),
     whose columns start with `past` earlier tokens and may reach into the empty part of a static cache; or a dict of
-    those by layer type, of which "full_attention" counts: a sliding window hides tokens that are no padding.
+    those by layer type, where "full_attention" is preferred: a sliding window hides early tokens too.
     """
     if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 2:
         return mask[:, -length:] != 0
     if mask.dim() == 4:
-        row = mask[:, 0, -1, past : past + length]  # the last query sees every key that is no padding
+        start = min(past, mask.shape[-1] - length)  # a sliding window's cache holds fewer
+        if start < 0:
+            return None
+        row = mask[:, 0, -1, start : start + length]  # the last query sees every key that is no padding
         return row if row.dtype == torch.bool else row == 0
     return None
 

@@ -24,15 +24,25 @@ class Projections:
 
     def query(self, attention: nn.Module, tap: Tensor) -> Tensor:
         """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position."""
-        q = self._get(attention, self.sites.q_proj)(tap).unflatten(-1, (self.sites.heads, self.sites.head_dim))
-        return self._get(attention, self.sites.q_norm)(q) if self.sites.q_norm else q
+        q = self._get(attention, self.sites.q_proj)(tap)
+        return self._heads(attention, q, self.sites.heads, self.sites.q_norm)
 
     def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
         """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""
-        shape = (self.sites.kv_heads, self.sites.head_dim)
-        k = self._get(attention, self.sites.k_proj)(h_pos).unflatten(-1, shape)
-        v = self._get(attention, self.sites.v_proj)(h_pos).unflatten(-1, shape)
-        return (self._get(attention, self.sites.k_norm)(k) if self.sites.k_norm else k), v
+        k, v = (self._get(attention, name)(h_pos) for name in (self.sites.k_proj, self.sites.v_proj))
+        kv_heads = self.sites.kv_heads
+        return self._heads(attention, k, kv_heads, self.sites.k_norm), self._heads(attention, v, kv_heads, None)
+
+    def _heads(self, attention: nn.Module, y: Tensor, heads: int, norm_name: str | None) -> Tensor:
+        """[N, heads, head_dim] of y [N, heads * head_dim], normed as the layer does: each head, or all as one row."""
+        shape = (heads, self.sites.head_dim)
+        if norm_name is None:
+            return y.unflatten(-1, shape)
+        norm: Any = self._get(attention, norm_name)
+        weight = getattr(norm, "weight", None)
+        if weight is not None and weight.shape[-1] != self.sites.head_dim:  # OLMo 2
+            return norm(y).unflatten(-1, shape)
+        return norm(y.unflatten(-1, shape))
 
     def output(self, attention: nn.Module, heads: Tensor) -> Tensor:
         """[T, d] of the concatenated heads [T, heads * head_dim]."""
