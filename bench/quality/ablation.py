@@ -79,7 +79,7 @@ class World:
         with self.patched(editor, edits) as handle:
             scores = self.scorer.score(handle, acting)
             exact = self.exact(handle, edits, acting)
-            alphas = self.alphas(handle, acting) if row.shift else {}
+        alphas = {k: mean(s.alpha for s, p in zip(scores, self.probes, strict=True) if p.kind == k) for k in KINDS}
         out = summary(self.probes, scores)
         return out | {"exact": exact, "alpha": alphas, "routed": self.routed_share(acting)}
 
@@ -106,11 +106,6 @@ class World:
             p = self.probes[i]
             hits.setdefault(p.kind, []).append(100.0 * exact_match(answer, p.sample.target or ""))
         return {kind: sum(v) / len(v) for kind, v in hits.items()}
-
-    def alphas(self, handle: PatchHandle, acting: Sequence[int | None]) -> dict[str, float]:
-        """Mean alpha over the edited layers, by kind of probe."""
-        found = self.scorer.alphas(handle, acting)
-        return {k: mean(a for a, p in zip(found, self.probes, strict=True) if p.kind == k) for k in KINDS}
 
     def stacked(self, row: Row, editor: RowEditor, edits: Edits, size: int = STACK) -> dict[str, Any]:
         """Routed edits in stacks of `size` on one model: the patch's own router decides among them."""

@@ -16,11 +16,15 @@ from . import metrics
 
 @dataclass(frozen=True)
 class Score:
-    """One probe under one edit: token accuracy on its target, and both localities against the base."""
+    """One probe under one edit: token accuracy on its target, both localities against the base, and the strength.
+
+    alpha is the mean over the edited layers of the case's alpha, nan without one per case.
+    """
 
     accuracy: float
     locality_a: float
     locality_b: float
+    alpha: float = float("nan")
 
 
 class Scorer:
@@ -74,26 +78,19 @@ class Scorer:
         routing decides (or all edits act).
         """
         out = [Score(float("nan"), float("nan"), float("nan"))] * len(self.samples)
-        for (batch, _, logits), base_top in zip(self._passes(handle, chosen), self.base_top, strict=True):
+        for (batch, cases, logits), base_top in zip(self._passes(handle, chosen), self.base_top, strict=True):
             top = metrics.top_ids(logits, self._ranks(batch))
+            alpha = torch.full((len(batch.rows),), float("nan"))
+            if cases.state.layers:
+                alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
             for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
                 row, real = batch.rows[r], batch.inputs["attention_mask"][r] != 0
                 out[row] = Score(
                     metrics.token_accuracy(ids, self.wanted[row]),
                     metrics.locality_a(self.base_target[row], ids),
                     metrics.locality_b(base_top[r][real], top[r][real]),
+                    float(alpha[r]),
                 )
-        return out
-
-    @torch.no_grad()
-    def alphas(self, handle: PatchHandle, chosen: Sequence[int | None] | None = None) -> list[float]:
-        """The mean alpha of every probe's case over the edited layers, in order; nan without a per-case alpha."""
-        out = [float("nan")] * len(self.samples)
-        for batch, cases, _ in self._passes(handle, chosen):
-            if cases.state.layers:
-                alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
-                for row, value in zip(batch.rows, alpha.tolist(), strict=True):
-                    out[row] = value
         return out
 
     @torch.no_grad()
