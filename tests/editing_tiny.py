@@ -87,8 +87,11 @@ def make_requests(name: str, n: int = 4) -> list[dict[str, Any]]:
 
 
 def routed(**neurons: Any) -> UnikeConfig:
-    """The defaults with routed edits and a short fit."""
-    return UnikeConfig(encoders=FAST, routing=RoutingConfig(mode="routed"), neurons=NeuronConfig(**neurons))
+    """Routed edits of two layers, a short fit and fast rates: random models have to be pushed harder than trained."""
+    fast = {"lr_values": 0.1, "lr_keys": 0.02, "margin": 1.0, "steps": 30}
+    return UnikeConfig(
+        layers=(2, 4), encoders=FAST, routing=RoutingConfig(mode="routed"), neurons=NeuronConfig(**fast | neurons)
+    )
 
 
 def make_editor(name: str, config: UnikeConfig | None = None, *, dtype: torch.dtype = torch.float32) -> Editor:

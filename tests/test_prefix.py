@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_full_forward(name, side):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_are_those_of_the_full_patched_forward(name, side, config, chosen):
-    model, processor = make_model(name), make_processor(name)
+    model, processor = make_model(name, dtype=torch.float64), make_processor(name)
     batch = batch_of(model, name, side=side)
     real = batch.inputs["attention_mask"].bool()
     decoder = find_decoder(model)
@@ -149,22 +149,23 @@ def test_head_is_the_nearest():
 @pytest.mark.parametrize("name", ["opt", "llama", "blip2", "llava"])
 def test_training_by_tail_is_training_by_full_forward(name, independent):
     """The gradients of the neurons, and the loss, of both; the layers' shift is active."""
-    model = make_model(name)
+    model = make_model(name, dtype=torch.float64)
     model.requires_grad_(False)
-    decoder, batch = find_decoder(model), batch_of(model, name)
-    asked = inputs_for(model, [5, 4, 3])
-    prefix = run_prefix(model, decoder, batch, 1)
-    edits = edits_for(model, prompts=asked)
+    collator = Collator(model, make_processor(name))
+    samples = [Sample(r["prompt"], r["target"], r["image"]) for r in make_requests(name, 3)]
+    batch = collator.batch(samples, [0, 1, 2])
+    edits = edits_for(model, prompts=inputs_for(model, [5, 4, 3]))
     with uk.patch(model, edits) as handle:
         zeros = dict.fromkeys(edits.layers, torch.zeros(16))
-        trainer = GroupTrainer(model, decoder, handle, edits.config.neurons, zeros, zeros, independent=independent)
+        trainer = GroupTrainer(
+            collator, find_decoder(model), handle, edits.config.neurons, zeros, zeros, independent=independent
+        )
         leaves = {
             (layer.index, kind): getattr(layer.neurons, kind).requires_grad_()
             for layer in handle.record.layers
             for kind in ("keys", "key_bias", "values")
         }
-        selected = torch.arange(3)[:, None] if independent else None
-        loss, margin = trainer._forward(batch, prefix, selected)
+        loss, margin = trainer._forward(trainer._pass(samples, torch.arange(3)))
         tail = torch.autograd.grad(loss.sum(), list(leaves.values()))
 
         handle.set_cases(batch.token_to_case(), batch.case_rows())

@@ -1,5 +1,6 @@
 """Editor: from triplets and requests to Edits, on any supported model; the base model is never written."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from ..projections import Projections, empty_like_site
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample
-from .prefix import run_prefix
 from .requests import Request, appended, asked, check_samples, new_layer, read_requests
 from .train import GroupTrainer
 
@@ -211,15 +211,13 @@ class Editor:
         grown = appended(edits, entries, {i: new_layer(own[i], gated) for i in self.layers})
         if not neurons.enabled:
             return grown
-        batch = self.collator.batch(samples, list(range(len(samples))))
-        prefix = run_prefix(self.model, self.decoder, batch, self.layers[0])
         mean = self._need_states().ffn_mean
         zeta = {i: torch.zeros_like(m) for i, m in mean.items()}
         zeta |= {i: fit.zeta_prime if maps is None else fit.zeta for i, fit in self.fits.items()}
         room = max(len(layer.keys) for layer in edits.layers.values()) + neurons.per_layer * len(requests)
         with self.training_patch(grown, room) as handle:
             trainer = GroupTrainer(
-                self.model,
+                self.collator,
                 self.decoder,
                 handle,
                 neurons,
@@ -229,10 +227,13 @@ class Editor:
                 maps=maps,
                 lr_maps=self.config.encoders.lr_w_zeta,
             )
-            trained = trainer.train(batch, prefix)
+            trained = trainer.train(samples)
         ends = zip(entries, trained.loss, trained.success, trained.steps, strict=True)
         sizes = dict.fromkeys(self.layers, neurons.per_layer)
-        entries = [replace(e, neurons=sizes, loss=loss, success=ok, steps=n) for e, loss, ok, n in ends]
+        entries = [
+            replace(e, neurons=sizes, loss=loss if math.isfinite(loss) else None, success=ok, steps=n)
+            for e, loss, ok, n in ends
+        ]
         layers = {i: new_layer(own[i], gated, trained.neurons[i], trained.zeta[i]) for i in self.layers}
         return appended(edits, entries, layers)
 

@@ -95,11 +95,13 @@ def cases_named(handle: PatchHandle, batch: Batch, selected: Tensor | None = Non
     """Inside, a patch knows the cases of a teacher-forced batch whose layers run without their decoder.
 
     selected [B, m]: the groups that act on each case, -1 padded; None leaves it to the patch. Every entry is a new
-    pass: nothing that was decided before is kept.
+    pass: nothing that was decided before is kept. Padding counts as its row's case: no token looks at it, and cases of
+    one length are attended to in one batch.
     """
-    tracker = handle.record.runtime.tracker
-    state = CaseState(tracker.version, batch.shape[0], selected=selected, chosen=selected is not None)
-    tracker.current = Cases(batch.token_to_case(), batch.case_rows(), state, fresh=True)
+    tracker, (b, s) = handle.record.runtime.tracker, batch.shape
+    state = CaseState(tracker.version, b, selected=selected, chosen=selected is not None)
+    rows = torch.arange(b, device=batch.case_position.device).repeat_interleave(s)
+    tracker.current = Cases(rows, batch.case_rows(), state, fresh=True)
     try:
         yield tracker.current
     finally:

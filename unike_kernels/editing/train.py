@@ -1,5 +1,6 @@
 """Training the extra neurons of a batch of edits: keys where the model goes wrong, values that correct it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from ..config import NeuronConfig
 from ..models import Decoder, get_module
 from ..modules import ExtraNeurons
 from ..patching import PatchHandle
-from .inputs import Batch
-from .prefix import Prefix, cases_named, head, recorded, run_tail
+from .inputs import Batch, Collator, Sample
+from .prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
 
 Rows = dict[str, Tensor]  # "keys", "key_bias", "values" and, where the FFN is gated, "up", "up_bias": [E * ne, ...]
 
@@ -27,17 +28,27 @@ class TrainedGroups:
     steps: list[int]
 
 
+@dataclass
+class _Pass:
+    """The edits still trained: which of the E they are [b], their inputs, and the states below the edited layers."""
+
+    rows: Tensor
+    groups: Tensor  # [b] which of the patch's groups
+    batch: Batch
+    prefix: Prefix
+
+
 class GroupTrainer:
-    """Trains one group per edit and layer for the E edits of a batch, on a model that carries `handle`'s patch.
+    """Trains one group per edit and layer for E edits together, on a model that carries `handle`'s patch.
 
     The patch's last E groups are the new ones, still empty, with room for their neurons; the groups before them are
-    kept as they are. Independent edits: each row sees its own group only. Otherwise (sequential, E = 1) all act.
+    kept as they are. Independent edits: each case sees its own group only. Otherwise (sequential, E = 1) all act.
     What is trained is float32 whatever the model computes in; the model reads it rounded, as it will once patched.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        collator: Collator,
         decoder: Decoder,
         handle: PatchHandle,
         config: NeuronConfig,
@@ -52,43 +63,44 @@ class GroupTrainer:
 
         maps: W_zeta [d, d] by layer, learned along in place at the rate lr_maps; `zeta` is then what they map to zeta'.
         """
-        self.model, self.decoder, self.handle, self.config = model, decoder, handle, config
-        self.ffn_mean, self.zeta, self.independent = ffn_mean, zeta, independent
-        self.maps, self.lr_maps = maps, lr_maps
-        self.head = head(model, decoder)
+        self.collator, self.model, self.decoder = collator, collator.model, decoder
+        self.handle, self.config, self.independent = handle, config, independent
+        self.ffn_mean, self.zeta, self.maps, self.lr_maps = ffn_mean, zeta, maps, lr_maps
+        self.head = head(collator.model, decoder)
         self.modules: dict[int, ExtraNeurons] = {
             layer.index: layer.neurons for layer in handle.record.layers if layer.neurons is not None
         }
 
     @torch.enable_grad()
-    def train(self, batch: Batch, prefix: Prefix) -> TrainedGroups:
-        """Trains until every target token is top-1 by the margin, or for `steps`; an edit that is done stays."""
-        edits, device = batch.shape[0], prefix.hidden.device
+    def train(self, samples: Sequence[Sample]) -> TrainedGroups:
+        """Trains every edit until its target tokens are top-1 by the margin, or for `steps`; a finished one stays.
+
+        samples: the E edits, all with a picture or all without.
+        """
+        edits, device = len(samples), self.collator.device
         kept = {i: self._make_room(module, edits) for i, module in self.modules.items()}
-        first = len(self.handle.edits) - edits
-        selected = torch.arange(first, first + edits, device=device)[:, None] if self.independent else None
-        leaves = self._start(batch, self._ffn_inputs(batch, prefix, selected))
-        zeta = self._zeta(edits, device)
-        optimizer, trained = self._optimizer(leaves, zeta)
-        done = torch.zeros(edits, dtype=torch.bool, device=device)
-        steps = torch.zeros(edits, dtype=torch.long, device=device)
+        work = self._pass(samples, torch.arange(edits, device=device))
+        leaves = self._start(work.batch, self._ffn_inputs(work))
+        zeta = self._zeta(edits)
+        optimizer, owned = self._optimizer(leaves, zeta)
+        loss, margin = torch.zeros(edits, device=device), torch.zeros(edits, device=device)
+        steps, done = torch.zeros_like(work.rows), torch.zeros_like(work.rows, dtype=torch.bool)
         for step in range(self.config.steps + 1):
             if self.maps is not None:
-                zeta = self._zeta(edits, device)
+                zeta = self._zeta(edits)
             self._install(leaves, zeta, kept)
-            loss, margin = self._forward(batch, prefix, selected)
-            done = done | (margin >= self.config.margin)
-            if step == self.config.steps or bool(done.all()):
+            now, found = self._forward(work)
+            loss[work.rows], margin[work.rows] = now.detach(), found
+            done |= margin >= self.config.margin
+            left = work.rows[~done[work.rows]]
+            if step == self.config.steps or len(left) == 0:
                 break
             optimizer.zero_grad()
-            loss[~done].sum().backward()
-            before = [p.detach().clone() for p in trained]
-            optimizer.step()
-            with torch.no_grad():  # Adam's momentum would still move an edit that is done
-                for p, old in zip(trained, before, strict=True):
-                    rows = done.repeat_interleave(len(p) // edits)
-                    p[rows] = old[rows]
-            steps += ~done
+            now[~done[work.rows]].sum().backward()
+            self._step(optimizer, owned, done)
+            steps[left] += 1
+            if 2 * len(left) <= len(work.rows):  # at every halving: the states below are worth running again then
+                work = self._pass(samples, left)
         return TrainedGroups(
             {i: {name: t.detach() for name, t in rows.items()} for i, rows in leaves.items()},
             {i: z.detach() for i, z in zeta.items()},
@@ -96,6 +108,22 @@ class GroupTrainer:
             (margin > 0).tolist(),
             steps.tolist(),
         )
+
+    def _pass(self, samples: Sequence[Sample], rows: Tensor) -> _Pass:
+        batch = self.collator.batch(samples, rows.tolist())
+        with self.handle.disabled():
+            prefix = run_prefix(self.model, self.decoder, batch, min(self.modules))
+        return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, prefix)
+
+    @staticmethod
+    def _step(optimizer: torch.optim.Optimizer, owned: list[Tensor], done: Tensor) -> None:
+        """One step of all but what finished edits own (Adam's momentum would still move it) and what would overflow."""
+        before = [p.detach().clone() for p in owned]
+        optimizer.step()
+        with torch.no_grad():
+            for p, old in zip(owned, before, strict=True):
+                rows = done.repeat_interleave(len(p) // len(done)) | ~p.reshape(len(p), -1).isfinite().all(dim=1)
+                p[rows] = old[rows]
 
     def _make_room(self, module: ExtraNeurons, edits: int) -> Rows:
         """Gives the module's last `edits` groups their sizes; returns the rows of the groups before them."""
@@ -105,13 +133,18 @@ class GroupTrainer:
         rows = {name: getattr(module, name) for name in ("keys", "key_bias", "values", "up", "up_bias")}
         return {name: t[:end].clone() for name, t in rows.items() if t is not None}
 
+    def _tail(self, work: _Pass) -> Tensor:
+        """[b, S, d] the decoder's output for the edits in `work`, each with its group (or all groups)."""
+        with cases_named(self.handle, work.batch, work.groups[:, None] if self.independent else None):
+            return run_tail(self.model, self.decoder, work.prefix)
+
     @torch.no_grad()
-    def _ffn_inputs(self, batch: Batch, prefix: Prefix, selected: Tensor | None) -> dict[int, Tensor]:
+    def _ffn_inputs(self, work: _Pass) -> dict[int, Tensor]:
         """[B, S, d] what enters each edited FFN, the shift active, the new groups (of zeros) without effect."""
         modules = {i: get_module(self.model, self.decoder.layers[i].ffn_input) for i in self.modules}
-        with cases_named(self.handle, batch, selected), recorded(modules, "input") as kept:
-            run_tail(self.model, self.decoder, prefix)
-        return {i: x.reshape(*batch.shape, -1).float() for i, x in kept.items()}
+        with recorded(modules, "input") as kept:
+            self._tail(work)
+        return {i: x.reshape(*work.batch.shape, -1).float() for i, x in kept.items()}
 
     def _start(self, batch: Batch, inputs: dict[int, Tensor]) -> dict[int, Rows]:
         """Keys from the FFN inputs [B, S, d] that predict the target tokens, values of zero.
@@ -138,9 +171,9 @@ class GroupTrainer:
             leaves[i] = {name: t.clone().requires_grad_() for name, t in rows.items()}
         return leaves
 
-    def _zeta(self, edits: int, device: torch.device) -> dict[int, Tensor]:
+    def _zeta(self, edits: int) -> dict[int, Tensor]:
         """zeta' [E, d] by layer: the one given, or what the maps being learned make of zeta."""
-        zeta = {i: self.zeta[i].float().to(device) for i in self.modules}
+        zeta = {i: self.zeta[i].float().to(self.collator.device) for i in self.modules}
         if self.maps is not None:
             zeta = {i: self.maps[i] @ z for i, z in zeta.items()}
         return {i: z.expand(edits, -1).clone() for i, z in zeta.items()}
@@ -168,12 +201,12 @@ class GroupTrainer:
             for name, rows in (leaves[i] | {"values": folded}).items():
                 setattr(module, name, torch.cat([kept[i][name], rows.to(kept[i][name].dtype)]))
 
-    def _forward(self, batch: Batch, prefix: Prefix, selected: Tensor | None) -> tuple[Tensor, Tensor]:
-        """([E] mean negative log-likelihood of the target, [E] smallest logit margin over the target tokens)."""
-        with cases_named(self.handle, batch, selected):
-            hidden = run_tail(self.model, self.decoder, prefix)
+    def _forward(self, work: _Pass) -> tuple[Tensor, Tensor]:
+        """([b] mean negative log-likelihood of the target, [b] smallest logit margin over the target tokens)."""
+        batch, hidden = work.batch, self._tail(work)
         at = batch.target_mask[:, 1:]  # [B, S - 1]
-        logits = self.head(hidden[:, :-1][at]).float()  # [targets, V]
+        logits = self.head(hidden[:, :-1][at])  # [targets, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = batch.inputs["input_ids"][:, 1:][at]
         edit = at.nonzero()[:, 0]  # which edit each target token belongs to
         nll = nn.functional.cross_entropy(logits, wanted, reduction="none")
