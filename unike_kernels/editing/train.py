@@ -90,7 +90,7 @@ class GroupTrainer:
                 zeta = self._zeta(edits)
             self._install(leaves, zeta, kept)
             now, found = self._forward(work)
-            loss[work.rows], margin[work.rows] = now.detach(), found
+            loss[work.rows], margin[work.rows] = now.detach().to(loss), found.to(margin)
             done |= margin >= self.config.margin
             left = work.rows[~done[work.rows]]
             if step == self.config.steps or len(left) == 0:
