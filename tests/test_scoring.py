@@ -97,7 +97,7 @@ def test_scores_are_those_of_full_forwards(name, config, chosen):
     assert_scores(found, wanted)
     assert any(s.locality_a < 1 for s in found) and any(s.locality_b < 1 for s in found)
     if chosen is not None:
-        assert all(found[i] == Score(scorer.base_accuracy()[i], 1.0, 1.0) for i in (1, 6))
+        assert all(found[i] == Score(scorer.base_accuracy()[i], 1.0, 1.0, 0.0) for i in (1, 6))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,22 +128,23 @@ def test_scores_do_not_depend_on_the_batch():
     assert_scores(*found)
 
 
-def test_the_last_prompt_token_decides_not_the_answer():
+@pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
+def test_the_last_prompt_token_decides_not_the_answer(config):
     """Other targets, same routing, same items, same alpha: evaluation must not leak the answer."""
     alphas, model = [], make_model("llama")
     for answer in ("red dog", "moon of the old house"):
         samples = [Sample(s.prompt, answer, s.image) for s in make_samples("llama")]
         scorer = make_scorer("llama", model, samples)
-        with uk.patch(model, edits_of(scorer, "llama", ROUTED)) as handle:
-            alphas.append(scorer.alphas(handle))
-    assert alphas[0] == pytest.approx(alphas[1], abs=1e-6) and len(set(alphas[0])) > 3
+        with uk.patch(model, edits_of(scorer, "llama", config)) as handle:
+            alphas.append([s.alpha for s in scorer.score(handle)])
+    assert alphas[0] == pytest.approx(alphas[1], abs=1e-5) and len({round(a, 4) for a in alphas[0]}) > 1
 
 
 def test_alphas_are_the_mean_over_layers():
     scorer = make_scorer("opt")
     chosen = [None, *[1] * 8]
     with uk.patch(scorer.collator.model, edits_of(scorer, "opt", ALWAYS)) as handle:
-        found = scorer.alphas(handle, chosen)
+        found = [s.alpha for s in scorer.score(handle, chosen)]
         assert found[0] == 0.0
         for sample, alpha in zip(scorer.samples[1:4], found[1:4], strict=True):
             inputs = scorer.collator.batch([Sample(sample.prompt)], [0]).inputs
@@ -152,7 +153,7 @@ def test_alphas_are_the_mean_over_layers():
             assert alpha == pytest.approx(sum(layer.alpha for layer in report.layers) / 4, abs=1e-5)
     without = edits_of(scorer, "opt", uk.UnikeConfig(shift=uk.ShiftConfig(enabled=False)))
     with uk.patch(scorer.collator.model, without) as handle:
-        assert all(map(math.isnan, scorer.alphas(handle)))
+        assert all(math.isnan(s.alpha) for s in scorer.score(handle))
 
 
 def test_logits_with_and_without_a_patch():
