@@ -354,6 +354,9 @@ def test_called_output_projection_equals_the_one_that_is_read(name, what):
             out = attention.out_proj if name == "opt" else attention.o_proj
             out.register_forward_hook(lambda module, args, output: None)  # from here on it must be called
         called = model(**inputs).logits
+        weights = [p for n, p in model.named_parameters() if "proj" in n and "layers.2" in n]
+        grads = [torch.autograd.grad(logits.square().sum(), weights) for logits in (plain, called)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-9)
         again = [d.alpha for d in handle.record.runtime.tracker.current.state.layers.values()]
         torch.testing.assert_close(called, plain, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alphas, again, rtol=1e-9, atol=1e-9)

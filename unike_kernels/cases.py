@@ -93,6 +93,13 @@ class Cases:
         return Cases(self.token_to_case.to(device), self.case_tokens.to(device), self.state, self.decided, self.fresh)
 
 
+def may_ask() -> bool:
+    """Whether a value may be read from the device now: not while code is traced or a CUDA graph captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 def all_missing(indices: Tensor) -> bool:
     """Whether all indices are -1, so that work can be skipped; only asked where asking costs no wait, otherwise no."""
     return indices.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((indices >= 0).any())
@@ -121,7 +128,7 @@ def case_tokens_from_labels(labels: Tensor, fallback: Tensor) -> Tensor:
     wanted = labels != -100
     first = wanted.int().argmax(dim=1)
     some = wanted.any(dim=1)
-    if not torch.compiler.is_compiling() and bool((some & (first == 0)).any()):
+    if may_ask() and bool((some & (first == 0)).any()):
         rows = (some & (first == 0)).nonzero().flatten().tolist()
         raise ValueError(
             f"labels of rows {rows} start at position 0, so no token before them can be the case token; "

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .cases import Cases, CaseState, Version, attended, case_tokens_from_labels, last_attended, padded_cases
+from .cases import (
+    Cases,
+    CaseState,
+    Version,
+    attended,
+    case_tokens_from_labels,
+    last_attended,
+    may_ask,
+    padded_cases,
+)
 
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
 CONTINUATIONS = ("refuse", "keep", "new")
@@ -168,7 +177,7 @@ class CaseTracker:
     def _named_positions(self, batch: int, length: int) -> Tensor:
         assert self.positions is not None
         at = self._repeated(self.positions, batch, "case positions were named for {} rows")
-        if not torch.compiler.is_compiling() and int(at.max()) >= length:
+        if may_ask() and int(at.max()) >= length:
             raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
         return at
 
@@ -230,13 +239,13 @@ class CaseTracker:
         return state
 
     def _past(self, cache: Any) -> int:
-        """Tokens that a KV cache holds; while compiling, 1 stands for any number that only the device knows."""
+        """Tokens that a KV cache holds; 1 stands for a number on the device that may not be read now."""
         if cache is None:
             return 0
         if isinstance(cache, tuple):
             return cache[0][0].shape[-2] if cache else 0
         length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        if isinstance(length, Tensor) and not may_ask():
             return int(self.kept(cache) is not None)
         return int(length)
 
@@ -295,7 +304,7 @@ def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
 
 def _refuse_packed(position_ids: Any, mask: object, length: int, past: int) -> None:
     """Raises where positions start again inside a row: that row holds several sequences, whose cases must be named."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or torch.compiler.is_compiling():
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or not may_ask():
         return
     before, after = position_ids[:, :-1], position_ids[:, 1:]
     real = attended(mask, length, past)
