@@ -21,6 +21,7 @@ from tests.editing_tiny import (
 from tests.models_tiny import MULTIMODAL, make_model
 from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
 from unike_kernels.editing import editor as editor_module
+from unike_kernels.editing import saved
 from unike_kernels.editing.editor import Editor
 from unike_kernels.editing.inputs import Sample
 from unike_kernels.editing.train import GroupTrainer, _spread
@@ -592,6 +593,88 @@ def test_progress_goes_to_stderr_and_can_be_left_out(editors, capsys):
         editors("opt").edit(make_requests("opt", 2), progress=progress)
         out, err = capsys.readouterr()
         assert out == "" and ("2/2" in err) is progress and bool(err) is progress
+
+
+# A saved editor
+
+
+@pytest.mark.parametrize("name", ["llama", "blip2"])
+def test_a_saved_editor_makes_the_same_edits(name, tmp_path, editors):
+    editor = make_editor(name)
+    editor.calibrate([ask(name, "what ?", 7)])
+    path = tmp_path / "folder" / "editor.safetensors"
+    editor.save(path)
+    loaded = Editor(make_model(name), make_processor(name), routed())
+    loaded.load(path)
+    requests = make_requests(name, 2)
+    a, b = editor.edit(requests, **QUIET), loaded.edit(requests, **QUIET)
+    assert a.entries == b.entries and str(loaded.fits) == str(editor.fits)
+    for x, y in zip(a.named_tensors().values(), b.named_tensors().values(), strict=True):
+        assert torch.equal(x, y)
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    assert str(loaded.fit()) == str(editor.fits)  # the states are all there
+    with pytest.warns(UserWarning, match="already holds picture and prompt of 1 requests"):
+        loaded.edit([{**make_triplets(name)[0], "id": "x"}], **QUIET)
+    assert [p.name for p in path.parent.iterdir()] == ["editor.safetensors"]
+
+
+def test_another_editors_state_is_refused(tmp_path, editors):
+    path = tmp_path / "editor.safetensors"
+    editors("blip2").save(path)
+    other_weights = make_model("blip2", seed=1)
+    for model, config, message in (
+        (make_model("opt"), routed(), "other weights"),  # the language model of the same sizes
+        (other_weights, routed(), "other weights"),
+        (make_model("llama"), routed(), "family: 'opt' and 'llama'"),
+        (make_model("blip2"), replace(routed(), layers=(1, 4)), r"layers: \[2, 4\] and \[1, 4\]"),
+        (make_model("blip2"), replace(routed(), encoders=EncoderConfig(steps=3)), "encoders: .*steps=20.*steps=3"),
+        (make_model("blip2"), replace(routed(), shift=ShiftConfig(attention="raw")), "attention: projected and raw"),
+    ):
+        name = "llama" if "Llama" in type(model).__name__ else "opt"
+        editor = Editor(model, make_processor("blip2" if "Blip2" in type(model).__name__ else name), config)
+        with pytest.raises(ValueError, match=message):
+            editor.load(path)
+        assert editor.states is None and not editor.fits
+    trained = Editor(make_model("blip2"), make_processor("blip2"), routed(beta=0.5))  # no part of what was saved
+    trained.load(path)
+    trained.config = replace(trained.config, encoders=replace(FAST, w_zeta="trained"))
+    with pytest.raises(ValueError, match="no pictures to train W_zeta on"):
+        trained.fit()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "format"])
+def test_a_damaged_editor_is_refused(damage, tmp_path, editors):
+    path = tmp_path / "editor.safetensors"
+    editors("blip2").save(path)
+    good = path.read_bytes()
+    if damage == "format":
+        path.write_bytes(good.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
+    else:
+        path.write_bytes(good[:-50] if damage == "cut" else b"{}" * 40)
+    editor = Editor(make_model("blip2"), make_processor("blip2"), routed())
+    with pytest.raises(ValueError, match="editor.safetensors (is not a saved editor|has format 9)"):
+        editor.load(path)
+    with pytest.raises(FileNotFoundError):
+        editor.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="call build_memory"):
+        editor.save(tmp_path / "empty")
+
+
+def test_a_failed_save_keeps_the_file_of_before(tmp_path, editors, monkeypatch):
+    path = tmp_path / "editor.safetensors"
+    editors("blip2").save(path)
+    good = path.read_bytes()
+
+    def fail(tensors, name, metadata):
+        name.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(saved, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        editors("blip2").save(path)
+    assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 # Where neurons start

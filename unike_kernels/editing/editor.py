@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import UnikeConfig
-from ..edits import Calibration, Edits, LayerShared
+from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
 from ..evaluation.protocols import CheckReport, check
 from ..models import find_decoder, get_module
 from ..patching import PatchHandle, fingerprint, patch, status
 from ..projections import Projections, empty_like_site
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
-from .inputs import Collator, Sample
+from .inputs import Collator, Sample, image_digest
 from .requests import Request, appended, asked, check_samples, new_layer, read_requests
+from .saved import Learned, read, write
 from .train import GroupTrainer
 
 EDITOR_PATCH = "unike_editor"  # the patch that carries edits while they train
@@ -156,6 +157,36 @@ class Editor:
         with base_only(self.model):
             return check(self.collator, self.decoder, self.model, edits, probes, routing=routing)
 
+    def save(self, path: str | Path) -> None:
+        """Saves memory, encoders and calibration into one safetensors file; pictures are not part of it."""
+        states = self._need_states()
+        cases = states.cases if self.cases is None else self.cases
+        base = fingerprint(self.model, self.decoder, self.layers)
+        triplets = [{"prompt": t["prompt"], "target": t["target"], "digest": _digest(t)} for t in self.triplets]
+        learned = Learned(states, triplets, cases, self.fits)
+        write(Path(path), learned, {"config": self.config.to_json(), "base": base.to_json()})
+
+    def load(self, path: str | Path) -> None:
+        """Takes over what `save` saved, in the place of `build_memory`, `fit` and `calibrate`.
+
+        ValueError, and nothing changed, where the base model, the layers or a setting of the fit is another one.
+        """
+        header, learned = read(Path(path))
+        ours = fingerprint(self.model, self.decoder, self.layers)
+        theirs, config = BaseFingerprint.from_json(header["base"]), UnikeConfig.from_json(header["config"])
+        wrong = theirs.mismatches(ours) or ([] if theirs.same_probe(ours) else ["other weights (a sampled probe)"])
+        if tuple(learned.states.layers) != self.layers:
+            wrong.append(f"layers: {list(learned.states.layers)} and {list(self.layers)}")
+        elif learned.fits and config.encoders != self.config.encoders:
+            wrong.append(f"encoders: {config.encoders} and {self.config.encoders}")
+        elif learned.fits and config.shift.attention != self.config.shift.attention:
+            wrong.append(f"shift.attention: {config.shift.attention} and {self.config.shift.attention}")
+        if wrong:
+            raise ValueError(f"{path} was saved by another editor (saved, this one): {'; '.join(wrong)}")
+        self.states, self.triplets, self.cases = learned.states, learned.triplets, learned.cases
+        self.remembered = {(_digest(t), t["prompt"]) for t in (learned.triplets[i] for i in learned.states.kept)}
+        self.fits = Fits(learned.fits)
+
     def own_items(self, samples: Sequence[Sample]) -> dict[int, tuple[Tensor, Tensor]]:
         """(h_sem [E, d], h_pos [E, d]) by layer: the memory items that E edits store of themselves.
 
@@ -185,6 +216,8 @@ class Editor:
     def _train_maps(self) -> None:
         """W_zeta learned over training-split edits: shared by all of them, frozen afterwards (spec, section 2)."""
         states, most = self._need_states(), self.config.encoders.w_zeta_edits
+        if any(t.get("digest") for t in self.triplets):
+            raise ValueError("a loaded editor has no pictures to train W_zeta on: call build_memory(triplets) again")
         chosen = [self.triplets[i] for i in states.kept[:: max(1, len(states.kept) // most)]][:most]
         requests = [Request(str(n), t["prompt"], t["target"], t.get("image"), None) for n, t in enumerate(chosen)]
         d, device = states.cases.shape[1], self.collator.device
@@ -299,6 +332,11 @@ class Editor:
         if self.states is None:
             raise ValueError("there is no memory yet: call build_memory(triplets) first")
         return self.states
+
+
+def _digest(triplet: dict[str, Any]) -> str | None:
+    """Of a triplet's picture; a loaded one has the digest alone."""
+    return triplet["digest"] if "digest" in triplet else image_digest(triplet.get("image"))
 
 
 @contextmanager
