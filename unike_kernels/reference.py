@@ -271,16 +271,13 @@ def knowledge_attention(
     if token_to_case is None:
         return attend(q[:, None], indices)[:, 0]
 
-    # Tokens of one case share its items: these are gathered once per case, in one batch if all cases are equally long.
+    # Tokens of one case share its items: these are gathered once per case, its tokens padded to the longest case.
     order = token_to_case.argsort(stable=True)[int((token_to_case < 0).sum()) :]
-    counts = token_to_case[order].bincount(minlength=len(indices))
-    cases = counts.nonzero()[:, 0]
-    lengths = counts[cases].tolist()
-    if len(set(lengths)) == 1:
-        parts = attend(q[order].unflatten(0, (len(cases), -1)), indices[cases]).flatten(0, 1)
-    else:
-        each = zip(q[order].split(lengths), indices[cases], strict=True)
-        parts = torch.cat([out[:0], *(attend(queries[None], chosen[None])[0] for queries, chosen in each)])
+    cases, row, counts = token_to_case[order].unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(order), device=q.device) - (counts.cumsum(0) - counts)[row]  # of a token in its case
+    padded = q.new_zeros(len(cases), int(counts.max()) if len(counts) else 0, *q.shape[1:])
+    padded = padded.index_put((row, place), q[order])
+    parts = attend(padded, indices[cases])[row, place]
     return out.index_copy(0, order, parts)
 
 
