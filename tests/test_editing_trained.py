@@ -1,0 +1,88 @@
+"""The editor on the trained emoji model: what the fit must reach, and edits that hold beyond their own question."""
+
+import warnings
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from bench.quality import world
+from bench.quality.emoji import model as emoji
+from bench.quality.emoji import records
+from unike_kernels.config import RoutingConfig, UnikeConfig
+from unike_kernels.editing.inputs import Sample
+
+EDITS = 8
+
+
+@pytest.fixture(scope="module")
+def editor():
+    """A memory of one triplet for each of 260 drawings, and the encoders fitted on it."""
+    model, processor = emoji.load(0)
+    made = uk.Editor(model, processor, UnikeConfig(routing=RoutingConfig(mode="routed")))
+    made.build_memory(world.triplets(260), progress=False)
+    made.fit()
+    made.calibrate(world.calibration(400))
+    return made
+
+
+@pytest.fixture(scope="module")
+def edited(editor):
+    """(records, their edits, one probe of every kind for each)."""
+    items = records.records("development", "name", EDITS)
+    probes = []
+    for r in items:
+        picture = world.picture(r["image"])
+        probes += [
+            {"kind": "rel", "prompt": r["src"], "target": r["alt"], "image": picture},
+            {"kind": "t_gen", "prompt": r["rephrase"], "target": r["alt"], "image": picture},
+            {"kind": "m_gen", "prompt": r["src"], "target": r["alt"], "image": world.picture(r["image_rephrase"])},
+            {"kind": "t_loc", "prompt": r["loc"], "target": r["loc_ans"]},
+            {"kind": "m_loc", "prompt": r["m_loc_q"], "target": r["m_loc_a"], "image": world.picture(r["m_loc"])},
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no edit misses its target, and none is in the memory
+        return items, editor.edit([world.request(r) for r in items], progress=False), probes
+
+
+def test_encoders_tell_truth_and_meaning_on_held_out_triplets(editor):
+    """Whole concepts are held out: neither their names nor their drawings were seen."""
+    for layer, fit in editor.fits.items():
+        assert fit.held_out >= 20
+        assert fit.truthfulness_auc >= 0.9 and fit.truthfulness_auc > fit.untrained_auc + 0.03, layer
+        assert fit.semantic_recall >= 0.3 and fit.semantic_recall > 5 * fit.untrained_recall, layer
+
+
+def test_edits_generalise_and_stay_local(editor, edited):
+    items, edits, probes = edited
+    report = editor.check(edits, probes)
+    assert report.before["rel"] < 20.0  # the names were never taught
+    assert report.metrics["rel"] == report.exact["rel"] == 100.0
+    assert report.metrics["t_gen"] >= 90.0 and report.metrics["m_gen"] >= 75.0
+    assert report.metrics["t_loc"] >= 99.0 and report.metrics["m_loc"] >= 85.0
+    assert len(report.rows) == 5 * len(items)
+
+
+def test_one_routed_edit_is_as_reliable_as_one_that_always_acts(editor, edited):
+    items, edits, probes = edited
+    for e in (0, 3):
+        one = edits.select([items[e]["id"]])
+        rel = [editor.check(one, [probes[5 * e]], routing=routing).metrics["rel"] for routing in ("routed", "always")]
+        assert rel == [100.0, 100.0]
+
+
+def test_removing_an_edit_restores_the_base_exactly(editor, edited):
+    items, edits, _ = edited
+    asked = [Sample(r["src"], None, world.picture(r["image"])) for r in items]
+    batch = editor.collator.batch(asked, list(range(EDITS)))
+
+    def logits(which=None):
+        with torch.no_grad():
+            if which is None:
+                return editor.model(**batch.inputs).logits
+            with uk.patch(editor.model, which):
+                return editor.model(**batch.inputs).logits
+
+    base, gone = logits(), logits(edits.remove(items[2]["id"]))
+    assert not torch.equal(logits(edits)[2], base[2])
+    assert torch.equal(gone[2], base[2]) and torch.equal(logits(), base)
