@@ -141,6 +141,35 @@ def test_the_recorded_loss_is_the_patched_models(independent, dtype):
             assert edits.entries[n].loss == pytest.approx(float(loss), abs=tolerance)
 
 
+@pytest.mark.parametrize(
+    "shift",
+    [
+        {"attention": "raw"},
+        {"per": "token"},
+        {"positions": "from_case_token"},
+        {"orientation": "input", "clamp": False},
+        {"alpha": 0.5},
+        {"own_item": False},
+        {"k": 0},
+        {"enabled": False},
+    ],
+    ids=str,
+)
+def test_every_shift_trains_as_it_is_patched(shift):
+    """Neurons learn beside the very shift that the patched model has: same loss, and the target is said."""
+    editor = make_editor("blip2", replace(routed(), shift=ShiftConfig(**shift)))
+    requests = make_requests("blip2", 2)
+    edits = editor.edit(requests, **QUIET)
+    with uk.patch(editor.model, edits) as handle, torch.no_grad():
+        assert answers(editor, requests) == [r["target"] for r in requests]
+        batch = editor.collator.batch(samples_of(requests), [0, 1])
+        with handle.choosing(edits.ids):
+            logits = editor.model(**batch.inputs, labels=batch.labels()).logits
+    for row, labels, entry in zip(logits, batch.labels(), edits.entries, strict=True):
+        loss = torch.nn.functional.cross_entropy(row[:-1], labels[1:], ignore_index=-100)
+        assert entry.loss == pytest.approx(float(loss), abs=1e-3)
+
+
 def test_a_missed_target_is_kept_flagged_and_said():
     editor = make_editor("opt", routed(steps=1, lr_values=1e-6, lr_keys=0.0))
     with pytest.warns(UserWarning, match="3 of 3 edits miss their target: e0, e1, e2"):
@@ -282,6 +311,7 @@ def unlike_evaluation(model):
 
 def test_the_model_is_restored_after_everything():
     model = unlike_evaluation(make_model("blip2"))
+    model.__deepcopy__ = lambda memo: pytest.fail("the model was copied")
     before = state_of(model)
     editor = Editor(model, make_processor("blip2"), routed())
     editor.build_memory(make_triplets("blip2"), **QUIET)
