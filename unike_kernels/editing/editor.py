@@ -102,9 +102,13 @@ class Editor:
             fits[i] = fit_layer(
                 anchors, pos, neg, s.h_pos, s.h_neg, groups, self.config.encoders, device=self.collator.device
             )
-        self.fits = fits
+        before, self.fits = self.fits, fits
         if self.config.encoders.w_zeta == "trained":
-            self._train_maps()
+            try:
+                self._train_maps()
+            except BaseException:
+                self.fits = before
+                raise
         return fits
 
     def calibrate(self, cases: Sequence[dict[str, Any]], *, batch_size: int = 64) -> None:
@@ -316,15 +320,9 @@ class Editor:
     def _continued(self, onto: Edits) -> Edits:
         """`onto` with this editor's config and calibration; ValueError where layers, memory or encoders differ."""
         empty, onto = self._empty(), onto.to("cpu", torch.float32)
-        same = onto.layers.keys() == empty.layers.keys() and not onto.base.mismatches(empty.base)
-        for i, shared in empty.shared.items() if same else ():
-            theirs = onto.shared[i]
-            pairs = [(shared.h_sem, theirs.h_sem), (shared.h_pos, theirs.h_pos)]
-            pairs += [
-                (a, b) for x, y in zip(shared.encoder, theirs.encoder, strict=False) for a, b in zip(x, y, strict=True)
-            ]
-            same = same and len(shared.encoder) == len(theirs.encoder) and all(torch.equal(a, b) for a, b in pairs)
-        if not same:
+        ours, theirs = ({n: t for n, t in e.named_tensors().items() if n.startswith("shared.")} for e in (empty, onto))
+        same = ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+        if not same or onto.base.mismatches(empty.base):
             raise ValueError("`onto` was made with other layers, another memory or other encoders than this editor's")
         return replace(empty, entries=onto.entries, layers=onto.layers)
 
