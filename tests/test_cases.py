@@ -362,6 +362,24 @@ def test_reset_cache_that_was_prefilled_without_the_patch_keeps_no_older_decisio
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+def test_reset_cache_whose_prefill_failed_keeps_no_older_decision():
+    model, inputs, _ = patched("llama", ROUTED)
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(**row_of(inputs, 0), past_key_values=cache)
+        cache.reset()
+
+        def fail(module, args):
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[3].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(**row_of(inputs, 1), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="ran without this patch"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
 def test_switching_off_for_some_tokens_keeps_the_case():
     model, inputs, handle = patched("llama", ROUTED)
     cache = model(**row_of(inputs, 0), use_cache=True).past_key_values
@@ -529,6 +547,24 @@ def test_packed_prefill_in_csr_form(name, config):
             model(input_ids=prompts[0][None])
         handle.set_cases()
         model(input_ids=prompts[0][None])
+
+
+def test_named_cases_are_decided_anew_in_every_pass():
+    model, inputs, handle = patched("llama", ROUTED)
+    ids = row_of(inputs, 0)["input_ids"]
+    plain = model(input_ids=ids).logits
+    handle.set_cases(case_ptr=torch.tensor([0, 7]))
+    with handle.choosing([handle.edits.ids[1]]):
+        chosen = model(input_ids=ids).logits
+    again = model(input_ids=ids).logits  # routed again: what was chosen for an earlier pass is forgotten
+    assert handle.record.runtime.tracker.current.state.selected.tolist() == [[0]]
+    torch.testing.assert_close(again, plain, **CLOSE)
+    assert not torch.equal(chosen, again)
+    handle.swap(handle.edits)
+    model(input_ids=ids)  # decided under the new storage, so it may go on
+    handle.set_cases(torch.tensor([0]), torch.tensor([-1]))
+    model(input_ids=torch.tensor([[5]]))
+    assert handle.record.runtime.tracker.current.decided
 
 
 def test_sites_take_tokens_without_a_batch_dimension():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 
@@ -107,7 +108,10 @@ def know(attention, sites, config, query, h_pos):
     heads = []
     for h in range(sites.heads):
         of = h * sites.kv_heads // sites.heads
-        heads.append(torch.softmax(sites.head_dim**-0.5 * (k[:, of] @ q[h]), 0) @ v[:, of])
+        scores = sites.scaling * (k[:, of] @ q[h])
+        if sites.softcap is not None:
+            scores = sites.softcap * torch.tanh(scores / sites.softcap)
+        heads.append(torch.softmax(scores, 0) @ v[:, of])
     out = attention.get_submodule(sites.out_proj.rpartition(".")[2])
     return torch.cat(heads) @ out.weight.T + (0 if out.bias is None else out.bias)
 
@@ -213,6 +217,25 @@ def test_sites_do_what_the_specification_says(what, name):
         assert (shifted > 1e-3) == config.shift.enabled
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_layers_own_scaling_and_soft_cap(plain):
+    model = make_model("llama", dtype=torch.float64)
+    inputs = inputs_for(model, (5, 3))
+    edits, found = edits_for(model, layers=(2,)), find_decoder(model)
+    sites = replace(found, layers=tuple(replace(layer, scaling=2.0, softcap=0.7) for layer in found.layers))
+    attention = get_module(model, sites.layers[2].attention)
+    if not plain:
+        attention.o_proj.register_forward_hook(lambda module, args, output: None)
+    with uk.patch(model, edits, sites=sites), Recording(model, (2,)) as recording, torch.no_grad():
+        model(**inputs)
+    tap, before, after = (recording.seen[2, what] for what in ("tap", "att before", "att after"))
+    rows = cases_of(inputs)
+    wanted = expected_attention(attention, sites.layers[2], edits, 2, tap, before, rows, None)
+    other = expected_attention(attention, found.layers[2], edits, 2, tap, before, rows, None)
+    torch.testing.assert_close(after, wanted, rtol=1e-6, atol=1e-7)
+    assert (wanted - other).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_half_precision(name, dtype):
@@ -243,14 +266,15 @@ def test_half_precision(name, dtype):
 # ------------------------------------------------------------------------------------------------ nothing selected
 
 
+@pytest.mark.parametrize("alpha", [None, 0.3])
 @pytest.mark.parametrize("orientation", ["knowledge", "input"])
 @pytest.mark.parametrize("per", ["case", "token"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_case_that_no_edit_claims_passes_bit_for_bit(name, per, orientation):
+@pytest.mark.parametrize("name", ["opt", "qwen3"])
+def test_case_that_no_edit_claims_passes_bit_for_bit(name, per, orientation, alpha):
     model = make_model(name)
     inputs = inputs_for(model, (5, 3, 4))
     base = model(**inputs).logits
-    config = shift_of(ROUTED, per=per, orientation=orientation)
+    config = shift_of(ROUTED, per=per, orientation=orientation, alpha=alpha)
     edits = edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()})
     with uk.patch(model, edits) as handle:
         edited = model(**inputs).logits
@@ -363,14 +387,28 @@ def test_called_output_projection_equals_the_one_that_is_read(name, what):
         assert torch.equal(called[2], base[2]) == (config.routing.mode == "routed")
 
 
-def test_hooks_of_others_on_the_output_projection_see_the_knowledge_too():
-    model = make_model("llama")
+class Doubling(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return output * 2
+
+
+@pytest.mark.parametrize("kind", ["forward hook", "forward pre-hook", "accelerate's hook"])
+def test_what_others_do_to_the_output_projection_reaches_the_knowledge(kind):
+    model = make_model("llama", dtype=torch.float64)
     inputs = inputs_for(model, (5, 3))
-    with uk.patch(model, edits_for(model)):
-        plain = model(**inputs).logits
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: output * 2)
-        assert not torch.equal(model(**inputs).logits, plain)
+    out = model.model.layers[2].self_attn.o_proj
+    with uk.patch(model, edits_for(model, shift_of(ALWAYS, alpha=1.0), layers=(2,))), Recording(model, (2,)) as seen:
+        model(**inputs)
+        plain = seen.seen[2, "att after"]  # h_know alone
+        if kind == "forward hook":
+            out.register_forward_hook(lambda module, args, output: output * 2)
+        elif kind == "forward pre-hook":
+            out.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        else:
+            accelerate.hooks.add_hook_to_module(out, Doubling())
+        model(**inputs)
+        real = inputs["attention_mask"].flatten() != 0
+        torch.testing.assert_close(seen.seen[2, "att after"][real], 2 * plain[real])
 
 
 def test_autocast_keeps_what_is_accumulated_in_float32():

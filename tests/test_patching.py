@@ -336,6 +336,24 @@ def test_copy_is_independent(name, copier):
         uk.patching.PatchHandle.of(twin)
 
 
+def test_copy_after_a_pass_that_stopped_half_way():
+    model = make_model("opt")
+    inputs = inputs_for(model, [5, 3])
+    handle = uk.patch(model, edits_for(model))
+    expected = model(**inputs).logits
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    hook = model.model.decoder.layers[3].fc2.register_forward_pre_hook(fail)  # between the FFN's two modules
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    hook.remove()
+    twin = copy.deepcopy(model)  # a tensor of that pass could not be copied
+    assert torch.equal(twin(**inputs).logits, expected) and torch.equal(model(**inputs).logits, expected)
+    handle.remove()
+
+
 def test_copy_of_a_part_takes_its_patch_along():
     model = make_model("blip2")
     inputs = text_inputs([5, 3])
