@@ -428,6 +428,16 @@ def test_shared_prefix_of_the_base_is_exact_where_edits_are_causal():
     torch.testing.assert_close(out.logits, expected.logits[:, 4:], **CLOSE)
 
 
+def test_speculative_decoding(config):
+    model, inputs, handle = patched("llama", config)
+    prompt = {"input_ids": torch.tensor([[9, 8, 7, 9, 8, 7, 9, 8]])}
+    expected = model.generate(**prompt, **GREEDY)
+    lookup = {**GREEDY, "prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}
+    handle.set_cases(case_positions=torch.tensor([7]))  # the first pass already holds guesses behind the prompt
+    with handle.continuing("keep"):
+        assert torch.equal(model.generate(**prompt, **lookup), expected)
+
+
 def test_chunked_prefill_in_generate_is_refused():
     model, inputs, _ = patched("llama", ALWAYS)
     with pytest.raises(ValueError, match="the rest of a prompt"):

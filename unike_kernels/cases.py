@@ -174,3 +174,20 @@ def padded_cases(mask: object, batch: int, length: int, device: torch.device) ->
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
         case = torch.where(mask[:, -length:].to(device) != 0, case, -1)
     return case.reshape(-1)
+
+
+def refuse_packed(position_ids: object, mask: object, length: int, past: int) -> None:
+    """Raises where positions start again inside a row: that row holds several sequences, whose cases must be named."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or not may_ask():
+        return
+    before, after = position_ids[:, :-1], position_ids[:, 1:]
+    real = attended(mask, length, past)
+    real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
+    # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position, and
+    # falls at most from 1 to the 0 of the first token.
+    again = torch.where(real[:, 1:] & real[:, :-1], after <= before, (after < before) & (before > 1))
+    if bool(again.any()):
+        raise ValueError(
+            f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "
+            "hold several sequences: name their cases with handle.set_cases"
+        )

@@ -103,7 +103,8 @@ class PatchHandle:
         for padding; case_tokens [C] int64, the row of each case's case token, -1 for a case (a slot) that an earlier
         pass decided and that goes on. Or, for packed cases that end at their case token, the CSR form case_ptr [C + 1].
         Of padded batches: case_positions [B] int64, the position of each row's case token, where it is not the last
-        attended one: sequences that already hold their answer, or grow in generate(use_cache=False).
+        attended one: sequences that already hold their answer, grow in generate(use_cache=False), or start with
+        guessed tokens (assisted generation, prompt lookup: together with `continuing("keep")`).
         """
         tracker = self.record.runtime.tracker
         given = [n for n, t in (("token_to_case", token_to_case), ("case_ptr", case_ptr)) if t is not None]

@@ -135,9 +135,7 @@ class KnowledgeShift(nn.Module):
         """Enc_sem's layers as (weight, bias) pairs."""
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
 
-    def shift(
-        self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases
-    ) -> Tensor:
+    def shift(self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases) -> Tensor:
         """h [T, d] for the tap [T, d] and the attention output h_att [T, d] of the layer's `attention` module.
 
         Not `forward`: accelerate's hooks would move its arguments to a device, the offloaded `attention` among them.
@@ -181,10 +179,7 @@ class KnowledgeShift(nn.Module):
         if cases.decided and before is not None:
             return LayerDecision(*(t.to(tap.device) for t in (before.indices, before.scores, before.alpha)))
         at, selected = cases.case_tokens.clamp(min=0), cases.selected  # [C]
-        scores, indices = self.memory.search(tap[at].detach(), self.config.k, selected)
-        if selected is not None:  # a case without any edit passes bit for bit
-            routed = (selected >= 0).any(dim=1)[:, None]
-            scores, indices = scores.masked_fill(~routed, -torch.inf), indices.masked_fill(~routed, -1)
+        scores, indices = self._search(tap[at], selected)
         found = (indices >= 0).any(dim=1)
         if self.config.alpha is not None or all_missing(indices):
             fixed = self._nothing if self.config.alpha is None else self.config.alpha
@@ -203,12 +198,23 @@ class KnowledgeShift(nn.Module):
 
     def _items_of_tokens(self, tap: Tensor, rows: Tensor, cases: Cases) -> tuple[Tensor, Tensor]:
         """(scores, indices) [T, K] of every token by itself; nothing for tokens of no case, or of an unrouted one."""
-        acts, selected = rows >= 0, cases.selected
-        if selected is not None:
-            selected = selected[cases.token_to_case.clamp(min=0)]
-            acts = acts & (selected >= 0).any(dim=1)
-        scores, indices = self.memory.search(tap.detach(), self.config.k, selected)
-        return scores.masked_fill(~acts[:, None], -torch.inf), indices.masked_fill(~acts[:, None], -1)
+        selected = cases.selected
+        of_token = None if selected is None else selected[cases.token_to_case.clamp(min=0)]
+        scores, indices = self._search(tap, of_token)
+        idle = (rows < 0)[:, None]
+        return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1)
+
+    def _search(self, q: Tensor, selected: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(scores, indices) [T, K] for q [T, d]; nothing where edits are routed but none is: selected [T, m] all -1."""
+        k = self.config.k
+        if selected is not None and all_missing(selected):
+            scores = q.new_full((len(q), k), -torch.inf, dtype=reference.compute_dtype(q, self.memory.sem))
+            return scores, torch.full_like(scores, -1, dtype=torch.long)
+        scores, indices = self.memory.search(q.detach(), k, selected)
+        if selected is None:
+            return scores, indices
+        idle = ~(selected >= 0).any(dim=1, keepdim=True)
+        return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1)
 
     def _note(self, scores: Tensor, indices: Tensor, alpha: Tensor, cases: Cases) -> None:
         """Keeps what the case tokens found, for `explain` alone: with per="token" nothing of it is used again."""

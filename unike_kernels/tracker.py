@@ -17,11 +17,11 @@ from .cases import (
     Cases,
     CaseState,
     Version,
-    attended,
     case_tokens_from_labels,
     last_attended,
     may_ask,
     padded_cases,
+    refuse_packed,
 )
 
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
@@ -126,7 +126,7 @@ class CaseTracker:
         else:
             self._forget(cache)
         if length > 1:
-            _refuse_packed(given.get("position_ids"), mask, length, past)
+            refuse_packed(given.get("position_ids"), mask, length, past)
         last = last_attended(mask, batch, length, device, past)
         if self.positions is not None:
             last = self._named_positions(batch, length).to(device)
@@ -299,21 +299,4 @@ def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < size:
         raise ValueError(
             f"{name} must be in [-1, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
-        )
-
-
-def _refuse_packed(position_ids: Any, mask: object, length: int, past: int) -> None:
-    """Raises where positions start again inside a row: that row holds several sequences, whose cases must be named."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or not may_ask():
-        return
-    before, after = position_ids[:, :-1], position_ids[:, 1:]
-    real = attended(mask, length, past)
-    real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
-    # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position, and
-    # falls at most from 1 to the 0 of the first token.
-    again = torch.where(real[:, 1:] & real[:, :-1], after <= before, (after < before) & (before > 1))
-    if bool(again.any()):
-        raise ValueError(
-            f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "
-            "hold several sequences: name their cases with handle.set_cases"
         )
