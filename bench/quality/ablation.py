@@ -1,8 +1,10 @@
 """One-step edits under every row of the ablation, routed edits in stacks, and removal."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,16 +189,26 @@ def summary(asked: Sequence[Probe], scores: Sequence[Score]) -> dict[str, Any]:
     return {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
 
 
-def run(seed: int, items: Sequence[dict[str, Any]], *, quick: bool, controls: bool = True) -> dict[str, Any]:
-    """All rows on base model `seed`; returns what `run.py` saves."""
+def run(
+    seed: int, items: Sequence[dict[str, Any]], *, quick: bool, controls: bool = True, keep: Path | None = None
+) -> dict[str, Any]:
+    """All rows on base model `seed`; returns what `run.py` saves.
+
+    keep: a file that holds the finished rows, where a stopped run goes on.
+    """
     started = time.time()
     world = World(seed, items, default_config(), quick=quick)
-    out: dict[str, Any] = {"seed": seed, "edits": len(items), "rows": {"base": world.score_base()}}
+    out: dict[str, Any] = {"seed": seed, "edits": len(items), "rows": {"base": world.score_base()}, "seconds": 0.0}
     out["fit"] = {str(i): fit_report(f) for i, f in world.editor.fits.items()}
+    if keep is not None and keep.exists():
+        out = json.loads(keep.read_text())
+    before = out["seconds"]
     rows = [*ROWS, *(CONTROLS if controls else ())]
-    mean_alpha = None
+    mean_alpha = out["rows"].get("UniKE", {}).get("alpha", {}).get("rel")
     made: dict[str, tuple[RowEditor, Edits]] = {}
     for row in tqdm(rows, desc=f"model {seed}", unit="row"):
+        if row.name in out["rows"]:
+            continue
         twin = row.name.removesuffix(", routed")  # routed rows reuse the edits of their always-on twin
         if twin not in made:
             made[twin] = world.make(row, mean_alpha)
@@ -210,8 +222,18 @@ def run(seed: int, items: Sequence[dict[str, Any]], *, quick: bool, controls: bo
             out["rows"][f"{row.name}, {STACK} stacked"] = world.stacked(row, editor, edits) | {"control": False}
         if row.name == "UniKE, routed":
             out["removal_is_exact"] = world.removal_is_exact(edits)
-    out["seconds"] = time.time() - started
+        out["seconds"] = before + time.time() - started
+        if keep is not None:
+            write(keep, out)
     return out
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    half.replace(path)
 
 
 def fit_report(fit: Any) -> dict[str, float]:

@@ -110,7 +110,7 @@ class RowEditor(Editor):
             for layer in handle.record.layers:
                 if layer.shift is None:
                     continue
-                out = get_module(self.model, layer.sites.out_proj)
+                out = get_module(self.model, self.decoder.layers[layer.index].out_proj)
                 heads = torch.linalg.solve(out.weight.double(), -out.bias.double())
                 values = heads.view(layer.sites.kv_heads, layer.sites.head_dim)
                 layer.shift.memory.values.copy_(

@@ -1,5 +1,6 @@
 """The quality benchmark: `python -m bench.quality.run --rows ablation`."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from rich.markdown import Markdown
 
 from bench.quality import ablation, tables
 from bench.quality.emoji import records
+from bench.quality.rows import default_config
+from bench.quality.world import CACHE
 
 RESULTS = Path(__file__).parent / "results"
 app = typer.Typer(add_completion=False)
@@ -35,12 +38,15 @@ def environment() -> dict[str, str]:
 
 def save(name: str, result: dict[str, Any]) -> Path:
     """Writes results/<name>.json, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    half.replace(path)
+    ablation.write(path, result)
     return path
+
+
+def kept(seed: int, items: list[dict[str, Any]]) -> Path:
+    """Where a stopped run of these edits, with these defaults, keeps its finished rows."""
+    told = json.dumps([seed, items, default_config().to_json()], sort_keys=True)
+    return CACHE / f"ablation-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
 
 
 def write_report() -> Path:
@@ -76,7 +82,8 @@ def main(
         return
     for seed in (int(s) for s in seeds.split(",")):
         items = records.records(split, task, 40 if quick else edits)
-        result = ablation.run(seed, items, quick=quick, controls=controls) | {"environment": environment()}
+        keep = None if quick else kept(seed, items)
+        result = ablation.run(seed, items, quick=quick, controls=controls, keep=keep) | {"environment": environment()}
         result |= {"split": split, "task": task}
         console.print(tables.report(result))
         if not quick and split == "reported":
