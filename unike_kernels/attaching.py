@@ -21,8 +21,10 @@ from .projections import Projections
 from .records import CONTAINER, RECORDS, LayerPatch, PatchRecord
 
 # Dynamo does not look whether a module without hooks has got some since, but it does guard on which attributes a
-# decoder layer has by itself. This one, None as in the class, makes it compile anew a model compiled before its patch.
-MARK = "_compiled_call_impl"
+# decoder layer has by itself. These, of the same value as in the class, make it compile a model anew that was compiled
+# before its patch: the first where `__call__` of a layer asks for checkpointing (transformers 5.17), the second where
+# `forward` does (5.23).
+MARKS = {"_compiled_call_impl": None, "gradient_checkpointing": False}
 
 
 class SaveWarning:
@@ -47,7 +49,10 @@ def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
     try:
         for layer in record.layers:
             _attach_layer(holder, record, layer)
-            get_module(holder, record.decoder.layer_name(layer.index)).__dict__.setdefault(MARK, None)
+            marked = get_module(holder, record.decoder.layer_name(layer.index))
+            for name, value in MARKS.items():
+                if getattr(type(marked), name, ...) is value:
+                    marked.__dict__.setdefault(name, value)
         path = decoder.name.split(".") if decoder.name else []
         for i in range(len(path)):
             _hook_around(get_module(model, ".".join(path[:i])), record)
@@ -84,8 +89,9 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     if not kept:
         holder.__dict__.pop(RECORDS, None)
         for module in holder.modules():
-            if module.__dict__.get(MARK, ...) is None:
-                del module.__dict__[MARK]
+            for name, value in MARKS.items():
+                if module.__dict__.get(name, ...) is value and getattr(type(module), name, ...) is value:
+                    del module.__dict__[name]
 
 
 def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> None:
