@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from bench.quality.rows import CONTROLS, ROWS
+
 KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 HEADS = {"rel": "Rel", "t_gen": "T-Gen", "m_gen": "M-Gen", "t_loc": "T-Loc", "m_loc": "M-Loc"}
 PARTS = {
@@ -30,11 +32,22 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{value:.1f}" if error is None or error != error else f"{value:.1f} ± {error:.1f}"
 
 
+def ordered(rows: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Rows as the ablation defines them: the base, the method's parts, each stack after its row, then the controls."""
+    names = ["base", *(row.name for row in (*ROWS, *CONTROLS))]
+
+    def place(name: str) -> tuple[int, str]:
+        known = [i for i, n in enumerate(names) if name == n or name.startswith(f"{n}, ") and name.endswith("stacked")]
+        return (max(known) if known else len(names), name)
+
+    return sorted(rows.items(), key=lambda item: place(item[0]))
+
+
 def five_metrics(result: dict[str, Any]) -> str:
     """The five metrics (locality A) with clustered standard errors, their mean, locality B and exact match."""
     head = ["row", *(HEADS[k] for k in KINDS), "mean", "T-Loc B", "M-Loc B", "exact Rel", "exact T-Gen", "exact M-Gen"]
     rows = []
-    for name, row in result["rows"].items():
+    for name, row in ordered(result["rows"]):
         m, e, exact = row["metrics"], row["errors"], row.get("exact", {})
         rows.append(
             [
@@ -52,7 +65,7 @@ def localities(result: dict[str, Any]) -> str:
     """Locality A by part, the mean alpha where it is not fixed, and how often an edit acted."""
     head = ["row", *PARTS.values(), "alpha Rel", "alpha M-Loc", "acts Rel", "acts M-Gen", "acts M-Loc"]
     rows = []
-    for name, row in result["rows"].items():
+    for name, row in ordered(result["rows"]):
         if name == "base":
             continue
         alpha, acts = row.get("alpha", {}), row.get("routed", {})
