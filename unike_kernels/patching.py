@@ -41,7 +41,8 @@ def patch(
 
     Returns a PatchHandle; `with patch(model, edits):` undoes it at the end, also on an exception. Every check comes
     before the first change: ValueError (names, sizes, layers, another architecture), UnsupportedModelError. One pass
-    runs on a patched model at a time.
+    runs on a patched model at a time. A model compiled before (or after) follows patch, swap, `disabled` and unpatch;
+    after an adapter was merged or switched, `handle.refresh()`.
     """
     decoder, record = plan(
         model,
