@@ -22,7 +22,7 @@ class ShiftConfig:
     """How retrieved knowledge shifts a self-attention output (equations 2, 7, 8; spec section 2).
 
     Measured on the development split of the emoji benchmark (50 edits of base model 1, UniKE always on; Rel / T-Gen /
-    M-Gen / T-Loc / M-Loc), the first of each is the default:
+    M-Gen / T-Loc / M-Loc; `python -m bench.quality.run --rows measure --seeds 1`), the first of each is the default:
     attention: projected 100.0 / 97.9 / 99.5 / 98.5 / 83.9, raw 100.0 / 96.0 / 97.5 / 96.3 / 76.8.
     per: case as above, token 100.0 / 96.6 / 98.6 / 98.2 / 83.5.
     positions: all as above, from_case_token 100.0 / 98.2 / 98.8 / 97.4 / 80.3 (and causal).

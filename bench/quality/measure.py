@@ -24,6 +24,11 @@ def neurons(**changes: Any) -> Change:
     return lambda c: replace(c, neurons=replace(c.neurons, **changes))
 
 
+def routing(**changes: Any) -> Change:
+    """Other routing settings."""
+    return lambda c: replace(c, routing=replace(c.routing, **changes))
+
+
 def encoders(**changes: Any) -> Change:
     """Other encoder settings."""
     return lambda c: replace(c, encoders=replace(c.encoders, **changes))
@@ -57,6 +62,9 @@ VARIANTS = (
     *(Variant("rate of the keys", f"{r:g}", neurons(lr_keys=r)) for r in (0.0, 1e-3, 3e-3, 1e-2, 3e-2)),
     *(Variant("rate of the values", f"{r:g}", neurons(lr_values=r)) for r in (3e-3, 1e-2, 3e-2)),
     *(Variant("threshold of the keys", f"{t:g}", neurons(key_threshold=t)) for t in (0.0, 0.3, 0.5, 0.7)),
+    *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50)),
+    *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
+    *(Variant("false accepts", f"{r:g}", routing(false_accept_rate=r)) for r in (0.01, 0.002, 0.001)),
     *(Variant("neurons a layer", f"{n}", neurons(per_layer=n)) for n in (5, 10, 20)),
     Variant("keys centred", "yes", neurons(center_keys=True)),
     Variant("keys centred", "no", neurons(center_keys=False)),
@@ -88,6 +96,7 @@ def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None
                 "routed": routed["metrics"],
                 "alpha": always["alpha"],
                 "exact": always["exact"],
+                "acts": routed["routed"],
             }
         )
     return out

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench.quality import ablation, tables
+from bench.quality import ablation, measure, tables
 from bench.quality.emoji import records
 from bench.quality.rows import default_config
 from bench.quality.world import CACHE
@@ -63,13 +63,14 @@ def write_report() -> Path:
 
 @app.command()
 def main(
-    rows: Annotated[Literal["ablation"], typer.Option(help="What to run.")] = "ablation",
+    rows: Annotated[Literal["ablation", "measure"], typer.Option(help="measure: 50 development edits.")] = "ablation",
     seeds: Annotated[str, typer.Option(help="Base models, by training seed.")] = "0,1",
     edits: Annotated[int, typer.Option(help="Edits of the chosen split.")] = 300,
     split: Annotated[Literal["reported", "development"], typer.Option()] = "reported",
     task: Annotated[Literal["name", "caption", "rename"], typer.Option()] = "name",
     quick: Annotated[bool, typer.Option(help="40 edits, a smaller memory, nothing saved.")] = False,
     controls: Annotated[bool, typer.Option(help="Also the rows that say what a gain comes from.")] = True,
+    points: Annotated[str | None, typer.Option(help="With measure: these points only, by comma.")] = None,
     show: Annotated[bool, typer.Option(help="Print the saved results, run nothing.")] = False,
 ) -> None:
     """Runs a part of the quality benchmark and prints its tables; 300 edits take about half an hour a model on 2 cores.
@@ -81,6 +82,11 @@ def main(
         console.print(Markdown(write_report().read_text()))
         return
     for seed in (int(s) for s in seeds.split(",")):
+        if rows == "measure":
+            chosen = None if points is None else points.split(",")
+            found = measure.run(seed, records.records("development", task, 4 if quick else 50), chosen)
+            console.print(tables.variants(found))
+            continue
         items = records.records(split, task, 40 if quick else edits)
         keep = None if quick else kept(seed, items)
         result = ablation.run(seed, items, quick=quick, controls=controls, keep=keep) | {"environment": environment()}
@@ -89,7 +95,7 @@ def main(
         if not quick and split == "reported":
             suffix = "" if task == "name" else f"-{task}"
             console.print(f"saved: {save(f'ablation{suffix}-seed{seed}', result)}")
-    if not quick and split == "reported":
+    if rows == "ablation" and not quick and split == "reported":
         console.print(f"report: {write_report()}")
 
 

@@ -81,6 +81,28 @@ def localities(result: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def variants(results: Sequence[dict[str, Any]]) -> str:
+    """The alternatives that were measured: always on / routed, locality A, and how often a routed edit acted."""
+    acts = {
+        "m_gen": "acts M-Gen",
+        "m_loc.same_subgroup": "acts same subgroup",
+        "m_loc.same_picture": "acts same picture",
+    }
+    head = ["point", "variant", *(HEADS[k] for k in KINDS), "mean", "alpha Rel", *acts.values(), "missed"]
+    rows = [
+        [
+            r["point"],
+            r["variant"],
+            *(f"{r['always'][k]:.1f} / {r['routed'][k]:.1f}" for k in (*KINDS, "mean")),
+            f"{r['alpha']['rel']:.2f}",
+            *(number(r["acts"].get(k)) for k in acts),
+            str(r["missed"]),
+        ]
+        for r in results
+    ]
+    return markdown(head, rows)
+
+
 def goals(result: dict[str, Any]) -> list[tuple[str, bool, str]]:
     """(goal, met, figure) of what a routed UniKE has to reach."""
     rows = result["rows"]
