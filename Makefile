@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 # A torch already in $(VENV) is kept. Without a GPU, this pin gives a CPU build where one is at hand.
 TORCH  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
+# CUDA builds of torch bring their own triton. Beside a CPU build this one, which needs no driver, runs and compiles the kernels
+# for the tests; the table of the compile gate was made with it.
+TRITON ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 'triton==3.6.0')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 PY := $(VENV)/bin/python
@@ -43,4 +46,5 @@ $(VENV)/.ready-%: pyproject.toml setup.py
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	$(PY) -m pip install -qq --constraint $(VENV)/torch.txt --editable '.[$*]'
+	$(if $(TRITON),$(if $(filter test,$*),$(PY) -m pip install -qq $(TRITON)))
 	touch $@

@@ -13,6 +13,14 @@ import hypothesis
 import pytest
 import torch
 
+# Read when a kernel's file is imported, so before any of them. Without a GPU, kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.repair()
+
 # The same examples in every run, so that a red run is red again; no deadline, since a busy machine is no bug.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")

@@ -169,7 +169,7 @@ REFUSED = {
     "name": ({"name": "my edits"}, "must be usable as a module's name"),
     "name of a method": ({"name": "keys"}, "must be usable as a module's name"),
     "name twice": ({"name": "there"}, r"a patch named 'there' is already on this model \(patches: there\)"),
-    "backend": ({"backend": "magic"}, "backend must be 'auto' or one of .*, but got 'magic'"),
+    "backend": ({"backend": "magic"}, "backend must be one of .*, but got 'magic'"),
     "mode": ({"mode": "melt"}, "mode must be .*, but got 'melt'"),
     "routing": ({"routing": "maybe"}, "routing must be 'edits', 'always' or 'routed', but got 'maybe'"),
     "no calibration": ({"change": uncalibrated, "routing": "routed"}, "these have no calibration"),

@@ -1,6 +1,22 @@
-"""Which implementation of the operators is usable here, why another is not, and which one a patch takes."""
+"""Which implementation of the operators is usable here, why another is not, and which one an operator takes.
 
+"auto" is triton for CUDA tensors and the reference elsewhere, and for float64. A backend that is named has to run.
+"""
+
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton_kernels
+
+NAMES = ("auto", "triton", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -13,17 +29,49 @@ class Backend:
 
 def available() -> list[Backend]:
     """Every backend that this version has, the preferred one first."""
-    return [Backend("reference", None)]
+    usable_on_cpu = _no_triton("cpu") is None
+    return [Backend("triton", None if usable_on_cpu else _no_triton("cuda")), Backend("reference", None)]
 
 
-def resolve(backend: str) -> str:
-    """The backend that `backend` ("auto" or a name) means here; ValueError when it is unknown or cannot run."""
-    known = available()
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `backend` ("auto" or a name) means for tensors of this device and dtype.
+
+    ValueError when it is unknown or cannot run, with the reason.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(repr(name) for name in NAMES)}, but got {backend!r}")
+    if backend == "reference" or (backend == "auto" and (device.type != "cuda" or dtype not in TRITON_DTYPES)):
+        return "reference"
+    reason = _no_triton(device.type)
+    if reason is None and dtype not in TRITON_DTYPES:
+        reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in TRITON_DTYPES)}, not {dtype}"
+    if reason is None:
+        return "triton"
     if backend == "auto":
-        return next(b.name for b in known if b.reason is None)
-    for b in known:
-        if b.name == backend:
-            if b.reason is not None:
-                raise ValueError(f"backend {backend!r} cannot run here: {b.reason}")
-            return b.name
-    raise ValueError(f"backend must be 'auto' or one of {', '.join(repr(b.name) for b in known)}, but got {backend!r}")
+        return "reference"
+    raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+
+
+def implementation(operator: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """The kernel that `backend` means for an operator's tensors, all on one device; None: the reference."""
+    first = tensors[0]
+    if backend == "reference" or (backend == "auto" and not first.is_cuda):
+        return None
+    wide = next((t.dtype for t in tensors if t.dtype == torch.float64), first.dtype)
+    return None if resolve(backend, first.device, wide) == "reference" else triton_kernels.launcher(operator)
+
+
+@lru_cache
+def _no_triton(device_type: str) -> str | None:
+    """Why triton cannot run on such a device; None when it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton; CUDA builds of torch bring it)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 in the environment runs the kernels on a CPU, very slowly)"
+    if device_type != "cuda":
+        return f"it runs on CUDA devices, not on {device_type}"
+    if min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None

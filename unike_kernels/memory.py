@@ -25,8 +25,17 @@ class ExternalMemory(nn.Module):
     values: Tensor
     counts: Tensor
 
-    def __init__(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        sem: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        shared: int,
+        capacity: int | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
+        self.backend = backend
         capacity = len(sem) if capacity is None else capacity
         for name, rows in (("sem", sem), ("keys", keys), ("values", values)):
             self.register_buffer(name, rows.new_zeros((capacity, *rows.shape[1:])), persistent=False)
@@ -77,7 +86,7 @@ class ExternalMemory(nn.Module):
         start = torch.zeros((), dtype=torch.long, device=q.device)
         end = self.counts[1] if selected is None else self.counts[0]
         ranges = torch.stack([start, end]).expand(len(q), 2)
-        scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges)
+        scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=self.backend)
         if selected is None or self.capacity == 0:
             return scores, indices
         own = torch.where(selected >= 0, selected + self.counts[0], -1)  # [T, m]

@@ -37,10 +37,18 @@ class ExtraNeurons(nn.Module):
     zeta: Tensor | None
 
     def __init__(
-        self, edits: LayerEdits, act: str, beta: float, *, like: Tensor, max_groups: int, max_neurons: int
+        self,
+        edits: LayerEdits,
+        act: str,
+        beta: float,
+        *,
+        like: Tensor,
+        max_groups: int,
+        max_neurons: int,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.act, self.beta = act, beta
+        self.act, self.beta, self.backend = act, beta, backend
         d = edits.keys.shape[1]
         empty = {"keys": (max_neurons, d), "key_bias": (max_neurons,), "values": (max_neurons, d)}
         if edits.up is not None:
@@ -99,6 +107,7 @@ class ExtraNeurons(nn.Module):
             group_ptr=self.group_ptr,
             token_to_case=None if selected is None else token_to_case,
             selected=selected,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -120,9 +129,10 @@ class KnowledgeShift(nn.Module):
         encoder: tuple[tuple[Tensor, Tensor], ...],
         encoder_act: str,
         like: Tensor,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.layer, self.encoder_act = config, layer, encoder_act
+        self.config, self.layer, self.encoder_act, self.backend = config, layer, encoder_act, backend
         self.scaling, self.softcap = sites.scaling, sites.softcap
         self.memory = memory
         self.depth = len(encoder)
@@ -242,6 +252,7 @@ class KnowledgeShift(nn.Module):
             "token_to_case": token_to_case,
             "scaling": None if raw else self.scaling,
             "softcap": None if raw else self.softcap,
+            "backend": self.backend,
         }
         if raw or weights is not None:
             return ops.knowledge_shift(

@@ -55,12 +55,13 @@ def plan(
     if not isinstance(edits, Edits):
         raise TypeError(f"edits must be Edits (Edits.from_pretrained loads them), but got {type(edits).__name__}")
     _check_name(model, name)
+    if backend not in backends.NAMES:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, backends.NAMES))}, but got {backend!r}")
     if mode != "attach":
         raise ValueError(f"mode must be 'attach', but got {mode!r}")
     if routing not in ("edits", "always", "routed"):
         raise ValueError(f"routing must be 'edits', 'always' or 'routed', but got {routing!r}")
     capacities.check()
-    chosen = backends.resolve(backend)
     decoder = find_decoder(model) if sites is None else sites
     holder, below = get_module(model, decoder.name), decoder.relative()
     check_edits(holder, below, edits)
@@ -72,9 +73,12 @@ def plan(
     config = effective_config(edits, routing)
     if config.routing.mode == "routed":
         _check_routed(edits, wanted[0])
-    planned = [_plan_layer(holder, below.layers[i], i, edits, config, i == wanted[0], capacities) for i in wanted]
+    chosen = [_resolve(holder, below.layers[i], backend) for i in wanted]
+    planned = [
+        _plan_layer(holder, below.layers[i], i, edits, config, i == wanted[0], capacities, backend) for i in wanted
+    ]
     runtime = Runtime(CaseTracker(name, holder))
-    return decoder, PatchRecord(name, edits, config, routing, chosen, below, planned, runtime)
+    return decoder, PatchRecord(name, edits, config, routing, chosen[0], below, planned, runtime)
 
 
 def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int, Items]:
@@ -218,6 +222,12 @@ def _check_same_config(record: PatchRecord, new: UnikeConfig) -> None:
         raise ValueError(f"swap takes edits of the same config (patch, edits): {'; '.join(wrong)}; patch again instead")
 
 
+def _resolve(holder: nn.Module, sites: LayerSites, backend: str) -> str:
+    """The backend that `backend` means at these sites; ValueError when it cannot run there."""
+    like = empty_like_site(holder, sites.attention)
+    return backends.resolve(backend, like.device, like.dtype)
+
+
 def _plan_layer(
     holder: nn.Module,
     sites: LayerSites,
@@ -226,6 +236,7 @@ def _plan_layer(
     config: UnikeConfig,
     first: bool,
     capacities: Capacities,
+    backend: str,
 ) -> LayerPatch:
     layer = edits.layers[index]
     groups = len(edits) if capacities.max_groups is None else capacities.max_groups
@@ -233,12 +244,14 @@ def _plan_layer(
     at_ffn, at_attention = empty_like_site(holder, sites.ffn_input), empty_like_site(holder, sites.attention)
     neurons = shift = router = None
     if len(layer.keys) or rows:
-        neurons = ExtraNeurons(layer, sites.act, config.neurons.beta, like=at_ffn, max_groups=groups, max_neurons=rows)
+        sizes = {"max_groups": groups, "max_neurons": rows}
+        neurons = ExtraNeurons(layer, sites.act, config.neurons.beta, like=at_ffn, **sizes, backend=backend)
     if config.shift.enabled:
         sem, keys, values, shared = items_of(holder, sites, edits, index, config)
-        memory = ExternalMemory(sem, keys, values, shared, capacity=capacities.max_items)
+        memory = ExternalMemory(sem, keys, values, shared, capacity=capacities.max_items, backend=backend)
         encoder = edits.shared[index].encoder
-        shift = KnowledgeShift(config.shift, index, sites, memory, encoder, config.encoders.activation, at_attention)
+        act = config.encoders.activation
+        shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
     if first and config.routing.mode == "routed" and edits.calibration is not None:
         router = Router(config.routing, groups, layer.h_sem.to(at_attention.device))
         router.load(layer.h_sem, edits.calibration)

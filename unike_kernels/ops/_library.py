@@ -1,9 +1,9 @@
 """Every operator of `unike` as torch sees it: schema, kernel, fake kernel and gradient.
 
 One library with hand-written schemas: torch.library.custom_op costs two to four times as much per call. All arguments
-are positional, tensors first. The reference is the kernel of every device; a faster one for a device is one more line,
-`LIB.impl(name, kernel, "CUDA")`. The gradient of an operator is itself an operator, so that compiled code can call it;
-it computes the forward again under autograd instead of keeping what lies between.
+are positional, tensors first, the backend last. The reference runs on every device; `backends` says when a launcher of
+that operator's name takes its place. The gradient of an operator is itself an operator, so that compiled code can call
+it; the reference's computes the forward again under autograd instead of keeping what lies between.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
 from ._checks import check_shape
 from .augmented_ffn import check_arguments as check_augmented_ffn
 from .cosine_topk import check_arguments as check_cosine_topk
@@ -24,22 +24,30 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 _NEURONS = (
     "Tensor x, Tensor keys, Tensor? key_bias, Tensor values, Tensor? up, Tensor? up_bias, Tensor? zeta, "
-    "Tensor? route, Tensor? group_ptr, Tensor? token_to_case, Tensor? selected, str act, float beta"
+    "Tensor? route, Tensor? group_ptr, Tensor? token_to_case, Tensor? selected, str act, float beta, str backend"
 )
 _FFN = (
     "Tensor x, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, Tensor? w_up, Tensor? b_up, Tensor keys, "
-    "Tensor? key_bias, Tensor values, Tensor? up, Tensor? up_bias, Tensor? zeta, str act, float beta"
+    "Tensor? key_bias, Tensor values, Tensor? up, Tensor? up_bias, Tensor? zeta, str act, float beta, str backend"
 )
 _SHIFT = (
     "Tensor h_input, Tensor q, Tensor item_keys, Tensor item_values, Tensor indices, Tensor? alpha, "
     "Tensor? token_to_case, Tensor? case_tokens, Tensor? out_weight, Tensor? out_bias, Tensor[] encoder, "
-    "str encoder_act, str orientation, bool clamp, float? scaling, float? softcap, bool rescale"
+    "str encoder_act, str orientation, bool clamp, float? scaling, float? softcap, bool rescale, str backend"
 )
 
 
-def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], after: int = 0) -> None:
+    """An operator; `kernel` gets its arguments without the backend, which has `after` arguments behind it."""
+
     def run(*args: Any) -> Any:
-        device = _flat(args)[0].device.type
+        at = len(args) - 1 - after
+        backend, args = args[at], args[:at] + args[at + 1 :]
+        tensors = [leaf for leaf in _flat(args) if isinstance(leaf, Tensor)]
+        chosen = backends.implementation(name, backend, tensors)
+        if chosen is not None:
+            return chosen(*args)
+        device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
             return kernel(*args)
         with torch.autocast(device, enabled=False):  # which would round what is accumulated in float32
@@ -80,7 +88,10 @@ class _Once(torch.autograd.Function):
 def _define_differentiable(
     name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    """An operator, `<name>_backward`, and the link between them. `needs`: which leaves of the arguments want one."""
+    """An operator, `<name>_backward`, and the link between them.
+
+    `needs`: which leaves of the arguments want a gradient; the backend, the last argument, has no entry.
+    """
     _define(name, f"({arguments}) -> {returns}", kernel, fake)
 
     def gradients(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -105,10 +116,11 @@ def _define_differentiable(
         return [grad.contiguous() for grad in found]
 
     def fake_gradients(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-        *args, needs = rest
+        *args, _, needs = rest
         return [leaf.new_empty(leaf.shape) for leaf, need in zip(_flat(args), needs, strict=True) if need]
 
-    _define(f"{name}_backward", f"(Tensor[] grads, {arguments}, bool[] needs) -> Tensor[]", gradients, fake_gradients)
+    schema = f"(Tensor[] grads, {arguments}, bool[] needs) -> Tensor[]"
+    _define(f"{name}_backward", schema, gradients, fake_gradients, after=1)
     operator = getattr(torch.ops.unike, f"{name}_backward").default
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -118,7 +130,7 @@ def _define_differentiable(
         ctx.args = _like((None if isinstance(leaf, Tensor) else leaf for leaf in leaves), inputs)
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        tensors, needs = iter(ctx.saved_tensors), _flat(ctx.needs_input_grad)
+        tensors, needs = iter(ctx.saved_tensors), _flat(ctx.needs_input_grad)[:-1]  # without the backend's
         leaves = [next(tensors) if known else leaf for known, leaf in zip(ctx.is_tensor, _flat(ctx.args), strict=True)]
         with torch.no_grad():
             found = operator(list(grads), *_like(leaves, ctx.args), needs)
@@ -126,7 +138,7 @@ def _define_differentiable(
             message = f"unike::{name} is differentiable once; unike_kernels.reference has all derivatives"
             found = _Once.apply(message, torch.zeros((), requires_grad=True), *found)
         left = iter(found)
-        return _like((next(left) if need else None for need in needs), ctx.args)
+        return _like((next(left) if need else None for need in (*needs, False)), ctx.args)
 
     torch.library.register_autograd(f"unike::{name}", backward, setup_context=setup_context, lib=LIB)
 
@@ -144,7 +156,7 @@ def _extra_neurons(x: Tensor, keys: Tensor, key_bias: Tensor | None, values: Ten
 
 
 def _extra_neurons_fake(x: Tensor, *rest: Any) -> Tensor:
-    *tensors, _, _ = rest
+    *tensors, _, _, _ = rest
     check_extra_neurons(torch._check, x, *tensors)
     return x.new_empty((*x.shape[:-1], tensors[2].shape[1]))
 
@@ -170,7 +182,7 @@ def _augmented_ffn(*args: Any) -> Tensor:
 
 
 def _augmented_ffn_fake(x: Tensor, *rest: Any) -> Tensor:
-    check_augmented_ffn(torch._check, x, *rest[:-2])
+    check_augmented_ffn(torch._check, x, *rest[:-3])
     return x.new_empty(x.shape)
 
 
@@ -184,14 +196,14 @@ def _cosine_topk(
 
 
 def _cosine_topk_fake(
-    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
+    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_cosine_topk(torch._check, q, keys, k, key_norm, ranges)
     shape, dtype = (*q.shape[:-1], k), reference.compute_dtype(q, keys, key_norm)
     return q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=torch.int64)
 
 
-_TOPK = "(Tensor q, Tensor keys, SymInt k, Tensor? key_norm, Tensor? ranges) -> (Tensor, Tensor)"
+_TOPK = "(Tensor q, Tensor keys, SymInt k, Tensor? key_norm, Tensor? ranges, str backend) -> (Tensor, Tensor)"
 _define("cosine_topk", _TOPK, _cosine_topk, _cosine_topk_fake)
 
 

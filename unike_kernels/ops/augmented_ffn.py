@@ -26,6 +26,7 @@ def augmented_ffn(
     up_bias: Tensor | None = None,
     zeta: Tensor | None = None,
     beta: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """act(x w_k^T + b_k) w_v^T + b_v + act(x keys^T + key_bias) (values + beta zeta), rounded once.
 
@@ -35,13 +36,14 @@ def augmented_ffn(
     keys: [n, d]; key_bias: [n] or None; values: [n, d]. act: relu, gelu, gelu_tanh, silu or identity.
     w_up: [d', d]; b_up: [d'] or None; up: [n, d]; up_bias: [n] or None.
     zeta: [d], added to every extra value row, times beta.
+    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
     Returns [..., d], dtype of x, accumulated in float32 (float64 if an input is). Differentiable once, in all tensors.
     """
     args = (x, w_k, b_k, w_v, b_v, w_up, b_up, keys, key_bias, values, up, up_bias, zeta)
     require_act(act)
     require_tensors(("x", "w_k", "w_v", "keys", "values"), dict(zip(NAMES, args, strict=True)))
     check_arguments(require, *args)
-    return torch.ops.unike.augmented_ffn(*args, act, float(beta))
+    return torch.ops.unike.augmented_ffn(*args, act, float(beta), backend)
 
 
 def check_arguments(

@@ -9,7 +9,13 @@ from ._checks import Check, check_shape, require, require_tensors, shape
 
 
 def cosine_topk(
-    q: Tensor, keys: Tensor, k: int, *, key_norm: Tensor | None = None, ranges: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    key_norm: Tensor | None = None,
+    ranges: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `keys` with the largest cosine to each query, largest first.
 
@@ -19,6 +25,7 @@ def cosine_topk(
     key_norm: [N], what to divide the rows of keys by. None: their own norms, computed here. Ones: the rows are unit
         vectors already. Keeping the norms of a memory saves one of two passes over it.
     ranges: [T, 2] int64, query t sees keys ranges[t, 0] up to, not including, ranges[t, 1]. None: all.
+    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
     Returns scores [..., k] float32 (float64 if an input is), and indices [..., k] int64. Where fewer than k rows can be
     had, scores are padded with -inf and indices with -1.
 
@@ -30,7 +37,7 @@ def cosine_topk(
     require_tensors(("q", "keys"), {"q": q, "keys": keys, "key_norm": key_norm}, {"ranges": ranges})
     check_arguments(require, q, keys, k, key_norm, ranges)
     key_norm = None if key_norm is None else key_norm.detach()
-    return torch.ops.unike.cosine_topk(q.detach(), keys.detach(), k, key_norm, ranges)
+    return torch.ops.unike.cosine_topk(q.detach(), keys.detach(), k, key_norm, ranges, backend)
 
 
 def check_arguments(

@@ -23,6 +23,7 @@ def extra_neurons(
     route: Tensor | None = None,
     token_to_case: Tensor | None = None,
     selected: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """sum over groups g of r[t, g] act(x K_g^T + b_g) (V_g + beta zeta_g); with `up`, act(...) * (x U_g^T + c_g).
 
@@ -38,6 +39,7 @@ def extra_neurons(
     token_to_case: [T] int64, the case of each token; -1: none, and no group that is routed or selected acts on it.
     selected: [C, S] int64, the groups that act on each case, -1 padded; [T, S] without token_to_case. With a route, the
         selected groups act with their weights. Naming a group twice changes nothing.
+    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
     Returns [..., d_out], dtype of x, accumulated in float32 (float64 if an input is).
 
     On the CPU a group id or case out of range is an IndexError; kernels of other devices do not look.
@@ -46,7 +48,7 @@ def extra_neurons(
     """
     args = (x, keys, key_bias, values, up, up_bias, zeta, route, group_ptr, token_to_case, selected)
     _require(args, act)
-    return torch.ops.unike.extra_neurons(*args, act, float(beta))
+    return torch.ops.unike.extra_neurons(*args, act, float(beta), backend)
 
 
 def extra_neurons_(
@@ -65,6 +67,7 @@ def extra_neurons_(
     route: Tensor | None = None,
     token_to_case: Tensor | None = None,
     selected: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`y += extra_neurons(x, ...)` in place, rounded once; for inference. Returns y.
 
@@ -79,7 +82,7 @@ def extra_neurons_(
         for name, tensor in zip(("y", *NAMES), (y, *args), strict=True):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"extra_neurons_ works in place and has no gradient, but {name} requires grad")
-    torch.ops.unike.extra_neurons_(y, *args, act, float(beta))
+    torch.ops.unike.extra_neurons_(y, *args, act, float(beta), backend)
     return y
 
 

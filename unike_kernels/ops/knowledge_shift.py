@@ -27,6 +27,7 @@ def knowledge_shift(
     encoder_act: str = "identity",
     rescale: bool = True,
     softcap: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """h = (1 - alpha) h_input + alpha h_know, h_know = out_proj(softmax(scaling q . k_i) v_i) over retrieved items i.
 
@@ -46,6 +47,7 @@ def knowledge_shift(
     case_tokens: [C] int64, the row of h_input where the alpha of each case is taken, a row of that case; -1: there is
         none here, and the case is left alone. Not used where alpha is given.
     rescale: `raw` form only, h_know gets the norm of h_input, token by token, after the encoder saw it as it was.
+    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
     Returns h [T, d], dtype of h_input, computed in float32 (float64 if an input is), and the alpha used, in float32
     (float64), [C] if it is per case, else [T].
 
@@ -77,7 +79,7 @@ def knowledge_shift(
     flat = [t for w, b in layers for t in (w, w.new_zeros(w.shape[:1]) if b is None else b)]
     args = (h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, flat)
     check_arguments(require, *args)
-    return torch.ops.unike.knowledge_shift(*args, encoder_act, orientation, clamp, scaling, softcap, rescale)
+    return torch.ops.unike.knowledge_shift(*args, encoder_act, orientation, clamp, scaling, softcap, rescale, backend)
 
 
 def check_arguments(

@@ -1,0 +1,27 @@
+"""The Triton kernels: one file per operator, with its kernels and its launcher. Importing a kernel's file loads triton.
+
+A launcher takes the operator's positional arguments, allocates through `launching.new`, starts its kernels through
+`launching.launch`, and never reads a tensor's values: it runs on meta tensors too, which is how the compile gate
+builds every kernel exactly as a launcher would start it.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+# Operator -> file of this folder; the launcher in it has the operator's name.
+LAUNCHERS = {
+    "extra_neurons": "extra_neurons",
+    "extra_neurons_": "extra_neurons",
+    "extra_neurons_backward": "extra_neurons_backward",
+    "augmented_ffn": "augmented_ffn",
+    "augmented_ffn_backward": "augmented_ffn",
+    "cosine_topk": "cosine_topk",
+    "knowledge_shift": "knowledge_shift",
+    "knowledge_shift_backward": "knowledge_shift_backward",
+}
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    """The launcher of the operator `name`."""
+    return getattr(import_module(f".{LAUNCHERS[name]}", __package__), name)

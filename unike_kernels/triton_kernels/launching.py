@@ -1,0 +1,42 @@
+"""How launchers allocate and start kernels: in one place, so that tests can count, poison and record."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAUNCHES: Counter[str] = Counter()  # kernel name -> how often it was started, in this process
+_recorder: Callable[..., None] | None = None
+
+
+def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An output or a workspace, not initialised: the kernels write every element that is read. Tests poison it."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants) on the device of the first tensor. Nothing is started for an empty grid."""
+    if 0 in grid:
+        return
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    LAUNCHES[kernel.__name__] += 1
+    if _recorder is not None:
+        _recorder(kernel, tuple(grid), args, constants)
+        return
+    # Triton starts kernels on the current device, wherever the tensors are.
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[tuple(grid)](*args, **constants)
+
+
+@contextmanager
+def recording(record: Callable[..., None]) -> Iterator[None]:
+    """Inside, `record(kernel, grid, args, constants)` is called instead of every start; tensors may be meta tensors."""
+    global _recorder
+    before, _recorder = _recorder, record
+    try:
+        yield
+    finally:
+        _recorder = before

@@ -1,0 +1,75 @@
+"""Launch choices: a table per kernel, architecture and shape. Never measured while a model runs.
+
+A row is (kernel, architecture, {size: largest value it is for}, choice); the first row that fits wins. Architecture 0
+means any, the interpreter included: every kernel ends with such a row. `unike-kernels tune` measures on the GPU at hand
+and writes rows to a file; the rows of the file named by UNIKE_TUNING are asked before those below.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+INTERPRETER = 1  # the "architecture" of CPU tensors
+_pretended: int | None = None
+
+
+class Row(NamedTuple):
+    """One line of the table. choice: block sizes, num_warps, num_stages, as the kernel takes them."""
+
+    kernel: str
+    arch: int
+    at_most: Mapping[str, int]
+    choice: Mapping[str, int]
+
+
+# Estimated from the H200's figures until a GPU has measured them; each kernel's rows stand in its own file.
+ROWS: list[Row] = []
+
+
+def architecture(device: torch.device) -> int:
+    """80, 89, 90, 100, ... of a CUDA device; INTERPRETER for the CPU; what `pretend` says for meta tensors."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return INTERPRETER
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def choose(kernel: str, device: torch.device, **sizes: int) -> Mapping[str, int]:
+    """The choice for `kernel` on `device` at these sizes; a copy, so that a launcher may drop or add a key."""
+    arch = architecture(device)
+    for row in (*_measured(os.environ.get("UNIKE_TUNING")), *ROWS):
+        if row.kernel == kernel and row.arch in (0, arch):
+            if all(sizes[size] <= most for size, most in row.at_most.items()):
+                return dict(row.choice)
+    raise LookupError(f"no launch choice for {kernel} on architecture {arch} at {sizes}")
+
+
+@contextmanager
+def pretend(arch: int) -> Iterator[None]:
+    """Inside, every device counts as one of this architecture: how kernels are compiled for GPUs that are not here."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+@lru_cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache
+def _measured(path: str | None) -> tuple[Row, ...]:
+    if not path:
+        return ()
+    return tuple(Row(*row) for row in json.loads(Path(path).read_text(encoding="utf-8")))
