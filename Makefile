@@ -15,13 +15,16 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo bench test lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.ready-all ## edit a small multimodal model on the CPU and print what changed
 	$(PY) -m bench.quality.demo
+
+bench: $(VENV)/.ready-all ## time the operators and whole decoders against what torch can do
+	$(PY) -m bench.latency.run
 
 test: lint ## lint, then run the tests
 	$(PY) -m pytest -q $(PYTEST_ARGS)

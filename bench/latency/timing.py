@@ -1,0 +1,155 @@
+"""How time is measured: rivals in turns, several input sets beyond the caches, medians with their spread.
+
+On a GPU every rival that allows it is captured in a CUDA graph and replayed, so that Python is not what is measured;
+its host time is measured apart. On a CPU one thread is used, and the fastest run is what a quiet machine shows.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median, fastest, and the middle half's spread; host: until the call returns (GPU)."""
+
+    median: float
+    fastest: float
+    spread: float
+    runs: int
+    captured: bool = False
+    host: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    rivals: dict[str, Sequence[Run]], device: torch.device, *, seconds: float, capturable: set[str]
+) -> dict[str, Timing]:
+    """Times all rivals in turns for about `seconds` in all; a rival is one closure for each of its input sets."""
+    if device.type == "cuda":
+        return _compare_on_gpu(rivals, seconds=seconds, capturable=capturable)
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    for runs in rivals.values():  # compiles, allocates, fills caches
+        for run in runs:
+            run()
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < 5:
+        for name, runs in rivals.items():
+            run = runs[turn % len(runs)]
+            start = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+        turn += 1
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float], **more: Any) -> Timing:
+    quarter, median, three = statistics.quantiles(values, n=4)
+    return Timing(median, min(values), three - quarter, len(values), **more)
+
+
+def _compare_on_gpu(rivals: dict[str, Sequence[Run]], *, seconds: float, capturable: set[str]) -> dict[str, Timing]:
+    ready: dict[str, list[Run]] = {}
+    host: dict[str, float] = {}
+    for name, runs in rivals.items():
+        for _ in range(3):
+            for run in runs:
+                run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        host[name] = (time.perf_counter() - start) / len(runs) * 1e6
+        torch.cuda.synchronize()
+        ready[name] = [_captured(run) for run in runs] if name in capturable else list(runs)
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < 20:
+        for name, runs in ready.items():
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for run in runs:  # all sets in one go: one event pair costs about as much as one small kernel
+                run()
+            last.record()
+            last.synchronize()
+            samples[name].append(first.elapsed_time(last) * 1e3 / len(runs))
+        turn += 1
+    return {name: _summary(values, captured=name in capturable, host=host[name]) for name, values in samples.items()}
+
+
+def _captured(run: Run) -> Run:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # on the capturing stream once before, as CUDA graphs want it
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()  # the outputs live as long as the graph
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+# ------------------------------------------------------------------------------------------------- what is possible
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a large copy in this process."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square product in this process."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _fastest(lambda: a @ b, device)
+
+
+def _fastest(run: Run, device: torch.device, times: int = 10) -> float:
+    best = float("inf")
+    for _ in range(times):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
