@@ -24,6 +24,7 @@ from .cases import (
     refuse_packed,
 )
 
+CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
 CONTINUATIONS = ("refuse", "keep", "new")
 
@@ -84,7 +85,7 @@ class CaseTracker:
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the decoder of a patch that is switched off: what this pass puts into an empty cache is not ours."""
         self.labels = self.current = None
-        self._forget(self._given(args, kwargs).get("past_key_values"))
+        self._forget(_cache(self._given(args, kwargs)))
 
     def end(self, output: Any) -> None:
         """After the decoder: leaves the decisions on the KV cache."""
@@ -95,7 +96,7 @@ class CaseTracker:
             now = self.current.case_tokens >= 0
             state.known = now if state.known is None else now | state.known.to(now.device)
             return
-        cache = getattr(output, "past_key_values", None)
+        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
         if isinstance(output, tuple):
             cache = output[1] if len(output) > 1 else None
         if isinstance(cache, tuple):
@@ -115,7 +116,7 @@ class CaseTracker:
                 "name their cases with handle.set_cases"
             )
         batch, length = shape
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask, cache = given.get("attention_mask"), _cache(given)
         token_to_case = padded_cases(mask, batch, length, device)
         past = self._past(cache)
         if past:
@@ -293,6 +294,11 @@ class CaseTracker:
         else:
             state = replace(before, layers=dict(before.layers))
             self.explicit = Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    """The KV cache among a decoder's arguments."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def _check_range(name: str, index: Tensor, size: int, what: str) -> None:

@@ -54,7 +54,7 @@ def run_prefix(model: nn.Module, decoder: Decoder, batch: Batch, first: int) -> 
         for i, layer in layers.items():
 
             def keep(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> None:
-                dropped = ("hidden_states", "past_key_values", "past_key_value", "use_cache")
+                dropped = ("hidden_states", "cache", "past_key_values", "past_key_value", "use_cache")
                 calls[i] = (args[1:], {k: v for k, v in kwargs.items() if k not in dropped})
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
