@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..triton_kernels import MAX_K
 from ._checks import Check, check_shape, require, require_tensors, shape
 
 
@@ -25,7 +26,8 @@ def cosine_topk(
     key_norm: [N], what to divide the rows of keys by. None: their own norms, computed here. Ones: the rows are unit
         vectors already. Keeping the norms of a memory saves one of two passes over it.
     ranges: [T, 2] int64, query t sees keys ranges[t, 0] up to, not including, ranges[t, 1]. None: all.
-    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
+    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name;
+        triton has k to 128, for more "auto" takes the reference.
     Returns scores [..., k] float32 (float64 if an input is), and indices [..., k] int64. Where fewer than k rows can be
     had, scores are padded with -inf and indices with -1.
 
@@ -36,6 +38,9 @@ def cosine_topk(
         raise TypeError(f"k must be an int, but got {type(k).__name__}")
     require_tensors(("q", "keys"), {"q": q, "keys": keys, "key_norm": key_norm}, {"ranges": ranges})
     check_arguments(require, q, keys, k, key_norm, ranges)
+    if backend != "reference" and k > MAX_K:
+        require(backend == "auto", lambda: f"backend {backend!r} finds at most {MAX_K} items, but k is {k}")
+        backend = "reference"
     key_norm = None if key_norm is None else key_norm.detach()
     return torch.ops.unike.cosine_topk(q.detach(), keys.detach(), k, key_norm, ranges, backend)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+MAX_K = 128  # items that cosine_topk keeps for a query: more would not stay in registers
+
 # Operator -> file of this folder; the launcher in it has the operator's name.
 LAUNCHERS = {
     "extra_neurons": "extra_neurons",

@@ -1,0 +1,226 @@
+"""cosine_topk in Triton: one pass over the keys with a running top-K in every program, then a merge.
+
+Two launches for any number of queries. A score and its index are one int64: the score's bits, made to order as
+integers do, above the inverted index, so that one comparison gives the larger score and, among equal ones, the lower
+index. A row's score depends on the row and the query alone (d is always walked in the same steps), so the result does
+not depend on how the rows were divided.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launching, tuning
+
+NOTHING = tl.constexpr(-(2**63))  # below every packed score: no finite score has this pattern
+
+
+@triton.jit
+def _pack(scores, index):
+    """int64 of float32 scores and indices below 2**31; scores that are not finite become NOTHING."""
+    finite = tl.abs(scores) < float("inf")  # False for NaN
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 = 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return tl.where(finite, packed, NOTHING)
+
+
+@triton.jit
+def _keep_best(best, new, KP: tl.constexpr):
+    """The KP largest of two lists [R, KP] and [R, KP]."""
+    both = tl.reshape(tl.join(best, new), [best.shape[0], 2 * KP])
+    return tl.topk(both, KP)
+
+
+@triton.jit
+def cosine_topk_scan(
+    q,  # [T, d]
+    keys,  # [N, d]
+    key_norm,  # [N] or None
+    ranges,  # [T, 2] int64 or None
+    found,  # [T, P, KP] int64, out: the best of this program's rows for each query
+    T,
+    N,
+    d,
+    q_stride,
+    key_stride,
+    norm_stride,
+    WIDE: tl.constexpr,  # products in float32 instead of on tensor cores
+    EVEN: tl.constexpr,  # d is a multiple of BLOCK_D
+    KP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (p, t): the KP best of row blocks p, p + P, ... for a tile of queries. Moves N d (keys, once per tile).
+
+    Dot of keys [BLOCK_N, BLOCK_D] and queries [BLOCK_D, BLOCK_T]: keys on the left, so that few queries waste little.
+    Accumulates in float32; nothing is rounded after that but the two divisions.
+    """
+    programs = tl.num_programs(0)
+    of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_query = of_tile < T
+    if ranges is not None:
+        start = tl.load(ranges + 2 * of_tile, mask=is_query, other=0)
+        end = tl.load(ranges + 2 * of_tile + 1, mask=is_query, other=0)
+        first = tl.maximum(tl.min(tl.where(is_query & (start < end), start, N)), 0)
+        last = tl.minimum(tl.max(tl.where(is_query & (start < end), end, 0)), N)
+    else:
+        start = tl.zeros([BLOCK_T], tl.int64)
+        end = start + N
+        first = tl.zeros([], tl.int64)
+        last = first + N
+    # Blocks keep their places whatever the range, so that a row is always in the same place of its tile.
+    first_block = (first // BLOCK_N).to(tl.int32)
+    last_block = tl.cdiv(last, BLOCK_N).to(tl.int32)
+    begin = first_block + (tl.program_id(0) - first_block % programs + programs) % programs
+
+    at_query = q + of_tile.to(tl.int64)[:, None] * q_stride
+    column = tl.arange(0, BLOCK_D)
+    best = tl.full([BLOCK_T, KP], NOTHING, tl.int64)
+    for block in tl.range(begin, last_block, programs):
+        row = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        is_row = row < N
+        at_key = keys + row[:, None] * key_stride
+        dots = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        squares_q = tl.zeros([BLOCK_T], tl.float32)
+        squares_k = tl.zeros([BLOCK_N], tl.float32)
+        for step in tl.range(0, tl.cdiv(d, BLOCK_D)):
+            at = step * BLOCK_D + column
+            if EVEN:
+                k_tile = tl.load(at_key + at[None, :], mask=is_row[:, None], other=0.0)
+                q_tile = tl.load(at_query + at[None, :], mask=is_query[:, None], other=0.0)
+            else:
+                k_tile = tl.load(at_key + at[None, :], mask=is_row[:, None] & (at < d)[None, :], other=0.0)
+                q_tile = tl.load(at_query + at[None, :], mask=is_query[:, None] & (at < d)[None, :], other=0.0)
+            wide_q = q_tile.to(tl.float32)
+            squares_q += tl.sum(wide_q * wide_q, axis=1)
+            if WIDE:
+                wide_k = k_tile.to(tl.float32)
+                dots = tl.dot(wide_k, tl.trans(wide_q), dots, input_precision="ieee")
+            else:
+                dots = tl.dot(k_tile, tl.trans(q_tile), dots)
+            if key_norm is None:
+                wide_k = k_tile.to(tl.float32)
+                squares_k += tl.sum(wide_k * wide_k, axis=1)
+        if key_norm is None:
+            norm = tl.sqrt(squares_k)
+        else:
+            norm = tl.load(key_norm + row * norm_stride, mask=is_row, other=1.0).to(tl.float32)
+        norm_q = tl.sqrt(squares_q)
+        # A zero vector has cosine 0. Dividing twice, as the reference does, cannot overflow where its result does not.
+        scores = dots / tl.where(norm_q == 0, float("inf"), norm_q)[None, :]
+        scores = scores / tl.where(norm == 0, float("inf"), norm)[:, None]
+        seen = (is_row[:, None] & is_query[None, :]) & (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
+        packed = tl.where(seen, _pack(scores, row.to(tl.int32)[:, None]), NOTHING)
+        packed = tl.trans(packed)  # [BLOCK_T, BLOCK_N]
+        # Most blocks hold nothing better than what is known: no sort for them.
+        worst = tl.min(best, axis=1)
+        if tl.max((packed > worst[:, None]).to(tl.int32)) > 0:
+            best = _keep_best(best, tl.topk(packed, KP), KP)
+    place = (of_tile.to(tl.int64)[:, None] * programs + tl.program_id(0)) * KP + tl.arange(0, KP)[None, :]
+    tl.store(found + place, best, mask=is_query[:, None])
+
+
+@triton.jit
+def cosine_topk_merge(
+    found,  # [T, P * KP] int64
+    scores,  # [T, K] float32, out
+    indices,  # [T, K] int64, out
+    count,  # P * KP
+    K,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least KP
+):
+    """Program t: the K best of what all programs found for query t. Moves 8 P KP bytes."""
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full([1, KP], NOTHING, tl.int64)
+    for start in tl.range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)[None, :]
+        new = tl.load(found + row * count + at, mask=at < count, other=NOTHING)
+        if tl.max((new > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
+            best = _keep_best(best, tl.topk(new, KP), KP)
+    ordered = (best >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    missing = best == NOTHING
+    score = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))
+    index = tl.where(missing, -1, 0x7FFFFFFF - (best & 0xFFFFFFFF))
+    at = tl.arange(0, KP)[None, :]
+    tl.store(scores + row * K + at, score, mask=at < K)
+    tl.store(indices + row * K + at, index, mask=at < K)
+
+
+# programs: for 132 SMs, two each. All estimated: no GPU has measured them yet.
+tuning.ROWS += [
+    tuning.Row("cosine_topk", tuning.INTERPRETER, {}, {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_D": 64, "programs": 3}),
+    tuning.Row(
+        "cosine_topk",
+        0,
+        {"bytes": 2, "T": 16},
+        {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_D": 128, "programs": 264, "num_warps": 4, "num_stages": 4},
+    ),
+    tuning.Row(
+        "cosine_topk",
+        0,
+        {"bytes": 2},
+        {"BLOCK_N": 64, "BLOCK_T": 32, "BLOCK_D": 128, "programs": 264, "num_warps": 4, "num_stages": 3},
+    ),
+    tuning.Row(
+        "cosine_topk",
+        0,
+        {},
+        {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_D": 32, "programs": 264, "num_warps": 8, "num_stages": 3},
+    ),
+]
+
+
+def cosine_topk(
+    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launches the scan and the merge. Workspace: 8 (T + 32) P KP bytes, P KP T at most 2**23 or one list per query.
+
+    q [..., d]; keys [N, d] of fp16, bf16 or fp32; k at most 128. fp16 or bf16 products run on tensor cores where both
+    have the same dtype, all others in float32. Norms are computed on the way where key_norm is None.
+    """
+    lead, n, d = q.shape[:-1], keys.shape[0], keys.shape[1]
+    q = q.reshape(-1, d)
+    q = q if q.stride(1) == 1 or d == 1 else q.contiguous()
+    keys = keys if keys.stride(1) == 1 or d == 1 else keys.contiguous()
+    tokens = q.shape[0]
+    scores = launching.new((tokens, k), torch.float32, q.device)
+    indices = launching.new((tokens, k), torch.int64, q.device)
+    if tokens == 0 or k == 0:
+        return scores.view(*lead, k), indices.view(*lead, k)
+
+    wide = q.dtype != keys.dtype or q.dtype == torch.float32
+    choice = dict(tuning.choose("cosine_topk", q.device, T=tokens, bytes=4 if wide else 2))
+    block_n, block_t, most = choice["BLOCK_N"], choice["BLOCK_T"], choice.pop("programs")
+    kp = max(16, triton.next_power_of_2(k))
+    choice["BLOCK_N"] = block_n = max(block_n, kp)  # a block holds at least as many rows as are kept of it
+    tiles = triton.cdiv(tokens, block_t)
+    programs = min(triton.cdiv(n, block_n), max(1, most // tiles))
+    found = launching.new((tokens, programs, kp), torch.int64, q.device)
+    launching.launch(
+        cosine_topk_scan,
+        (programs, tiles),
+        q,
+        keys,
+        key_norm,
+        None if ranges is None else ranges.contiguous(),
+        found,
+        tokens,
+        n,
+        d,
+        q.stride(0),
+        keys.stride(0),
+        0 if key_norm is None else key_norm.stride(0),
+        WIDE=wide,
+        EVEN=d % choice["BLOCK_D"] == 0,
+        KP=kp,
+        **choice,
+    )
+    block = max(kp, min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
+    merge = {"KP": kp, "BLOCK": block, "num_warps": 4}
+    launching.launch(cosine_topk_merge, (tokens,), found, scores, indices, programs * kp, k, **merge)
+    return scores.view(*lead, k), indices.view(*lead, k)
