@@ -1,0 +1,284 @@
+#include "int8_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <thread>
+
+#include "vectors.h"
+
+namespace unike {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kRows = 64;  // of codes that all queries meet before the next come: 256 KB at d = 4096, in the L2
+
+struct Found {
+    float score;
+    int64_t row;
+};
+
+bool better(const Found& a, const Found& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
+
+size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+const void* row_of(const Keys& keys, int64_t row) {
+    return static_cast<const char*>(keys.rows) + size_t(row) * size_t(keys.stride) * element(keys.dtype);
+}
+
+// The transform of length n, a power of two, divided by sqrt(n): orthogonal.
+void hadamard(float* x, int64_t n) {
+    for (int64_t half = 1; half < n; half *= 2)
+        for (int64_t i = 0; i < n; i += 2 * half)
+            for (int64_t j = i; j < i + half; ++j) {
+                const float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+    const float root = float(1 / std::sqrt(double(n)));
+    for (int64_t i = 0; i < n; ++i) x[i] *= root;
+}
+
+// work(begin, end) over [0, n) in contiguous parts, the first on this thread.
+void share(int64_t n, int threads, const std::function<void(int64_t, int64_t)>& work) {
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n));
+    std::vector<std::thread> others;
+    for (int64_t part = 1; part < parts; ++part)
+        others.emplace_back(work, n * part / parts, n * (part + 1) / parts);
+    work(0, n / parts);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+// A query as the scan reads it.
+struct Int8Index::Query {
+    const float* unit;
+    int64_t start, end;           // the rows in question
+    std::vector<int16_t> codes;   // R q = step * codes, up to `residual`
+    float step, offset;           // offset: q . c
+    double length, residual;
+};
+
+Int8Index::Int8Index(const Keys& keys, bool portable) : keys_(keys), portable_(portable || !has_avx2()) {
+    const int64_t n = keys.n, d = keys.d;
+    padded_ = (d + 63) / 64 * 64;
+    block_ = 64;
+    while (block_ * 2 <= padded_) block_ *= 2;
+    // One fp32 dot product of 32 partial sums, the two rotations and the sums around them, each operation off by 2^-24 of a
+    // length of at most |q| (|u_i| + |c|); doubled for the norms that are themselves rounded.
+    slack_ = 2 * (double(d) / 32 + 64) / (1 << 24);
+    signs_.resize(size_t(2 * padded_));
+    uint64_t state = 0x9e3779b97f4a7c15ull;  // any fixed seed: the result does not depend on it
+    for (float& sign : signs_) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        sign = (state >> 32) & 1 ? 1.0f : -1.0f;
+    }
+    storage_.resize(size_t(n * padded_ + 64));
+    codes_ = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
+    scale_.resize(size_t(n));
+    residual_.resize(size_t(n));
+
+    std::vector<double> sum(size_t(d), 0.0);
+    std::vector<float> buffer(size_t(padded_), 0.0f);
+    int64_t finite = 0;
+    for (int64_t row = 0; row < n; ++row) {
+        bool good = true;
+        const float inverse = keys.norm[row] == 0 ? 0.0f : 1 / keys.norm[row];
+        for (int64_t i = 0; i < d; ++i) {
+            buffer[size_t(i)] = widen(keys.dtype, row_of(keys, row), i) * inverse;
+            good &= bool(std::isfinite(buffer[size_t(i)]));
+        }
+        finite += good;
+        for (int64_t i = 0; good && i < d; ++i) sum[size_t(i)] += buffer[size_t(i)];
+    }
+    centre_.assign(size_t(padded_), 0.0f);
+    for (int64_t i = 0; i < d && finite; ++i) {
+        const float mean = float(sum[size_t(i)] / double(finite));
+        centre_[size_t(i)] = std::isfinite(mean) ? mean : 0.0f;
+    }
+    for (int64_t row = 0; row < n; ++row) encode(row, buffer.data());
+}
+
+int64_t Int8Index::bytes() const {
+    return int64_t(storage_.size() + sizeof(float) * (scale_.size() + residual_.size() + centre_.size() + signs_.size()));
+}
+
+// Random signs, then a Hadamard transform of the first `block` elements; again for the last `block`. Both windows together
+// cover the row, and each step is orthogonal: an outlier channel is spread over 2048 channels of 2560 or 3584 as well.
+void Int8Index::rotate(float* row) const {
+    for (int64_t i = 0; i < padded_; ++i) row[i] *= signs_[size_t(i)];
+    hadamard(row, block_);
+    if (block_ == padded_) return;
+    for (int64_t i = 0; i < padded_; ++i) row[i] *= signs_[size_t(padded_ + i)];
+    hadamard(row + padded_ - block_, block_);
+}
+
+void Int8Index::encode(int64_t row, float* x) {
+    int8_t* codes = codes_ + row * padded_;
+    const float inverse = keys_.norm[row] == 0 ? 0.0f : 1 / keys_.norm[row];
+    double length = 0, of_centre = 0;
+    for (int64_t i = 0; i < padded_; ++i) {
+        const float u = i < keys_.d ? widen(keys_.dtype, row_of(keys_, row), i) * inverse : 0.0f;
+        x[i] = u - centre_[size_t(i)];
+        length += double(u) * u;
+        of_centre += double(centre_[size_t(i)]) * centre_[size_t(i)];
+    }
+    rotate(x);
+    float largest = 0;
+    for (int64_t i = 0; i < padded_; ++i) largest = std::max(largest, std::fabs(x[i]));
+    const float scale = largest / 127, over = scale > 0 ? 1 / scale : 0;
+    double squares = 0;
+    const bool usable = std::isfinite(length) && std::isfinite(over);  // NaN compares false above: `length` tells
+    for (int64_t i = 0; i < padded_; ++i) {
+        codes[i] = usable ? int8_t(std::max(-127.0f, std::min(127.0f, std::nearbyint(x[i] * over)))) : int8_t(0);
+        const double left = double(x[i]) - double(scale) * codes[i];
+        squares += left * left;
+    }
+    const double bound = std::sqrt(squares) + slack_ * (std::sqrt(length) + std::sqrt(of_centre));
+    scale_[size_t(row)] = usable ? scale : 0.0f;
+    residual_[size_t(row)] = usable && std::isfinite(bound) ? std::nextafter(float(bound), kInfinity) : kInfinity;
+}
+
+float Int8Index::exact(const float* q, int64_t row) const {
+    if (keys_.norm[row] == 0) {  // as dividing by infinity does: 0, and NaN for a row that is not finite
+        const float dot = vectors(portable_).dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d);
+        return dot / kInfinity + 0.0f;
+    }
+    return vectors(portable_).dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d) / keys_.norm[row] + 0.0f;
+}
+
+// s_i of rows [begin, end) for every query: scores [queries, n].
+void Int8Index::scan(const std::vector<Query>& queries, int64_t begin, int64_t end, float* scores) const {
+    const auto dot = vectors(portable_).dot_int8;
+    for (int64_t first = begin; first < end; first += kRows) {
+        for (size_t t = 0; t < queries.size(); ++t) {
+            const Query& query = queries[t];
+            float* out = scores + int64_t(t) * keys_.n;
+            const int64_t last = std::min({first + kRows, end, query.end});
+            for (int64_t row = std::max(first, query.start); row < last; ++row)
+                out[row] = query.offset +
+                           query.step * scale_[size_t(row)] * float(dot(query.codes.data(), codes_ + row * padded_, padded_));
+        }
+    }
+}
+
+// `approximate` [n]: s_i of the query, or null: every row is scored.
+void Int8Index::select(Query& query, const float* approximate, int64_t k, float* scores, int64_t* indices,
+                       int64_t* reranked, int threads) const {
+    const int64_t length = query.end - query.start;
+    *reranked = 0;
+    if (k == 0 || length == 0) {
+        std::fill(scores, scores + k, -kInfinity);
+        std::fill(indices, indices + k, int64_t(-1));
+        return;
+    }
+    std::vector<int64_t> rows;
+    // Scoring a third of the rows in an order of its own costs about what scoring all of them does.
+    const int64_t most = std::max<int64_t>(2 * k, length / 3);
+    bool all = approximate == nullptr || length <= 2 * k;
+    if (!all) {
+        std::vector<float> ordered;
+        ordered.reserve(size_t(length));
+        for (int64_t row = query.start; row < query.end; ++row)
+            if (residual_[size_t(row)] != kInfinity) ordered.push_back(approximate[row]);
+        all = int64_t(ordered.size()) <= k;
+        if (!all) {
+            std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<float>());
+            const float kth = ordered[size_t(k - 1)];
+            std::vector<float> best;  // exact scores of k rows whose s_i are the largest: L is the least of them
+            float bound = kInfinity;
+            int64_t seen = 0;
+            for (int64_t row = query.start; row < query.end && seen < k; ++row) {
+                if (residual_[size_t(row)] == kInfinity || !(approximate[row] >= kth)) continue;
+                const float score = exact(query.unit, row);
+                bound = std::isfinite(score) ? std::min(bound, score) : -kInfinity;
+                if (bound == -kInfinity) break;
+                ++seen;
+            }
+            all = seen < k;
+            for (int64_t row = query.start; row < query.end && !all; ++row) {
+                const double error = query.length * residual_[size_t(row)] +
+                                     query.residual * scale_[size_t(row)] * 127 * std::sqrt(double(padded_));
+                if (!(approximate[row] + error < bound)) rows.push_back(row);
+                all = int64_t(rows.size()) > most;
+            }
+        }
+        const int failed = all ? std::min(fallbacks_.load() + 1, 6) : 0;
+        fallbacks_.store(failed);
+        skip_.store(all ? 1 << failed : 0);
+    }
+    if (all) {
+        rows.resize(size_t(length));
+        for (int64_t i = 0; i < length; ++i) rows[size_t(i)] = query.start + i;
+    }
+    *reranked = int64_t(rows.size());
+
+    std::vector<Found> found(rows.size());
+    const int helpers = int64_t(rows.size()) * keys_.d < (1 << 21) ? 1 : threads;  // starting one costs 10-20 us
+    share(int64_t(rows.size()), helpers, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) found[size_t(i)] = {exact(query.unit, rows[size_t(i)]), rows[size_t(i)]};
+    });
+    found.erase(std::remove_if(found.begin(), found.end(), [](const Found& one) { return !std::isfinite(one.score); }),
+                found.end());
+    const int64_t kept = std::min<int64_t>(k, int64_t(found.size()));
+    std::partial_sort(found.begin(), found.begin() + kept, found.end(), better);
+    for (int64_t i = 0; i < k; ++i) {
+        scores[i] = i < kept ? found[size_t(i)].score : -kInfinity;
+        indices[i] = i < kept ? found[size_t(i)].row : -1;
+    }
+}
+
+void Int8Index::search(const float* q, int64_t t, int64_t k, const int64_t* ranges, float* scores, int64_t* indices,
+                       int64_t* reranked, int threads) const {
+    std::vector<Query> queries(static_cast<size_t>(t));
+    std::vector<float> rotated(static_cast<size_t>(padded_));
+    for (int64_t i = 0; i < t; ++i) {
+        Query& query = queries[size_t(i)];
+        query.unit = q + i * keys_.d;
+        query.start = ranges ? std::min(std::max<int64_t>(ranges[2 * i], 0), keys_.n) : 0;
+        query.end = ranges ? std::max(std::min(ranges[2 * i + 1], keys_.n), query.start) : keys_.n;
+        double offset = 0, squares = 0, sum = 0, left = 0;
+        float largest = 0;
+        for (int64_t j = 0; j < padded_; ++j) {
+            rotated[size_t(j)] = j < keys_.d ? query.unit[j] : 0.0f;
+            squares += double(rotated[size_t(j)]) * rotated[size_t(j)];
+            offset += double(rotated[size_t(j)]) * centre_[size_t(j)];
+        }
+        if (!std::isfinite(squares)) query.end = query.start;  // retrieves nothing
+        rotate(rotated.data());
+        for (float x : rotated) {
+            sum += std::fabs(x);
+            largest = std::max(largest, std::fabs(x));
+        }
+        // int16, and so that no sum of products with int8 leaves int32: each rounding adds a half at most
+        const double room = double(1u << 31) - 1 - 64.0 * double(padded_);
+        query.step = float(std::max(double(largest) / 32766, 127 * sum / room) * (1 + 1e-6));
+        query.codes.resize(size_t(padded_));
+        const double over = query.step > 0 && query.end > query.start ? 1 / double(query.step) : 0;
+        for (int64_t j = 0; j < padded_; ++j) {
+            query.codes[size_t(j)] = int16_t(std::lrint(rotated[size_t(j)] * over));
+            const double rest = rotated[size_t(j)] - double(query.step) * query.codes[size_t(j)];
+            left += rest * rest;
+        }
+        query.offset = float(offset);
+        query.length = std::sqrt(squares) * (1 + 1e-6);
+        query.residual = std::sqrt(left) * (1 + 1e-6);
+    }
+
+    int skip = skip_.load();
+    const bool direct = skip > 0;  // the scan has lately been for nothing
+    if (direct) skip_.compare_exchange_strong(skip, skip - 1);
+    std::vector<float> approximate;
+    if (!direct) {
+        approximate.resize(size_t(t * keys_.n));
+        const int helpers = t * keys_.n * padded_ < (1 << 22) ? 1 : threads;
+        share(keys_.n, helpers, [&](int64_t begin, int64_t end) { scan(queries, begin, end, approximate.data()); });
+    }
+    for (int64_t i = 0; i < t; ++i)
+        select(queries[size_t(i)], direct ? nullptr : approximate.data() + i * keys_.n, k, scores + i * k, indices + i * k,
+               reranked + i, threads);
+}
+
+}  // namespace unike

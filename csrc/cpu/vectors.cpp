@@ -1,0 +1,135 @@
+#include "vectors.h"
+
+#include <cmath>
+#include <cstring>
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define UNIKE_X86 1
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#endif
+
+namespace unike {
+namespace {
+
+float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+float from_half(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, mantissa = half & 1023;
+    if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(mantissa), -24);
+    return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+float at(const float* row, int64_t i) { return row[i]; }
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+float at(const BFloat16* row, int64_t i) { return from_bits(uint32_t(row[i].bits) << 16); }
+float at(const Float16* row, int64_t i) { return from_half(row[i].bits); }
+
+int32_t portable_dot_int8(const int16_t* a, const int8_t* b, int64_t n) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += int32_t(a[i]) * b[i];
+    return sum;
+}
+
+template <typename T>
+float portable_dot(const float* a, const void* b, int64_t n) {
+    const T* row = static_cast<const T*>(b);
+    float lanes[32] = {};  // as many partial sums as below, so that the rounding error has the same bound
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int lane = 0; lane < 32; ++lane) lanes[lane] += a[i + lane] * at(row, i + lane);
+    for (; i < n; ++i) lanes[i % 32] += a[i] * at(row, i);
+    double sum = 0;
+    for (float lane : lanes) sum += lane;
+    return float(sum);
+}
+
+#ifdef UNIKE_X86
+AVX2 int32_t avx2_dot_int8(const int16_t* a, const int8_t* b, int64_t n) {
+    __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t i = 0; i < n; i += 64) {
+        for (int part = 0; part < 4; ++part) {
+            const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(b + i + 16 * part));
+            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i + 16 * part));
+            sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(words, _mm256_cvtepi8_epi16(bytes)));
+        }
+    }
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
+    __m128i low = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    low = _mm_add_epi32(low, _mm_shuffle_epi32(low, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(low, _mm_shuffle_epi32(low, 0xb1)));
+}
+
+AVX2 inline __m256 load8(const float* row) { return _mm256_loadu_ps(row); }
+AVX2 inline __m256 load8(const BFloat16* row) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+AVX2 inline __m256 load8(const Float16* row) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+}
+
+template <typename T>
+AVX2 float avx2_dot(const float* a, const void* b, int64_t n) {
+    const T* row = static_cast<const T*>(b);
+    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int part = 0; part < 4; ++part)
+            sums[part] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * part), load8(row + i + 8 * part), sums[part]);
+    float lanes[32];
+    for (int part = 0; part < 4; ++part) _mm256_storeu_ps(lanes + 8 * part, sums[part]);
+    for (; i < n; ++i) lanes[i % 32] += a[i] * at(row, i);
+    double sum = 0;
+    for (float lane : lanes) sum += lane;
+    return float(sum);
+}
+#endif
+
+}  // namespace
+
+bool has_avx2() {
+#ifdef UNIKE_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+const Vectors& vectors(bool portable) {
+    static const Vectors plain = {portable_dot_int8,
+                                  {portable_dot<float>, portable_dot<BFloat16>, portable_dot<Float16>}};
+#ifdef UNIKE_X86
+    static const Vectors avx2 = {avx2_dot_int8, {avx2_dot<float>, avx2_dot<BFloat16>, avx2_dot<Float16>}};
+    static const bool usable = has_avx2();
+    if (usable && !portable) return avx2;
+#else
+    (void)portable;
+#endif
+    return plain;
+}
+
+const char* instructions() { return has_avx2() ? "avx2" : "portable"; }
+
+float widen(Dtype dtype, const void* row, int64_t i) {
+    switch (dtype) {
+        case Dtype::bfloat16: return at(static_cast<const BFloat16*>(row), i);
+        case Dtype::float16: return at(static_cast<const Float16*>(row), i);
+        default: return at(static_cast<const float*>(row), i);
+    }
+}
+
+}  // namespace unike

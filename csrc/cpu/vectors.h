@@ -1,0 +1,22 @@
+// Dot products for the search: AVX2 where the machine has it, plain C++ elsewhere. Chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "int8_search.h"
+
+namespace unike {
+
+struct Vectors {
+    // a [n] int16 times b [n] int8, n a multiple of 64. The caller keeps 127 * sum |a| below 2^31.
+    int32_t (*dot_int8)(const int16_t* a, const int8_t* b, int64_t n);
+    // a [n] fp32 times b [n], one for each Dtype. The order of the sum depends on n alone, so equal rows score equal.
+    float (*dot[3])(const float* a, const void* b, int64_t n);
+};
+
+bool has_avx2();
+const Vectors& vectors(bool portable);
+
+float widen(Dtype dtype, const void* row, int64_t i);  // element i of a row
+
+}  // namespace unike
