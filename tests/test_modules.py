@@ -49,20 +49,34 @@ class Recording:
     """What enters and leaves the sites of the edited layers, before and after the patch's own hooks."""
 
     def __init__(self, model, layers):
-        self.decoder, self.seen, self.hooks = find_decoder(model), {}, []
+        self.decoder, self.seen, self.of, self.hooks = find_decoder(model), {}, {}, []
         for i in layers:
             sites = self.decoder.layers[i]
             for what, name in (("tap", sites.attention), ("x", sites.ffn_input)):
                 hook = self._input(i, what)
                 self.hooks.append(get_module(model, name).register_forward_pre_hook(hook, with_kwargs=True))
+            # Knowledge may be mixed into what enters the output projection, so "before" is computed from there.
+            out_proj = get_module(model, sites.out_proj)
+            self.hooks.append(out_proj.register_forward_pre_hook(self._heads(i), prepend=True))
+            ffn = get_module(model, sites.ffn_output)
+            self.hooks.append(ffn.register_forward_hook(self._output(i, "ffn before"), prepend=True))
             for what, name in (("att", sites.attention), ("ffn", sites.ffn_output)):
-                module = get_module(model, name)
-                self.hooks.append(module.register_forward_hook(self._output(i, f"{what} before"), prepend=True))
-                self.hooks.append(module.register_forward_hook(self._output(i, f"{what} after")))
+                self.hooks.append(get_module(model, name).register_forward_hook(self._output(i, f"{what} after")))
 
     def _input(self, layer, what):
         def hook(module, args, kwargs):
             self.seen[layer, what] = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2)
+
+        return hook
+
+    def _heads(self, layer):
+        def hook(module, args):
+            tap = self.seen.get((layer, "tap"))
+            if tap is not None and self.of.get(layer) is not tap:  # the layer's own call comes first
+                self.of[layer] = tap
+                self.seen[layer, "att before"] = torch.nn.functional.linear(
+                    args[0].flatten(0, -2), module.weight, module.bias
+                )
 
         return hook
 

@@ -8,13 +8,17 @@ from torch import nn
 
 from .hooks import (
     AttentionHook,
+    AttentionInputHook,
+    AttentionSite,
     BeginHook,
     EndHook,
     FfnInputHook,
     FfnOutputHook,
+    HeadsHook,
     LabelsDoneHook,
     LabelsHook,
     LegacyReorder,
+    QueryHook,
 )
 from .models import Decoder, base_layer, get_module
 from .projections import Projections
@@ -71,6 +75,9 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     for hook in record.hooks:
         hook.remove()
     record.hooks.clear()
+    for left in record.runtime.sites:
+        left.leave()
+    record.runtime.sites.clear()
     for site in list(holder.modules()):  # not by name: an adapter may have wrapped a site since
         container = site._modules.get(CONTAINER)
         if isinstance(container, nn.ModuleDict) and record.name in container:
@@ -99,8 +106,18 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
     if layer.router is not None or layer.shift is not None:
         attention = get_module(holder, sites.attention)
         _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
-        hook = AttentionHook(runtime, layer.router, layer.shift, Projections(sites))
-        record.hooks.append(attention.register_forward_hook(hook, with_kwargs=True))
+        site = AttentionSite(runtime, layer.router, layer.shift, Projections(sites))
+        there = [hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, AttentionInputHook)]
+        if there:
+            site.join(there[0].site.queue)
+        runtime.sites.append(site)
+        record.hooks.append(attention.register_forward_pre_hook(AttentionInputHook(site), with_kwargs=True))
+        if layer.shift is not None and layer.shift.config.attention == "projected":
+            q_proj, out_proj = get_module(holder, sites.q_proj), get_module(holder, sites.out_proj)
+            record.hooks.append(q_proj.register_forward_hook(QueryHook(site)))
+            record.hooks.append(out_proj.register_forward_pre_hook(HeadsHook(site)))
+        hook = AttentionHook(site)
+        record.hooks.append(attention.register_forward_hook(hook, with_kwargs=True, always_call=True))
     if layer.neurons is not None:
         # Below an adapter that wraps the module: it calls its base layer, and may leave without notice.
         first, last = (base_layer(get_module(holder, name)) for name in (sites.ffn_input, sites.ffn_output))

@@ -5,6 +5,8 @@ an explicit tensor, so that padded batches, packed rows and inputs without any b
 """
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +52,21 @@ class CaseState:
     layers: dict[int, LayerDecision] = field(default_factory=dict)
     known: Tensor | None = None  # [C] bool: had a case token so far; kept for cases that are named by hand
 
+    @torch.no_grad()
+    def move_into(self, storage: "CaseState") -> None:
+        """Copies what was decided into the tensors of an earlier state, and keeps those instead of the own ones.
+
+        A captured graph reads the tensors that it saw, so it follows. Where `storage` has none of the shape, dtype and
+        device, the own one stays.
+        """
+        self.selected = _moved(self.selected, storage.selected)
+        self.route_scores = _moved(self.route_scores, storage.route_scores)
+        for layer, new in self.layers.items():
+            old = storage.layers.get(layer)
+            if old is not None and old is not new:
+                fields = ((new.indices, old.indices), (new.scores, old.scores), (new.alpha, old.alpha))
+                self.layers[layer] = LayerDecision(*(_kept(_moved(a, b), a) for a, b in fields))
+
 
 @dataclass
 class Cases:
@@ -69,8 +86,8 @@ class Cases:
 
     def rows(self, positions: str) -> Tensor:
         """[T] int64: token_to_case, with -1 also before the case token where positions is "from_case_token"."""
-        if positions == "all" or self.case_tokens.shape[0] == 0:
-            return self.token_to_case
+        if positions == "all" or self.decided or self.case_tokens.shape[0] == 0:
+            return self.token_to_case  # where every case was decided before, all tokens come after its case token
         case = self.token_to_case.clamp(min=0)
         row = torch.arange(case.shape[0], device=case.device)
         return torch.where(row >= self.case_tokens[case], self.token_to_case, -1)
@@ -93,16 +110,42 @@ class Cases:
         return Cases(self.token_to_case.to(device), self.case_tokens.to(device), self.state, self.decided, self.fresh)
 
 
+_capturing = False
+
+
+@contextmanager
+def as_if_capturing() -> Iterator[None]:
+    """Inside, no tensor's value is read, as while a CUDA graph is captured: for recorders of other kinds, and tests."""
+    global _capturing
+    before, _capturing = _capturing, True
+    try:
+        yield
+    finally:
+        _capturing = before
+
+
 def may_ask() -> bool:
     """Whether a value may be read from the device now: not while code is traced or a CUDA graph captured."""
-    if torch.compiler.is_compiling():
+    if _capturing or torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def all_missing(indices: Tensor) -> bool:
     """Whether all indices are -1, so that work can be skipped; only asked where asking costs no wait, otherwise no."""
-    return indices.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((indices >= 0).any())
+    return indices.device.type == "cpu" and may_ask() and not bool((indices >= 0).any())
+
+
+def _moved(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    if new is None or old is None or new is old:
+        return new
+    if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+        return new
+    return old.copy_(new)
+
+
+def _kept(moved: Tensor | None, own: Tensor) -> Tensor:
+    return own if moved is None else moved
 
 
 def cases_from_ptr(case_ptr: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .cases import Cases, all_missing
 from .modules import ExtraNeurons, KnowledgeShift, Router
-from .projections import Projections
+from .projections import OwnHook, Projections
 from .tracker import CaseTracker
 
 
@@ -21,6 +21,7 @@ class Runtime:
     def __init__(self, tracker: CaseTracker) -> None:
         self.enabled = True
         self.tracker = tracker
+        self.sites: list[AttentionSite] = []  # of the edited layers
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -40,40 +41,149 @@ def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- sites
 
 
-class AttentionHook:
-    """Forward hook on `self_attn`: routes cases (at the first edited layer) and shifts the output."""
+class AttentionSite:
+    """What one patch's hooks in and around one self-attention share while it runs.
+
+    `queue`: the sites of all patches on this self-attention, oldest first, one list for all of them. Each patch mixes
+    into what the one before left, so a site mixes before the output projection only where all before it have done so.
+    """
 
     def __init__(
         self, runtime: Runtime, router: Router | None, shift: KnowledgeShift | None, projections: Projections
     ) -> None:
         self.runtime, self.router, self.shift, self.projections = runtime, router, shift, projections
+        self.queue: list[AttentionSite] = [self]
+        self.attention: nn.Module | None = None  # while it runs, between its first and its last own step
+        self.tap: Tensor | None = None  # what it was called with
+        self.projected: Tensor | None = None  # what its q_proj made of that
+        self.version: int | None = None  # of that tensor, so that writing to it is noticed
+        self.waiting = False  # this pass's shift is still to come
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.runtime.enabled:
-            return None
-        tap = first(args, kwargs)
-        flat = tap.reshape(-1, tap.shape[-1])  # [T, d]
-        cases = self.runtime.cases(tap)
-        if self.router is not None:
-            self._route(flat, cases)
-        if self.shift is None:
-            return None
-        h_att = output[0] if isinstance(output, tuple) else output
-        h = self.shift.shift(flat, h_att.reshape(-1, h_att.shape[-1]), module, self.projections, cases)
-        h = h.reshape(h_att.shape)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+    def join(self, queue: "list[AttentionSite]") -> None:
+        """Puts this site behind those of the patches that are there already."""
+        queue.append(self)
+        self.queue = queue
 
-    def _route(self, tap: Tensor, cases: Cases) -> None:
+    def leave(self) -> None:
+        """Takes this site out again, with its patch."""
+        if self in self.queue:
+            self.queue.remove(self)
+        self.clear()
+
+    def clear(self) -> None:
+        """After the self-attention: nothing outlives its pass."""
+        self.attention = self.tap = self.projected = self.version = None
+        self.waiting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "attention": None, "tap": None, "projected": None, "waiting": False}
+
+    @property
+    def query(self) -> Tensor | None:
+        """[T, H hd] q_proj's output; None where it was not seen, or has been written to (rotated in place) since."""
+        if self.projected is None or (self.version is not None and self.projected._version != self.version):
+            return None
+        return _rows(self.projected)
+
+    def route(self, tap: Tensor, cases: Cases) -> None:
         """Decides once per case which edits act on it, for all layers and all later tokens."""
         state = cases.state
-        if state.chosen or (cases.decided and state.selected is not None):
+        if self.router is None or state.chosen or (cases.decided and state.selected is not None):
             return
-        assert self.router is not None
         scores, selected = self.router(tap[cases.case_tokens.clamp(min=0)])
         if state.selected is not None and state.route_scores is not None:
             selected = cases.keep_decided(selected, state.selected, -1)
             scores = cases.keep_decided(scores, state.route_scores, -torch.inf)
         state.selected, state.route_scores = selected, scores
+
+
+class AttentionInputHook:
+    """Forward pre-hook on `self_attn`: routes cases (at the first edited layer), and opens the site for its pass."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        site = self.site
+        site.clear()
+        if not site.runtime.enabled:
+            return
+        tap = first(args, kwargs)
+        if site.router is not None:
+            site.route(_rows(tap), site.runtime.cases(tap))
+        if site.shift is not None:
+            site.attention, site.tap, site.waiting = module, tap, True
+
+
+class QueryHook(OwnHook):
+    """Forward hook on `q_proj`: keeps what the layer itself computes, so that q is not computed twice."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        site = self.site
+        # The very tensor that the layer was called with: the shift calls q_proj too, on other rows.
+        if site.attention is None or not args or args[0] is not site.tap:
+            return
+        if isinstance(output, Tensor) and site.projections.is_query(site.attention, module):
+            counted = not (torch.compiler.is_compiling() or output.is_inference())
+            site.projected, site.version = output, output._version if counted else None
+
+
+class HeadsHook(OwnHook):
+    """Forward pre-hook on the output projection: mixes the knowledge into the heads, where alpha is known by then."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        site = self.site
+        if not site.waiting or site.attention is None or not args:
+            return None
+        if not site.projections.is_output(site.attention, module):
+            return None  # an adapter came around it since: it would see the heads as they were
+        for earlier in site.queue:
+            if earlier is site:
+                break
+            if earlier.waiting:
+                return None
+        assert site.shift is not None and site.tap is not None
+        heads = args[0]
+        cases = site.runtime.cases(site.tap)
+        mixed = site.shift.mix(_rows(heads), _rows(site.tap), site.query, site.attention, site.projections, cases)
+        if mixed is None:
+            return None
+        site.waiting = False
+        return (mixed.reshape(heads.shape), *args[1:])
+
+
+class AttentionHook:
+    """Forward hook on `self_attn`, called even where that failed: shifts the output, unless the heads already were."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        site = self.site
+        query, waiting = site.query, site.waiting
+        for every in site.queue:
+            every.attention = None  # from here on its projections are called by shifts, not by the layer
+        site.clear()
+        if not waiting or output is None or not site.runtime.enabled:
+            return None
+        assert site.shift is not None
+        tap = first(args, kwargs)
+        h_att = output[0] if isinstance(output, tuple) else output
+        cases = site.runtime.cases(tap)
+        h = site.shift.shift(_rows(tap), _rows(h_att), query, module, site.projections, cases)
+        h = h.reshape(h_att.shape)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, d] of [..., d]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class FfnInputHook:
@@ -110,11 +220,24 @@ class FfnOutputHook:
             return None
         cases = self.runtime.cases(x)
         selected = cases.selected
-        if selected is None:  # always on: every group acts on every token (the paper)
-            return output + self.neurons(x, None, None)
-        if all_missing(selected):
+        if selected is not None and all_missing(selected):
             return None
-        return output + self.neurons(x, cases.rows(self.positions), selected)
+        # None: always on, every group acts on every token (the paper)
+        rows = None if selected is None else cases.rows(self.positions)
+        if _may_write(module, x, output):
+            self.neurons.add_(output, x, rows, selected)
+            return None
+        return output + self.neurons(x, rows, selected)
+
+
+def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether the FFN's output is a tensor of its own that nobody else may have kept: then it is added to in place."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or output.dtype != x.dtype:
+        return False
+    if not output.is_contiguous() or output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return False
+    around = (module, *module.children())
+    return all(isinstance(hook, FfnOutputHook) for m in around for hook in m._forward_hooks.values())
 
 
 # -------------------------------------------------------------------------------------------------------- decoder

@@ -94,21 +94,26 @@ class ExtraNeurons(nn.Module):
 
     def forward(self, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> Tensor:
         """[..., d] what the groups add for x [..., d]: every group, or per case those in `selected` [C, m]."""
-        return ops.extra_neurons(
-            x,
-            self.keys,
-            self.key_bias,
-            self.values,
-            act=self.act,
-            up=self.up,
-            up_bias=self.up_bias,
-            zeta=self.zeta,
-            beta=self.beta,
-            group_ptr=self.group_ptr,
-            token_to_case=None if selected is None else token_to_case,
-            selected=selected,
-            backend=self.backend,
-        )
+        neurons = (self.keys, self.key_bias, self.values)
+        return ops.extra_neurons(x, *neurons, **self._options(token_to_case, selected))
+
+    def add_(self, y: Tensor, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> None:
+        """Adds that to y [..., d] in place: one operator, and nothing else touches y. For inference."""
+        neurons = (self.keys, self.key_bias, self.values)
+        ops.extra_neurons_(y, x, *neurons, **self._options(token_to_case, selected))
+
+    def _options(self, token_to_case: Tensor | None, selected: Tensor | None) -> dict[str, Any]:
+        return {
+            "act": self.act,
+            "up": self.up,
+            "up_bias": self.up_bias,
+            "zeta": self.zeta,
+            "beta": self.beta,
+            "group_ptr": self.group_ptr,
+            "token_to_case": None if selected is None else token_to_case,
+            "selected": selected,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         return f"max_neurons={len(self.keys)}, max_groups={self.max_groups}, act={self.act}"
@@ -145,8 +150,63 @@ class KnowledgeShift(nn.Module):
         """Enc_sem's layers as (weight, bias) pairs."""
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
 
-    def shift(self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases) -> Tensor:
+    def mix(
+        self,
+        heads: Tensor,
+        tap: Tensor,
+        projected: Tensor | None,
+        attention: nn.Module,
+        projections: Projections,
+        cases: Cases,
+    ) -> Tensor | None:
+        """The heads [T, H hv] that enter the output projection, with the knowledge mixed in; None where it is too soon.
+
+        (1 - a)(W x + b) + a (W y + b) = W((1 - a) x + a y) + b, so where alpha is known before the layer's output is
+        (a case that was decided before, as all are while decoding; or a fixed alpha), the layer's own projection serves
+        both: one operator, nothing projected twice. Not for `raw`, whose knowledge lies behind the projection.
+        """
+        config, sites = self.config, projections.sites
+        if config.k == 0 or self.memory.capacity == 0:
+            return heads
+        if config.attention == "raw" or heads.shape != (len(tap), sites.heads * self.memory.values.shape[-1]):
+            return None
+        token_to_case: Tensor | None = cases.rows(config.positions)
+        alpha: Tensor | float | None = config.alpha
+        if config.per == "token":
+            if alpha is None:
+                return None
+            scores, indices = self._items_of_tokens(tap, token_to_case, cases)
+            token_to_case = None
+        else:
+            if alpha is None and not (cases.decided and self.layer in cases.state.layers):
+                return None
+            decision = self._decide(tap, None, projected, attention, projections, cases)
+            indices, alpha = decision.indices, decision.alpha
+        if all_missing(indices):
+            return heads
+        mixed, used = ops.knowledge_shift(
+            heads,
+            projections.query(attention, tap, projected),
+            **self._items(indices, token_to_case),
+            alpha=alpha,
+            orientation=config.orientation,
+        )
+        if config.per == "token":
+            self._note(scores, indices, used, cases)
+        return mixed
+
+    def shift(
+        self,
+        tap: Tensor,
+        h_att: Tensor,
+        projected: Tensor | None,
+        attention: nn.Module,
+        projections: Projections,
+        cases: Cases,
+    ) -> Tensor:
         """h [T, d] for the tap [T, d] and the attention output h_att [T, d] of the layer's `attention` module.
+
+        projected: q_proj's output [T, H hd] where the layer's own call was seen.
 
         Not `forward`: accelerate's hooks would move its arguments to a device, the offloaded `attention` among them.
         """
@@ -158,11 +218,11 @@ class KnowledgeShift(nn.Module):
             scores, indices = self._items_of_tokens(tap, token_to_case, cases)
             alpha, token_to_case = self.config.alpha, None
         else:
-            decision = self._decide(tap, h_att, attention, projections, cases)
+            decision = self._decide(tap, h_att, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
         if all_missing(indices):
             return h_att
-        q = projections.query(attention, tap) if self.config.attention == "projected" else tap
+        q = projections.query(attention, tap, projected) if self.config.attention == "projected" else tap
         h, alpha = self._shift(h_att, q, indices, attention, projections, alpha=alpha, token_to_case=token_to_case)
         if self.config.per == "token":
             self._note(scores, indices, alpha, cases)
@@ -182,9 +242,18 @@ class KnowledgeShift(nn.Module):
         return 0.0 if self.config.orientation == "knowledge" else 1.0
 
     def _decide(
-        self, tap: Tensor, h_att: Tensor, attention: nn.Module, projections: Projections, cases: Cases
+        self,
+        tap: Tensor,
+        h_att: Tensor | None,
+        projected: Tensor | None,
+        attention: nn.Module,
+        projections: Projections,
+        cases: Cases,
     ) -> LayerDecision:
-        """Items and alpha of every case: computed where the case token is in this pass, kept where it is not."""
+        """Items and alpha of every case: computed where the case token is in this pass, kept where it is not.
+
+        h_att: only a fixed alpha does without.
+        """
         before = cases.state.layers.get(self.layer)
         if cases.decided and before is not None:
             return LayerDecision(*(t.to(tap.device) for t in (before.indices, before.scores, before.alpha)))
@@ -195,7 +264,10 @@ class KnowledgeShift(nn.Module):
             fixed = self._nothing if self.config.alpha is None else self.config.alpha
             alpha = torch.full_like(scores[:, 0], fixed)
         else:
-            q = projections.query(attention, tap[at]) if self.config.attention == "projected" else tap[at]
+            assert h_att is not None
+            q = tap[at]
+            if self.config.attention == "projected":
+                q = projections.query(attention, q, None if projected is None else projected[at])
             _, alpha = self._shift(h_att[at], q, indices, attention, projections)
         alpha = torch.where(found, alpha, self._nothing)
         if before is not None:
@@ -232,6 +304,18 @@ class KnowledgeShift(nn.Module):
             at = cases.case_tokens.clamp(min=0)
             cases.state.layers[self.layer] = LayerDecision(indices[at], scores[at], alpha[at])
 
+    def _items(self, indices: Tensor, token_to_case: Tensor | None) -> dict[str, Any]:
+        raw = self.config.attention == "raw"
+        return {
+            "item_keys": self.memory.keys,
+            "item_values": self.memory.values,
+            "indices": indices,
+            "token_to_case": token_to_case,
+            "scaling": None if raw else self.scaling,
+            "softcap": None if raw else self.softcap,
+            "backend": self.backend,
+        }
+
     def _shift(
         self,
         h_input: Tensor,
@@ -245,15 +329,7 @@ class KnowledgeShift(nn.Module):
         """(h, alpha): one operator call where the output projection is a plain linear map, otherwise around it."""
         raw = self.config.attention == "raw"
         weights = None if raw else projections.plain_output(attention)
-        items: dict[str, Any] = {
-            "item_keys": self.memory.keys,
-            "item_values": self.memory.values,
-            "indices": indices,
-            "token_to_case": token_to_case,
-            "scaling": None if raw else self.scaling,
-            "softcap": None if raw else self.softcap,
-            "backend": self.backend,
-        }
+        items = self._items(indices, token_to_case)
         if raw or weights is not None:
             return ops.knowledge_shift(
                 h_input,

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from .models import LayerSites
 
 
+class OwnHook:
+    """Base of the hooks that a patch itself puts on a projection: they are no reason to call rather than read it."""
+
+
 class Projections:
     """The projections of one layer's self-attention.
 
@@ -22,10 +26,21 @@ class Projections:
     def _get(self, attention: nn.Module, name: str) -> nn.Module:
         return attention.get_submodule(name[self.below :])
 
-    def query(self, attention: nn.Module, tap: Tensor) -> Tensor:
-        """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position."""
-        q = self._get(attention, self.sites.q_proj)(tap)
+    def query(self, attention: nn.Module, tap: Tensor, projected: Tensor | None = None) -> Tensor:
+        """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position.
+
+        projected: what q_proj made of the tap [T, heads * head_dim], where the layer's own call was seen.
+        """
+        q = self._get(attention, self.sites.q_proj)(tap) if projected is None else projected
         return self._heads(attention, q, self.sites.heads, self.sites.q_norm)
+
+    def is_query(self, attention: nn.Module, module: nn.Module) -> bool:
+        """Whether `module` is what the layer calls for q now: an adapter may have come around it since."""
+        return self._get(attention, self.sites.q_proj) is module
+
+    def is_output(self, attention: nn.Module, module: nn.Module) -> bool:
+        """Whether `module` is what the layer calls for its output projection now."""
+        return self._get(attention, self.sites.out_proj) is module
 
     def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
         """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""
@@ -51,7 +66,9 @@ class Projections:
     def plain_output(self, attention: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) of the output projection when calling it is exactly F.linear of tensors at hand, else None."""
         out: Any = self._get(attention, self.sites.out_proj)
-        if type(out) is not nn.Linear or out._forward_hooks or out._forward_pre_hooks or hasattr(out, "_hf_hook"):
+        if type(out) is not nn.Linear or out._forward_hooks or hasattr(out, "_hf_hook"):
+            return None
+        if any(not isinstance(hook, OwnHook) for hook in out._forward_pre_hooks.values()):
             return None
         weight = out.weight
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta" or weight.dtype.itemsize < 2:

@@ -26,6 +26,7 @@ from .cases import (
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
+STORAGE_ATTRIBUTE = "_unike_storage"  # the same on a static cache, kept over a reset: the tensors to decide into
 CONTINUATIONS = ("refuse", "keep", "new")
 
 
@@ -38,6 +39,7 @@ class CaseTracker:
         self.explicit: Cases | None = None
         self.positions: Tensor | None = None  # [B] position of each row's case token, where named
         self.labels: Tensor | None = None  # of the pass that the modules around the decoder are in
+        self.slots: CaseState | None = None  # the last state of cases named by hand: the tensors to decide into
         self.chosen: Tensor | None = None  # [C, m] edits chosen by hand for the cases of the next passes
         self.continuation = "refuse"  # what several tokens on a used KV cache are
         self.version = Version()
@@ -47,7 +49,14 @@ class CaseTracker:
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        of_this_process = {"current": None, "explicit": None, "positions": None, "labels": None, "chosen": None}
+        of_this_process = {
+            "current": None,
+            "slots": None,
+            "explicit": None,
+            "positions": None,
+            "labels": None,
+            "chosen": None,
+        }
         return {**self.__dict__, **of_this_process, "legacy": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,6 +104,7 @@ class CaseTracker:
         if self.explicit is not None:
             now = self.current.case_tokens >= 0
             state.known = now if state.known is None else now | state.known.to(now.device)
+            self.slots = self._settled(self.slots)
             return
         cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
         if isinstance(output, tuple):
@@ -103,7 +113,20 @@ class CaseTracker:
             if cache and isinstance(cache[0], tuple):
                 self.legacy[cache[0][0]] = state
         elif cache is not None and not isinstance(cache, Tensor):
+            if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
+                storages = getattr(cache, STORAGE_ATTRIBUTE, {})
+                setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
             setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
+
+    def _settled(self, storage: CaseState | None) -> CaseState | None:
+        """The state of this pass, with what it decided moved into `storage`, if that is of as many cases."""
+        assert self.current is not None
+        state = self.current.state
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not may_ask():
+            return storage  # a graph that is being captured replays nothing but what runs now
+        if storage is not None and storage is not state and storage.size == state.size and not self.current.decided:
+            state.move_into(storage)
+        return state
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self.parameters, args, strict=False)) | kwargs
