@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from unike_kernels.triton_kernels import extra_neurons as launcher
+from unike_kernels.triton_kernels.extra_neurons_backward import extra_neurons_backward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -47,6 +48,13 @@ def in_place(tokens, d, n, dtype, gated, routing="", groups=10_000, zeta="none")
     launcher.extra_neurons_(y, *arguments(tokens, d, n, dtype, gated, routing, groups, zeta))
 
 
+def backward(tokens, d, n, dtype, gated, routing="", groups=100, zeta="group"):
+    args = arguments(tokens, d, n, dtype, gated, routing, groups, zeta)
+    dy = torch.empty((tokens, d), dtype=dtype, device="meta")
+    needs = [isinstance(arg, torch.Tensor) and arg.is_floating_point() for arg in args]
+    extra_neurons_backward([dy], *args, needs)
+
+
 MODELS = {"opt": (2560, False), "vicuna": (4096, True), "qwen": (3584, True)}
 CASES: dict[str, Callable[[], None]] = {}
 for _model, (_d, _gated) in MODELS.items():
@@ -63,4 +71,9 @@ CASES |= {
     "vicuna-in-place-always-64": partial(in_place, 64, 4096, 20_000, BF16, True, zeta="shared"),
     "vicuna-route-case-2048": partial(forward, 2048, 4096, 2000, BF16, True, "rc", 100, "group"),
     "vicuna-route-token-16": partial(forward, 16, 4096, 2000, FP32, True, "rt", 100, "group"),
+    "opt-backward-selected-512": partial(backward, 512, 2560, 1000, BF16, False, "sc", zeta="shared"),
+    "opt-fp16-backward-route-512": partial(backward, 512, 2560, 1000, FP16, False, "rt"),
+    "vicuna-backward-route-2048": partial(backward, 2048, 4096, 1000, BF16, True, "rc"),
+    "vicuna-backward-always-512": partial(backward, 512, 4096, 4000, BF16, True, zeta="none"),
+    "odd-backward-src-100": partial(backward, 100, 1001, 1003, FP32, True, "src"),
 }

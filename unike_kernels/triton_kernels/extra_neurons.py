@@ -6,7 +6,7 @@
   WORKSPACE bytes; before them `neuron_groups` where a route or zeta belongs to single groups.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton.language as tl
@@ -15,7 +15,7 @@ from torch import Tensor
 from . import launching, tuning
 from .extra_neurons_kernels import hidden, neuron_groups, selected_rows, selected_tiles, weighted_rows
 
-Maybe = Tensor | None
+Maybe: TypeAlias = Tensor | None
 FEW_TOKENS = 64  # up to here a decode step, where tokens seldom share a case
 WORKSPACE = 128 << 20  # bytes of activations at a time
 

@@ -22,7 +22,7 @@ def bounds(group_ptr, g, n):
 
 @triton.jit
 def chosen_group(selected, row, stride_row, slot, route, stride_route, group_ptr, n):
-    """The group in a slot of `selected`: id, weight and bounds; equal bounds where it is -1, a repetition or weight 0."""
+    """The group in a slot of `selected`: id, weight, bounds; equal bounds: -1, a repetition or weight 0."""
     g = tl.load(selected + row * stride_row + slot).to(tl.int64)
     acts = g >= 0
     for first in range(0, slot, 32):
@@ -217,9 +217,9 @@ def hidden(
     tokens, n, groups, d, stride_o, stride_x, stride_k, stride_u, stride_r,
     ACT: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """o[T, n] = route * act(x K^T + b) [* (x U^T + c)], in o's dtype (DOT: this rounds, as an FFN does); 0 for spare.
+    """o[T, n] = route * act(x K^T + b) [* (x U^T + c)], rounded to o.s dtype, DOT, as in an FFN; 0 for spare.
 
-    Grid (n / BN, T / BT). Bytes: keys (and up) once per BT tokens, o once. Where no token of the tile has a weight for a
+    Grid (n / BN, T / BT). Bytes: keys (and up) once per BT tokens, o once. Where no token of the tile has weight for a
     neuron its rows are not read; where that is so for the whole tile nothing is but the weights.
     """
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
