@@ -16,7 +16,20 @@ from .tracker import CONTINUATIONS
 
 
 class PatchHandle:
-    """One patch on one model: switch it off, swap its edits, name cases, ask why, remove it."""
+    """One patch on one model: switch it off, swap its edits, name cases, ask why, remove it.
+
+    CUDA graphs: a decode step reads no value from the device, so it can be captured, with a static KV cache or with
+    cases that are named. A graph replays kernels and no Python, on the tensors that it saw: what was decided for the
+    cases (edits, items, alpha) therefore lies in storage of the static cache, or of the named slots, into which every
+    later prefill of that cache after `cache.reset()`, or of as many slots, writes in place, without gradients and
+    outside of any capture. After `swap` prefill again, then replay. Named cases: capture with the very token_to_case
+    tensor (int64, on the device) that later steps overwrite. A graph does not follow another batch size,
+    `choosing` with more edits per case than before, `disabled()`, or attaching and removing a patch: capture again.
+
+    Launches: with retrieval per case a decode step adds two operators to an edited layer, extra_neurons_ (at most two
+    launches) and knowledge_shift (one). Norms on q, where a layer has them, run once more, as does q_proj where the
+    layer does not call it as a module.
+    """
 
     def __init__(self, model: nn.Module, record: PatchRecord) -> None:
         self.model = model
