@@ -103,7 +103,8 @@ def _compare(builder: Any, handle: Any, name: str, op: Any, narrow: Any, value: 
     before = getattr(builder, name)
 
     def compared(self: Any, left: Any, right: Any) -> Any:
-        return handle(op(value(left), value(right)), boolean) if narrow(left) else before(self, left, right)
+        # Always booleans: the interpreter gives them the operands' dtype, and a scalar one becomes floats when spread.
+        return handle(op(value(left), value(right)) if narrow(left) else before(self, left, right).data, boolean)
 
     setattr(builder, name, compared)
 

@@ -1,0 +1,209 @@
+"""Launcher of `knowledge_shift`: one launch where alpha is given and nothing is projected, else attention, linear maps
+as exact as float32, and the mix.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launching, tuning
+from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
+from .tuning import Row
+
+MOST_ITEMS = 1024  # of one token: all its scores lie in one tile
+FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
+
+# Tiles hold BLOCK_R x BLOCK_K scores in float32; BLOCK_D, BLOCK_V: the columns of keys and values read at once.
+tuning.ROWS += [
+    Row("knowledge_shift_attend", tuning.INTERPRETER, {}, {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_V": 32}),
+    Row("knowledge_shift_attend", 0, {"rows": 16, "items": 64}, _DECODE := {"BLOCK_R": 16, "num_warps": 4}),
+    Row("knowledge_shift_attend", 0, {"rows": 16, "items": 128}, {**_DECODE, "BLOCK_D": 64, "BLOCK_V": 64}),
+    Row("knowledge_shift_attend", 0, {"items": 64}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 4}),
+    Row("knowledge_shift_attend", 0, {"items": 128}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8}),
+    Row("knowledge_shift_attend", 0, {}, {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
+    Row("knowledge_shift_linear", tuning.INTERPRETER, {}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}),
+    Row("knowledge_shift_linear", 0, {"rows": 16, "bytes": 2}, _FEW := {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}),
+    Row("knowledge_shift_linear", 0, {"rows": 16}, {**_FEW, "BLOCK_K": 64}),
+    Row("knowledge_shift_linear", 0, {"bytes": 2}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}),
+    Row("knowledge_shift_linear", 0, {}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
+    Row("knowledge_shift_mix", 0, {}, {"BLOCK": 1024, "num_warps": 4}),
+]
+
+
+class Shift(NamedTuple):
+    """The arguments of the operator in the layout of the kernels, and what follows from them."""
+
+    h_input: Tensor  # [T, d], columns contiguous, as of the three below
+    q: Tensor  # [T, H, hd]
+    item_keys: Tensor  # [N, Hkv, hd]
+    item_values: Tensor  # [N, Hkv, hv]
+    indices: Tensor  # [T or C, K], contiguous
+    alpha: Tensor | None
+    token_to_case: Tensor | None
+    case_tokens: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    encoder: list[Tensor]
+    encoder_act: str
+    orientation: str
+    clamp: bool
+    scaling: float
+    softcap: float | None
+    rescale: bool  # of the raw form only
+
+    @property
+    def alpha_per_case(self) -> bool:
+        """Whether there is one alpha per case; as `reference.alpha_is_per_case`."""
+        if self.token_to_case is None or self.alpha is None:
+            return self.token_to_case is not None and self.case_tokens is not None
+        return self.alpha.shape[0] == self.indices.shape[0]
+
+    @property
+    def mode(self) -> str:
+        """Where alpha comes from, as `knowledge_shift_mix` takes it."""
+        return "given" if self.alpha is not None else "token" if self.case_tokens is None else "case"
+
+    @property
+    def encoded_per_case(self) -> bool:
+        """Whether the encoder ran on the rows of the case tokens only."""
+        return self.mode == "case" and len(self.encoder) > 0
+
+    @property
+    def block_k(self) -> int:
+        """The items of a tile."""
+        return block(self.indices.shape[1])
+
+
+def block(size: int) -> int:
+    """The smallest power of two that holds `size`, at least 16."""
+    return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
+
+
+def prepare(*args: Any) -> Shift:
+    """The operator's arguments as `Shift`; copies only what has no contiguous columns."""
+    h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, encoder = args[:11]
+    encoder_act, orientation, clamp, scaling, softcap, rescale = args[11:]
+    raw = q.dim() == 2
+    if raw:
+        q, item_keys, item_values = q[:, None], item_keys[:, None], item_values[:, None]
+    if item_keys.shape[0] == 0:
+        indices = indices[:, :0]
+    if indices.shape[1] > MOST_ITEMS:
+        raise ValueError(f"the Triton kernel takes up to {MOST_ITEMS} items per token, not {indices.shape[1]}")
+    h_input, q, item_keys, item_values = (_columns(t) for t in (h_input, q, item_keys, item_values))
+    alpha, token_to_case, case_tokens, bias = (
+        None if t is None else t.contiguous() for t in (alpha, token_to_case, case_tokens, bias)
+    )
+    weights = [t if i % 2 == 0 else t.contiguous() for i, t in enumerate(encoder)]  # weights with any strides
+    scaling = 1 / math.sqrt(q.shape[2]) if scaling is None else scaling
+    return Shift(
+        h_input, q, item_keys, item_values, indices.contiguous(), alpha, token_to_case, case_tokens, weight, bias,
+        weights, encoder_act, orientation, clamp, scaling, softcap, raw and rescale,
+    )  # fmt: skip
+
+
+def _columns(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
+    """h [T, d], dtype of h_input, and the alpha used, float32: see `ops.knowledge_shift`."""
+    s = prepare(*args)
+    tokens, d = s.h_input.shape
+    count = s.indices.shape[0] if s.alpha_per_case else tokens
+    out = launching.new((tokens, d), s.h_input.dtype, s.h_input.device)
+    used = launching.new((count,), torch.float32, s.h_input.device)
+    one_head = s.q.shape[1] == 1
+    if s.weight is None and (s.mode == "given" or (s.mode == "token" and not s.encoder and one_head)):
+        attend(s, out, used, mix=True)
+        return out, used
+    know, encoded, _ = knowledge(s)
+    mix(s, know, encoded, out, used)
+    return out, used
+
+
+def knowledge(s: Shift) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
+    """h_know [T, d] and what alpha compares with h_input, per token or (encoded per case) per case; and the steps
+    between, for gradients: the heads, and the input of each layer of the encoder. All float32.
+    """
+    tokens = s.h_input.shape[0]
+    heads = launching.new((tokens, s.q.shape[1] * s.item_values.shape[2]), torch.float32, s.h_input.device)
+    attend(s, heads, heads, mix=False)
+    know = heads if s.weight is None else linear(heads, s.weight, s.bias)
+    encoded, rows = know, s.case_tokens if s.mode == "case" else None
+    inputs: list[Tensor] = []
+    if s.mode == "given":
+        return know, know, (heads, inputs)
+    layers = list(zip(s.encoder[::2], s.encoder[1::2], strict=True))
+    for i, (weight, bias) in enumerate(layers):
+        inputs.append(encoded)
+        at, act = (rows, "identity") if i == 0 else (None, s.encoder_act)
+        encoded = linear(encoded, weight, bias, rows=at, act=act)
+    return know, encoded, (heads, inputs)
+
+
+def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool) -> None:
+    """Starts `knowledge_shift_attend`: the heads into `out`, or, with mix, the result and the alphas."""
+    tokens, heads, hd = s.q.shape
+    kv_heads, hv = s.item_values.shape[1:]
+    tiled = s.token_to_case is not None and tokens > FEW_TOKENS
+    options = attend_options(s, tiled)
+    rows = options["BLOCK_R"]
+    grid = (-(-tokens * (heads // kv_heads) // rows) if tiled else max(tokens, 1), kv_heads)
+    launching.launch(
+        knowledge_shift_attend, grid,
+        s.q, s.q.stride(0), s.q.stride(1), s.item_keys, s.item_keys.stride(0), s.item_keys.stride(1),
+        s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices,
+        s.indices if s.token_to_case is None else s.token_to_case, s.h_input, s.h_input.stride(0),
+        s.h_input if s.alpha is None else s.alpha, out, used, tokens, s.indices.shape[0], s.indices.shape[1],
+        s.scaling, 1.0 if s.softcap is None else s.softcap,
+        HEADS=heads, GROUP=heads // kv_heads, HD=hd, HV=hv, PER_CASE=s.token_to_case is not None, TILED=tiled, MIX=mix,
+        COS=mix and s.mode == "token", ALPHA_PER_CASE=s.alpha_per_case, INPUT=s.orientation == "input",
+        CLAMP=s.clamp, RESCALE=mix and s.rescale, SOFTCAP=s.softcap is not None, **options,
+    )  # fmt: skip
+
+
+def attend_options(s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend") -> dict[str, int]:
+    """Blocks and warps of the attention kernels: rows (token, head) of a tile, items, columns."""
+    heads, hd = s.q.shape[1:]
+    group, hv = heads // s.item_values.shape[1], s.item_values.shape[2]
+    few = block(group)
+    options: dict[str, int] = dict(tuning.choose(kernel, s.q.device, rows=1 << 30 if tiled else few, items=s.block_k))
+    if not tiled:
+        options["BLOCK_R"] = few
+    wide = 128 if s.block_k <= 64 else 64
+    options["BLOCK_D"] = min(options.get("BLOCK_D", wide), block(hd))
+    options["BLOCK_V"] = min(options.get("BLOCK_V", wide), block(hv))
+    return {"BLOCK_K": s.block_k, **options}
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: Tensor | None = None, act: str = "identity"
+) -> Tensor:
+    """act(x[rows]) weight^T + bias, float32; x float32, contiguous; weight [out, in] with any strides."""
+    count = x.shape[0] if rows is None else rows.shape[0]
+    out = launching.new((count, weight.shape[0]), torch.float32, x.device)
+    options = tuning.choose("knowledge_shift_linear", x.device, rows=count, bytes=weight.dtype.itemsize)
+    grid = (-(-weight.shape[0] // options["BLOCK_N"]), -(-count // options["BLOCK_M"]))
+    launching.launch(
+        knowledge_shift_linear, grid, x, x if rows is None else rows, weight, weight.stride(0), weight.stride(1),
+        x if bias is None else bias, out, count, weight.shape[0], weight.shape[1], x.shape[1],
+        ACT=act, GATHER=rows is not None, BIAS=bias is not None, **options,
+    )  # fmt: skip
+    return out
+
+
+def mix(s: Shift, know: Tensor, encoded: Tensor, out: Tensor, used: Tensor) -> None:
+    """Starts `knowledge_shift_mix`."""
+    tokens, d = s.h_input.shape
+    grid = (tokens + (s.indices.shape[0] if s.alpha_per_case else 0),)
+    launching.launch(
+        knowledge_shift_mix, grid, s.h_input, s.h_input.stride(0), know, encoded, s.indices,
+        s.indices if s.token_to_case is None else s.token_to_case,
+        s.indices if s.case_tokens is None else s.case_tokens, know if s.alpha is None else s.alpha, out, used, tokens,
+        s.indices.shape[1], d, PER_CASE=s.token_to_case is not None, ALPHA_PER_CASE=s.alpha_per_case, MODE=s.mode,
+        ENCODED_PER_CASE=s.encoded_per_case, CLAMP=s.clamp, INPUT=s.orientation == "input", RESCALE=s.rescale,
+        BLOCK_K=s.block_k, **tuning.choose("knowledge_shift_mix", s.h_input.device),
+    )  # fmt: skip
