@@ -30,7 +30,7 @@ tuning.ROWS += [
     tuning.Row(
         "selected_tiles", 0, {"slow": 0}, {"BT": 32, "BN": 16, "BK": 128, "BD": 256, "num_warps": 8, "num_stages": 3}
     ),
-    tuning.Row("selected_tiles", 0, {}, {"BT": 16, "BN": 16, "BK": 64, "BD": 128, "num_warps": 4, "num_stages": 2}),
+    tuning.Row("selected_tiles", 0, {}, {"BT": 16, "BN": 16, "BK": 32, "BD": 128, "num_warps": 4, "num_stages": 2}),
     tuning.Row("neuron_groups", 0, {}, {"BN": 256, "num_warps": 4}),
     tuning.Row("hidden", _CPU, {}, {"BT": 32, "BN": 32, "BK": 64, "num_warps": 1}),
     tuning.Row(
