@@ -253,6 +253,6 @@ def _plan_layer(
         act = config.encoders.activation
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
     if first and config.routing.mode == "routed" and edits.calibration is not None:
-        router = Router(config.routing, groups, layer.h_sem.to(at_attention.device))
+        router = Router(config.routing, groups, layer.h_sem.to(at_attention.device), backend)
         router.load(layer.h_sem, edits.calibration)
     return LayerPatch(index, sites, neurons, shift, router)

@@ -23,9 +23,9 @@ class Router(nn.Module):
     threshold: Tensor
     n_groups: Tensor
 
-    def __init__(self, config: RoutingConfig, max_groups: int, like: Tensor) -> None:
+    def __init__(self, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         d = like.shape[-1]
         # fp32 whatever the model computes in: the threshold lies in the third digit of a cosine
         self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
@@ -64,7 +64,7 @@ class Router(nn.Module):
         n = self.n_groups.expand(len(tap))
         ranges = torch.stack([torch.zeros_like(n), n], dim=1)
         centred = tap.detach().float() - self.center
-        scores, selected = ops.cosine_topk(centred, self.keys, self.config.top, ranges=ranges)
+        scores, selected = ops.cosine_topk(centred, self.keys, self.config.top, ranges=ranges, backend=self.backend)
         return scores, torch.where(scores > self.threshold, selected, -1)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import backends
 from ..config import UnikeConfig
 from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
 from ..evaluation.protocols import CheckReport, check
@@ -33,10 +34,16 @@ class Editor:
 
     model: a transformers multimodal or language model (or `MiniGPT4`); processor: its processor (or tokenizer);
     prompts are what the model would be asked, template included. The base model stays as it is, whatever happens.
+    backend: of the operators, in training and in `check`: "auto", "triton" or "reference", as `patch` takes it.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, config: UnikeConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any, config: UnikeConfig | None = None, *, backend: str = "auto"
+    ) -> None:
+        if backend not in backends.NAMES:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, backends.NAMES))}, but got {backend!r}")
         self.model = model
+        self.backend = backend
         self.config = config or UnikeConfig()
         self.decoder = find_decoder(model)
         layers = self.decoder.default_layers() if self.config.layers is None else self.config.layers
@@ -159,7 +166,8 @@ class Editor:
         probes: dicts with kind ("rel", "t_gen", "m_gen", "t_loc" or "m_loc"), prompt, target, image: optional.
         """
         with base_only(self.model):
-            return check(self.collator, self.decoder, self.model, edits, probes, routing=routing)
+            options = {"routing": routing, "backend": self.backend}
+            return check(self.collator, self.decoder, self.model, edits, probes, **options)
 
     def save(self, path: str | Path) -> None:
         """Saves memory, encoders and calibration into one safetensors file; pictures are not part of it."""
@@ -207,7 +215,8 @@ class Editor:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the base is this very model
-            return patch(self.model, edits, name=EDITOR_PATCH, routing="always", max_neurons=max_neurons)
+            options: dict[str, Any] = {"max_neurons": max_neurons, "backend": self.backend}
+            return patch(self.model, edits, name=EDITOR_PATCH, routing="always", **options)
 
     def _batches(self, requests: Sequence[Request], independent: bool) -> Iterator[list[Request]]:
         """What is trained together: one by one in order, or batches that all have a picture or all have none."""

@@ -95,10 +95,12 @@ def check(
     probes: Sequence[dict[str, Any]],
     *,
     routing: str = "edits",
+    backend: str = "auto",
 ) -> CheckReport:
     """The five metrics of `edits`, all on the model, over probes (dicts: kind, prompt, target, image: optional).
 
-    routing: as `patch` takes it. Locality's targets only say which positions are compared. ValueError on a bad probe.
+    routing, backend: as `patch` takes them. Locality's targets only say which positions are compared. ValueError on a
+    bad probe.
     """
     samples = [_sample(n, probe) for n, probe in enumerate(probes)]
     scorer = Scorer(collator, decoder, min(edits.layers), samples)
@@ -106,7 +108,7 @@ def check(
     answers_before = collator.generate(samples, max_new_tokens=longest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other weights of the same architecture: said when the edits were loaded
-        handle = patch(model, edits, name="unike_check", routing=routing)
+        handle = patch(model, edits, name="unike_check", routing=routing, backend=backend)
     with handle:
         scores = scorer.score(handle)
         answers_after = collator.generate(samples, max_new_tokens=longest)

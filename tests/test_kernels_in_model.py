@@ -1,0 +1,74 @@
+"""Whole models and the editor through the Triton kernels, beside the same through the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from tests.editing_tiny import make_editor, make_requests, routed
+from tests.kernel_tools import launches
+from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_edit_trained_through_the_kernels(name):
+    """Neurons alone: their forward and backward kernels in every step of the training."""
+    config = routed()
+    config = replace(
+        config, shift=replace(config.shift, enabled=False), neurons=replace(config.neurons, steps=2, margin=1e9)
+    )
+    editor = make_editor(name, config)
+    requests = make_requests(name)[:1]
+    made = {}
+    for backend in ("reference", "triton"):
+        editor.backend = backend
+        with launches() as started, pytest.warns(UserWarning):
+            made[backend] = editor.edit(requests, progress=False)
+        assert bool(started) == (backend == "triton")
+    (ours,), (theirs,) = made["triton"].entries, made["reference"].entries
+    assert ours.steps == theirs.steps == 2
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+    for layer, own in made["triton"].layers.items():
+        torch.testing.assert_close(own.values, made["reference"].layers[layer].values, rtol=1e-2, atol=1e-4)
+
+
+def test_editor_refuses_an_unknown_backend():
+    editor = make_editor("opt")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'reference'"):
+        uk.Editor(editor.model, editor.collator.processor, backend="magic")
+
+
+@pytest.mark.parametrize(("name", "config"), [("opt", ALWAYS), ("llama", ROUTED)], ids=["always", "routed"])
+def test_inductor_compiles_a_patched_model_in_one_graph(name, config):
+    torch._dynamo.reset()
+    model = make_model(name, layers=2)
+    inputs = inputs_for(model, (5, 3, 4))
+    prompts = {k: v[:2] for k, v in inputs.items()}
+    handle = uk.patch(model, edits_for(model, config, prompts=prompts, layers=(1,)))
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    with torch.no_grad():
+        logits = compiled(**inputs, use_cache=False).logits
+        torch.testing.assert_close(logits, model(**inputs, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        with handle.disabled():
+            base = model(**inputs, use_cache=False).logits
+    assert (logits - base).abs().amax(dim=(1, 2))[:2].min() > 1e-2
+
+
+@pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
+def test_compiled_model_runs_the_kernels(config):
+    torch._dynamo.reset()
+    model = make_model("llama", layers=2)
+    inputs = inputs_for(model, (5, 3, 4))
+    prompts = {k: v[:2] for k, v in inputs.items()}
+    config = replace(config, shift=replace(config.shift, enabled=False))
+    edits = edits_for(model, config, prompts=prompts, layers=(1,))
+    with torch.no_grad():
+        with uk.patch(model, edits, backend="reference"):
+            expected = model(**inputs, use_cache=False).logits
+        uk.patch(model, edits, backend="triton")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with launches() as started:
+            logits = compiled(**inputs, use_cache=False).logits
+    assert started
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
