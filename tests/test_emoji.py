@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers")
 
 from bench.quality.emoji import data, evaluate, records, train
 from bench.quality.emoji import model as tiny
-from bench.quality.emoji.language import LanguageStage
+from bench.quality.emoji.language import LanguageStage, cache_features
 from bench.quality.emoji.vision import VisionStage, normalise, read_drawings
 
 CHANCE = 0.02  # bound on exact match at chance: guessing among 330 names gives 0.003; 0.02 is 5 right of 250
@@ -193,3 +196,102 @@ def test_a_resumed_training_equals_an_uninterrupted_one(make: Any, tmp_path: Pat
         results.append(stage.parameters)
     assert any(not torch.equal(a, b) for a, b in zip(make(start).parameters, results[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_where_there_is_none(tmp_path: Path) -> None:
+    """The checkpoint's tensors carry a GPU's name, as those of a run on one do."""
+    torch.set_num_threads(1)
+    start, results = tiny.make_model(5), []
+    for written in ("cpu", "cuda:0"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.serialization, "location_tag", lambda storage, written=written: written)
+            assert not train.run_stage(
+                vision_stage(copy.deepcopy(start)), 2, seed=5, checkpoint=tmp_path / written, stop_at=1
+            )
+        stage = vision_stage(copy.deepcopy(start))
+        assert train.run_stage(stage, 2, seed=5, checkpoint=tmp_path / written)
+        results.append(stage.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what crosses between the host and the device: copies, and operators that mix the two."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.sent, self.mixed = device, 0, Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, str(function)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        out = function(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        places = {t.device.type for t in [*given, *made] if t.dim() > 0 or t.device.type == self.device}
+        if len(places) > 1 and self.device in places:
+            copied = "_to_copy" in name or "copy_" in name
+            self.sent += copied
+            self.mixed[name] += not copied
+        return out
+
+
+@pytest.mark.parametrize("make", (vision_stage, language_stage))
+def test_a_step_stays_on_the_models_device(make: Any) -> None:
+    """On "meta", which refuses to be read: draws and token ids are sent there, and everything else is made there."""
+    stage = make(tiny.make_model(5).to("meta"))
+    tensors = [*stage.parameters, *stage.module.buffers()]
+    tensors += [value for value in vars(stage).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > len(stage.parameters) and all(t.device.type == "meta" for t in tensors)
+    stage.module.train()
+    with Traffic("meta") as traffic:
+        loss, shown = stage.step(torch.Generator().manual_seed(0), 0.5)
+        loss.backward()
+    assert not +traffic.mixed and traffic.sent > 0
+    assert loss.device.type == "meta" and {value.device.type for value in shown.values()} == {"meta"}
+    assert all(p.grad is None or p.grad.device.type == "meta" for p in stage.parameters)
+    assert sum(p.grad is not None for p in stage.parameters) > 50
+
+
+def test_features_are_cached_on_the_models_device() -> None:
+    model = tiny.make_model(5).to("meta")
+    with Traffic("meta") as traffic:
+        assert cache_features(model, torch.Generator().manual_seed(0), 2).device.type == "meta"
+    assert not +traffic.mixed
+
+
+@pytest.mark.parametrize(("claimed", "expected"), (("cpu", 3), ("cuda", 1)))
+def test_a_gpu_is_asked_for_its_figures_now_and_then(
+    claimed: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage runs on the CPU; only the driver takes it for one on a GPU."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(train, "SHOWN_EVERY", 2)
+    stage, reads, tolist = vision_stage(tiny.make_model(5)), [], torch.Tensor.tolist
+
+    class Claiming:
+        name, module, parameters, device, step = (
+            "vision",
+            stage.module,
+            stage.parameters,
+            torch.device(claimed),
+            stage.step,
+        )
+
+    def counted(tensor: torch.Tensor) -> Any:
+        reads.append(tensor)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    assert train.run_stage(Claiming(), 3, seed=5, checkpoint=tmp_path / "checkpoint")
+    assert len(reads) == expected
+
+
+@pytest.mark.parametrize("gpu", (False, True))
+def test_the_device_is_an_argument(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(train, "train", lambda seed, vision, language, device: asked.append(device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for more in ([], ["--device", "cpu"], ["--device", "cuda:1"]):
+        monkeypatch.setattr("sys.argv", ["train", *more])
+        train.main()
+    assert asked == [torch.device(name) for name in ("cuda" if gpu else "cpu", "cpu", "cuda:1")]

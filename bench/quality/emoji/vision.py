@@ -33,10 +33,13 @@ def normalise(pictures: Tensor) -> Tensor:
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return uint8 pictures [B, 3, 64, 64] turned, moved, scaled and recoloured at random, normalised."""
+    """Return uint8 pictures [B, 3, 64, 64] turned, moved, scaled and recoloured at random, normalised.
+
+    The random numbers come from `generator`, on the CPU, wherever the pictures are: every device sees the same ones.
+    """
 
     def uniform(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=generator) * 2 - 1) * strength
+        return ((torch.rand(shape, generator=generator) * 2 - 1) * strength).to(pictures.device, non_blocking=True)
 
     size = len(pictures)
     angle, scale, shift = uniform(size) * 0.2, 1 + uniform(size, 2) * 0.15, uniform(size, 2, 1) * 0.15
@@ -66,30 +69,37 @@ class Heads(nn.Module):
 
 
 class VisionStage:
-    """One training step of stage 1; the driver in `train.py` owns the optimiser, the steps and the checkpoints."""
+    """One training step of stage 1; the driver in `train.py` owns the optimiser, the steps and the checkpoints.
+
+    Everything lies on the model's device.
+    """
 
     name = "vision"
 
     def __init__(self, model: Any, seed: int, batch: int = 128) -> None:
         self.model, self.batch = model, batch
-        self.heads = Heads(seed)
-        self.pictures = read_drawings()
+        self.device = model.query_tokens.device
+        self.heads = Heads(seed).to(self.device)
+        self.pictures = read_drawings().to(self.device)
         kinds = sorted({concept.kind for concept in data.concepts()})
         index = {concept.id: i for i, concept in enumerate(data.concepts())}
-        self.labels = torch.tensor([index[concept.id] for concept, _ in data.drawings()])
-        self.kinds = torch.tensor([kinds.index(concept.kind) for concept, _ in data.drawings()])
+        self.labels = torch.tensor([index[concept.id] for concept, _ in data.drawings()]).to(self.device)
+        self.kinds = torch.tensor([kinds.index(concept.kind) for concept, _ in data.drawings()]).to(self.device)
         self.module = nn.ModuleDict(
             {"vision": model.vision_model, "qformer": model.qformer, "heads": self.heads},
         )
         self.parameters = [*self.module.parameters(), model.query_tokens]
 
-    def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one random batch, and what to show beside it; `progress` runs from 0 to 1.
+
+        Nothing is read back from the device.
 
         The augmentation grows over the first half: 67 % right after 1,000 steps, 33 % at full strength from the start.
         """
         strength = min(0.7, 0.2 + progress)
         rows = torch.randint(len(self.pictures), (self.batch,), generator=generator)
+        rows = rows.to(self.device, non_blocking=True)
         states = tiny.image_states(self.model, augment(self.pictures[rows], generator, strength))
         cosines, kind_logits = self.heads(states)
         labels = self.labels[rows]
@@ -98,4 +108,4 @@ class VisionStage:
         loss = loss + 0.1 * F.cross_entropy(kind_logits, self.kinds[rows])
         right = (cosines[-1].argmax(-1) == labels).float().mean()
         own = cosines[-1].gather(1, labels[:, None]).mean()
-        return loss, {"right": right.item(), "cosine": own.item()}
+        return loss, {"right": right, "cosine": own.detach()}
