@@ -6,9 +6,14 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from bench.quality import world
+from bench.quality.emoji import model as emoji
+from bench.quality.emoji import records
 from tests.editing_tiny import make_editor, make_requests, routed
 from tests.kernel_tools import launches
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
+from unike_kernels.config import RoutingConfig, UnikeConfig
+from unike_kernels.editing.inputs import Sample
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
@@ -72,3 +77,32 @@ def test_compiled_model_runs_the_kernels(config):
             logits = compiled(**inputs, use_cache=False).logits
     assert started
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The trained emoji model with two routed edits, and questions: edited, rephrased, another drawing, unrelated."""
+    model, processor = emoji.load(0)
+    config = UnikeConfig(routing=RoutingConfig(mode="routed"))
+    editor = uk.Editor(model, processor, config, backend="reference")
+    editor.build_memory(world.triplets(60), progress=False)
+    editor.fit()
+    items = records.records("development", "name", 2)
+    edits = editor.edit([world.request(r) for r in items], progress=False)
+    samples = []
+    for r in items:
+        picture = world.picture(r["image"])
+        samples += [Sample(r["src"], r["alt"], picture), Sample(r["rephrase"], r["alt"], picture)]
+        samples.append(Sample(r["src"], r["alt"], world.picture(r["image_rephrase"])))
+        samples += [Sample(r["m_loc_q"], r["m_loc_a"], world.picture(r["m_loc"])), Sample(r["loc"], r["loc_ans"])]
+    return editor, edits, samples
+
+
+def test_generate_says_the_same_with_the_kernels(demo):
+    editor, edits, samples = demo
+    said = {"base": editor.collator.generate(samples, max_new_tokens=3)}
+    for backend in ("reference", "triton"):
+        with uk.patch(editor.model, edits, routing="routed", backend=backend), launches() as started:
+            said[backend] = editor.collator.generate(samples, max_new_tokens=3)
+        assert (backend == "triton") == bool(started)
+    assert said["triton"] == said["reference"] != said["base"]
