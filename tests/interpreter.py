@@ -95,6 +95,19 @@ def repair() -> None:
         for short, op in compare.items():
             _compare(builder, handle, f"create_fcmp{ordered}{short}", op, narrow, value, tl.int1)
 
+    # The compare-and-swap of tl.sort and tl.topk: one element at a time in Python, hundreds of times slower.
+    apply_impl = interpreter.ReduceOps.apply_impl
+
+    def apply(self: Any, tensor: Any) -> Any:
+        if self.combine_fn is not tl.standard._xor_combine:
+            return apply_impl(self, tensor)
+        one = tensor[0] if isinstance(tensor, tuple) else tensor
+        data = np.bitwise_xor.reduce(one.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        result = self.to_tensor(data, one.dtype)
+        return (result,) if isinstance(tensor, tuple) else result
+
+    interpreter.ReduceOps.apply_impl = apply
+
     for name in ("sum", "min_max"):
         _refuse_bf16(interpreter.ReduceOps, name, bf16)
 

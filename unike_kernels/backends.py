@@ -52,13 +52,25 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise ValueError(f"backend {backend!r} cannot run here: {reason}")
 
 
-def implementation(operator: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """The kernel that `backend` means for an operator's tensors, all on one device; None: the reference."""
+def implementation(
+    operator: str, backend: str, tensors: Sequence[Tensor], args: Sequence[Any]
+) -> Callable[..., Any] | None:
+    """The kernel that `backend` means for an operator's arguments, their tensors on one device; None: the reference.
+
+    "auto" is the reference also where the kernel has no room for such arguments.
+    """
     first = tensors[0]
     if backend == "reference" or (backend == "auto" and not first.is_cuda):
         return None
     wide = next((t.dtype for t in tensors if t.dtype == torch.float64), first.dtype)
-    return None if resolve(backend, first.device, wide) == "reference" else triton_kernels.launcher(operator)
+    if resolve(backend, first.device, wide) == "reference":
+        return None
+    refused = triton_kernels.refusal(operator, args)
+    if refused is None:
+        return triton_kernels.launcher(operator)
+    if backend == "auto":
+        return None
+    raise ValueError(f"backend {backend!r} cannot run {operator}: {refused}")
 
 
 @lru_cache

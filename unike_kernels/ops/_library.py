@@ -44,7 +44,7 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
         at = len(args) - 1 - after
         backend, args = args[at], args[:at] + args[at + 1 :]
         tensors = [leaf for leaf in _flat(args) if isinstance(leaf, Tensor)]
-        chosen = backends.implementation(name, backend, tensors)
+        chosen = backends.implementation(name, backend, tensors, args)
         if chosen is not None:
             return chosen(*args)
         device = tensors[0].device.type

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..triton_kernels import MAX_K
 from ._checks import Check, check_shape, require, require_tensors, shape
 
 
@@ -38,9 +37,6 @@ def cosine_topk(
         raise TypeError(f"k must be an int, but got {type(k).__name__}")
     require_tensors(("q", "keys"), {"q": q, "keys": keys, "key_norm": key_norm}, {"ranges": ranges})
     check_arguments(require, q, keys, k, key_norm, ranges)
-    if backend != "reference" and k > MAX_K:
-        require(backend == "auto", lambda: f"backend {backend!r} finds at most {MAX_K} items, but k is {k}")
-        backend = "reference"
     key_norm = None if key_norm is None else key_norm.detach()
     return torch.ops.unike.cosine_topk(q.detach(), keys.detach(), k, key_norm, ranges, backend)
 

@@ -5,7 +5,7 @@ A launcher takes the operator's positional arguments, allocates through `launchi
 builds every kernel exactly as a launcher would start it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +22,17 @@ LAUNCHERS = {
     "knowledge_shift": "knowledge_shift",
     "knowledge_shift_backward": "knowledge_shift_backward",
 }
+
+
+def refusal(name: str, args: Sequence[Any]) -> str | None:
+    """Why the launcher of the operator `name` cannot take these arguments; None: it can."""
+    if name == "cosine_topk":
+        _, keys, k, *_ = args
+        if k > MAX_K:
+            return f"k is {k}, and it finds at most {MAX_K} items"
+        if keys.shape[0] >= 2**31:
+            return f"there are {keys.shape[0]} keys, and it takes fewer than {2**31}"
+    return None
 
 
 def launcher(name: str) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def cosine_topk_scan(
     keys,  # [N, d]
     key_norm,  # [N] or None
     ranges,  # [T, 2] int64 or None
-    found,  # [T, P, KP] int64, out: the best of this program's rows for each query
+    found,  # [T, KP, P] int64, out: the best of this program's rows for each query, the best of all programs first
     T,
     N,
     d,
@@ -105,13 +105,13 @@ def cosine_topk_scan(
                 wide_k = k_tile.to(tl.float32)
                 squares_k += tl.sum(wide_k * wide_k, axis=1)
         if key_norm is None:
-            norm = tl.sqrt(squares_k)
+            norm = tl.sqrt_rn(squares_k)
         else:
             norm = tl.load(key_norm + row * norm_stride, mask=is_row, other=1.0).to(tl.float32)
-        norm_q = tl.sqrt(squares_q)
+        norm_q = tl.sqrt_rn(squares_q)
         # A zero vector has cosine 0. Dividing twice, as the reference does, cannot overflow where its result does not.
-        scores = dots / tl.where(norm_q == 0, float("inf"), norm_q)[None, :]
-        scores = scores / tl.where(norm == 0, float("inf"), norm)[:, None]
+        scores = tl.div_rn(dots, tl.where(norm_q == 0, float("inf"), norm_q)[None, :] + tl.zeros_like(dots))
+        scores = tl.div_rn(scores, tl.where(norm == 0, float("inf"), norm)[:, None] + tl.zeros_like(dots))
         seen = (is_row[:, None] & is_query[None, :]) & (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
         packed = tl.where(seen, _pack(scores, row.to(tl.int32)[:, None]), NOTHING)
         packed = tl.trans(packed)  # [BLOCK_T, BLOCK_N]
@@ -119,21 +119,24 @@ def cosine_topk_scan(
         worst = tl.min(best, axis=1)
         if tl.max((packed > worst[:, None]).to(tl.int32)) > 0:
             best = _keep_best(best, tl.topk(packed, KP), KP)
-    place = (of_tile.to(tl.int64)[:, None] * programs + tl.program_id(0)) * KP + tl.arange(0, KP)[None, :]
+    place = (of_tile.to(tl.int64)[:, None] * KP + tl.arange(0, KP)[None, :]) * programs + tl.program_id(0)
     tl.store(found + place, best, mask=is_query[:, None])
 
 
 @triton.jit
 def cosine_topk_merge(
-    found,  # [T, P * KP] int64
+    found,  # [T, KP * P] int64
     scores,  # [T, K] float32, out
     indices,  # [T, K] int64, out
-    count,  # P * KP
+    count,  # KP * P
     K,
     KP: tl.constexpr,
     BLOCK: tl.constexpr,  # at least KP
 ):
-    """Program t: the K best of what all programs found for query t. Moves 8 P KP bytes."""
+    """Program t: the K best of what all programs found for query t. Moves 8 P KP bytes.
+
+    Every program's best come first, so that a chunk or two hold the result and the others are not sorted.
+    """
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([1, KP], NOTHING, tl.int64)
     for start in tl.range(0, count, BLOCK):
@@ -178,7 +181,7 @@ tuning.ROWS += [
 def cosine_topk(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launches the scan and the merge. Workspace: 8 (T + 32) P KP bytes, P KP T at most 2**23 or one list per query.
+    """Launches the scan and the merge. Workspace: 8 KP bytes for each of T + 8448 lists at most (16 MiB at T = 8192).
 
     q [..., d]; keys [N, d] of fp16, bf16 or fp32; k at most 128. fp16 or bf16 products run on tensor cores where both
     have the same dtype, all others in float32. Norms are computed on the way where key_norm is None.
@@ -200,7 +203,7 @@ def cosine_topk(
     choice["BLOCK_N"] = block_n = max(block_n, kp)  # a block holds at least as many rows as are kept of it
     tiles = triton.cdiv(tokens, block_t)
     programs = min(triton.cdiv(n, block_n), max(1, most // tiles))
-    found = launching.new((tokens, programs, kp), torch.int64, q.device)
+    found = launching.new((tokens, kp, programs), torch.int64, q.device)
     launching.launch(
         cosine_topk_scan,
         (programs, tiles),
