@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import native, ops
 from .reference import compute_dtype
 
 
@@ -36,6 +36,7 @@ class ExternalMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
+        self._index = native.KeptIndex()
         capacity = len(sem) if capacity is None else capacity
         for name, rows in (("sem", sem), ("keys", keys), ("values", values)):
             self.register_buffer(name, rows.new_zeros((capacity, *rows.shape[1:])), persistent=False)
@@ -86,7 +87,13 @@ class ExternalMemory(nn.Module):
         start = torch.zeros((), dtype=torch.long, device=q.device)
         end = self.counts[1] if selected is None else self.counts[0]
         ranges = torch.stack([start, end]).expand(len(q), 2)
-        scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=self.backend)
+        index = self._index.of(q, self.sem, self.sem_norm) if self.backend == "auto" else None
+        if index is not None:  # the CPU, few queries, many items
+            scores, indices = index.search(q, k, ranges)
+        else:
+            scores, indices = ops.cosine_topk(
+                q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=self.backend
+            )
         if selected is None or self.capacity == 0:
             return scores, indices
         own = torch.where(selected >= 0, selected + self.counts[0], -1)  # [T, m]

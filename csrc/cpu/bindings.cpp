@@ -31,14 +31,15 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("instructions", &unike::instructions, "'avx2' or 'portable': what this machine runs");
     py::class_<unike::Int8Index>(m, "Int8Index")
         .def(py::init([](uintptr_t rows, const std::string& dtype, int64_t n, int64_t d, int64_t stride, uintptr_t norm,
-                         bool portable) {
-                 if (n < 0 || d < 1 || stride < d) throw std::invalid_argument("keys need n >= 0, d >= 1, stride >= d");
+                         bool portable, int threads) {
+                 if (n < 0 || d < 1 || stride < d || threads < 1)
+                     throw std::invalid_argument("keys need n >= 0, d >= 1, stride >= d, threads >= 1");
                  const unike::Keys keys{pointer<void>(rows), dtype_of(dtype), n, d, stride, pointer<float>(norm)};
                  py::gil_scoped_release release;
-                 return std::make_unique<unike::Int8Index>(keys, portable);
+                 return std::make_unique<unike::Int8Index>(keys, portable, threads);
              }),
              py::arg("rows"), py::arg("dtype"), py::arg("n"), py::arg("d"), py::arg("stride"), py::arg("norm"),
-             py::arg("portable"))
+             py::arg("portable"), py::arg("threads"))
         .def(
             "search",
             [](const unike::Int8Index& index, uintptr_t q, int64_t t, int64_t k, uintptr_t ranges, uintptr_t scores,

@@ -61,7 +61,8 @@ struct Int8Index::Query {
     double length, residual;
 };
 
-Int8Index::Int8Index(const Keys& keys, bool portable) : keys_(keys), portable_(portable || !has_avx2()) {
+Int8Index::Int8Index(const Keys& keys, bool portable, int threads)
+    : keys_(keys), portable_(portable || !has_avx2()) {
     const int64_t n = keys.n, d = keys.d;
     padded_ = (d + 63) / 64 * 64;
     block_ = 64;
@@ -80,25 +81,34 @@ Int8Index::Int8Index(const Keys& keys, bool portable) : keys_(keys), portable_(p
     scale_.resize(size_t(n));
     residual_.resize(size_t(n));
 
+    // The centre is the mean of the rows that can be found: no zero row (room for more items), none that is not finite.
     std::vector<double> sum(size_t(d), 0.0);
-    std::vector<float> buffer(size_t(padded_), 0.0f);
-    int64_t finite = 0;
+    std::vector<float> row_buffer(static_cast<size_t>(padded_));
+    int64_t counted = 0;
     for (int64_t row = 0; row < n; ++row) {
-        bool good = true;
-        const float inverse = keys.norm[row] == 0 ? 0.0f : 1 / keys.norm[row];
-        for (int64_t i = 0; i < d; ++i) {
-            buffer[size_t(i)] = widen(keys.dtype, row_of(keys, row), i) * inverse;
-            good &= bool(std::isfinite(buffer[size_t(i)]));
-        }
-        finite += good;
-        for (int64_t i = 0; good && i < d; ++i) sum[size_t(i)] += buffer[size_t(i)];
+        float* x = row_buffer.data();
+        normalised(row, x);
+        if (keys.norm[row] == 0 || !std::all_of(x, x + d, [](float value) { return std::isfinite(value); })) continue;
+        for (int64_t i = 0; i < d; ++i) sum[size_t(i)] += x[i];
+        ++counted;
     }
     centre_.assign(size_t(padded_), 0.0f);
-    for (int64_t i = 0; i < d && finite; ++i) {
-        const float mean = float(sum[size_t(i)] / double(finite));
+    for (int64_t i = 0; i < d && counted; ++i) {
+        const float mean = float(sum[size_t(i)] / double(counted));
         centre_[size_t(i)] = std::isfinite(mean) ? mean : 0.0f;
     }
-    for (int64_t row = 0; row < n; ++row) encode(row, buffer.data());
+    share(n, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> buffer(static_cast<size_t>(padded_));
+        for (int64_t row = begin; row < end; ++row) encode(row, buffer.data());
+    });
+}
+
+// u_i = key_i / key_norm_i, zeros after the d-th element.
+void Int8Index::normalised(int64_t row, float* u) const {
+    vectors(portable_).widen[int(keys_.dtype)](row_of(keys_, row), keys_.d, u);
+    const float inverse = keys_.norm[row] == 0 ? 0.0f : 1 / keys_.norm[row];
+    for (int64_t i = 0; i < keys_.d; ++i) u[i] *= inverse;
+    std::fill(u + keys_.d, u + padded_, 0.0f);
 }
 
 int64_t Int8Index::bytes() const {
@@ -117,12 +127,11 @@ void Int8Index::rotate(float* row) const {
 
 void Int8Index::encode(int64_t row, float* x) {
     int8_t* codes = codes_ + row * padded_;
-    const float inverse = keys_.norm[row] == 0 ? 0.0f : 1 / keys_.norm[row];
+    normalised(row, x);
     double length = 0, of_centre = 0;
     for (int64_t i = 0; i < padded_; ++i) {
-        const float u = i < keys_.d ? widen(keys_.dtype, row_of(keys_, row), i) * inverse : 0.0f;
-        x[i] = u - centre_[size_t(i)];
-        length += double(u) * u;
+        length += double(x[i]) * x[i];
+        x[i] -= centre_[size_t(i)];
         of_centre += double(centre_[size_t(i)]) * centre_[size_t(i)];
     }
     rotate(x);

@@ -33,7 +33,7 @@ const char* instructions();
 class Int8Index {
   public:
     // Reads all keys once. They must stay where they are, unchanged, as long as the index lives: the best are read again.
-    Int8Index(const Keys& keys, bool portable);
+    Int8Index(const Keys& keys, bool portable, int threads);
     Int8Index(const Int8Index&) = delete;
     Int8Index& operator=(const Int8Index&) = delete;
 
@@ -49,7 +49,8 @@ class Int8Index {
   private:
     struct Query;
     void rotate(float* row) const;
-    void encode(int64_t row, float* buffer);
+    void normalised(int64_t row, float* u) const;
+    void encode(int64_t row, float* x);
     float exact(const float* q, int64_t row) const;
     void scan(const std::vector<Query>& queries, int64_t begin, int64_t end, float* scores) const;
     void select(Query& query, const float* approximate, int64_t k, float* scores, int64_t* indices, int64_t* reranked,

@@ -56,6 +56,11 @@ float portable_dot(const float* a, const void* b, int64_t n) {
     return float(sum);
 }
 
+template <typename T>
+void widen_row(const void* row, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = at(static_cast<const T*>(row), i);
+}
+
 #ifdef UNIKE_X86
 AVX2 int32_t avx2_dot_int8(const int16_t* a, const int8_t* b, int64_t n) {
     __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -111,9 +116,11 @@ bool has_avx2() {
 
 const Vectors& vectors(bool portable) {
     static const Vectors plain = {portable_dot_int8,
-                                  {portable_dot<float>, portable_dot<BFloat16>, portable_dot<Float16>}};
+                                  {portable_dot<float>, portable_dot<BFloat16>, portable_dot<Float16>},
+                                  {widen_row<float>, widen_row<BFloat16>, widen_row<Float16>}};
 #ifdef UNIKE_X86
-    static const Vectors avx2 = {avx2_dot_int8, {avx2_dot<float>, avx2_dot<BFloat16>, avx2_dot<Float16>}};
+    static const Vectors avx2 = {avx2_dot_int8, {avx2_dot<float>, avx2_dot<BFloat16>, avx2_dot<Float16>},
+                                 {widen_row<float>, widen_row<BFloat16>, widen_row<Float16>}};
     static const bool usable = has_avx2();
     if (usable && !portable) return avx2;
 #else
@@ -123,13 +130,5 @@ const Vectors& vectors(bool portable) {
 }
 
 const char* instructions() { return has_avx2() ? "avx2" : "portable"; }
-
-float widen(Dtype dtype, const void* row, int64_t i) {
-    switch (dtype) {
-        case Dtype::bfloat16: return at(static_cast<const BFloat16*>(row), i);
-        case Dtype::float16: return at(static_cast<const Float16*>(row), i);
-        default: return at(static_cast<const float*>(row), i);
-    }
-}
 
 }  // namespace unike

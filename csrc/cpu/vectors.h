@@ -12,11 +12,10 @@ struct Vectors {
     int32_t (*dot_int8)(const int16_t* a, const int8_t* b, int64_t n);
     // a [n] fp32 times b [n], one for each Dtype. The order of the sum depends on n alone, so equal rows score equal.
     float (*dot[3])(const float* a, const void* b, int64_t n);
+    void (*widen[3])(const void* row, int64_t n, float* out);
 };
 
 bool has_avx2();
 const Vectors& vectors(bool portable);
-
-float widen(Dtype dtype, const void* row, int64_t i);  // element i of a row
 
 }  // namespace unike
