@@ -154,18 +154,16 @@ def test_decoding_reads_no_value(name, config):
         assert ours.seen[read] == base.seen[read], read
 
 
-def test_decode_step_writes_only_into_tensors_that_nobody_kept():
-    model, inputs, handle = patched("opt", ALWAYS)
-    kept = []
-    model.model.decoder.layers[2].fc2.register_forward_hook(lambda module, args, out: kept.append(out), prepend=True)
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_what_others_keep_of_an_ffn_is_not_written_to(name):
+    model, inputs, _ = patched(name, ALWAYS)
+    layers = model.model.decoder.layers if name == "opt" else model.model.layers
+    last, kept = layers[2].fc2 if name == "opt" else layers[2].mlp.down_proj, []
     with torch.no_grad():
         step = decode_step(model, inputs)
-        kept.clear()
+        last.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())), prepend=True)
         step()
-        with handle.disabled():
-            seen = kept[0].clone()
-            module = model.model.decoder.layers[2].fc2
-    assert torch.equal(seen, kept[0]) and type(module) is torch.nn.Linear
+    assert len(kept) == 1 and torch.equal(*kept[0])
 
 
 class Stepping:
