@@ -157,3 +157,73 @@ def test_extra_rows_are_as_good_as_concatenated_ones():
     for name in ("keys", "key_bias", "values", "up", "up_bias"):
         wide[name] = wide[name][:0]
     torch.testing.assert_close(check(wide), check(given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_many_tokens_take_the_base_ffn_and_the_kernel_of_extra_neurons(gated, dtype):
+    for tokens in (65, 128):
+        given = arguments(tokens, gated=gated, dtype=dtype)
+        with poisoned(), launches() as counted:
+            y = ops.augmented_ffn(**given, backend="triton")
+        assert counted and not any(name.startswith("augmented_ffn") for name in counted)
+        exact, plain = (reference.augmented_ffn(**cast(given, wide)) for wide in (torch.float64, torch.float32))
+        assert_close_to_reference(y, exact, plain.to(dtype), factor=2)
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(module: Any, given: dict[str, Any], wanted: list[str], grad: torch.Tensor, **more: Any) -> list[Any]:
+    leaves = {name: given[name].detach().clone().requires_grad_() for name in wanted}
+    y = module.augmented_ffn(**{**given, **leaves}, **more)
+    return list(torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype), materialize_grads=True))
+
+
+def check_gradients(given: dict[str, Any], wanted: list[str] | None = None) -> None:
+    wanted = wanted or [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    grad = torch.randn_like(given["x"])
+    with poisoned():
+        found = gradients(ops, given, wanted, grad, backend="triton")
+    exact = gradients(reference, cast(given, torch.float64), wanted, grad)
+    plain = gradients(reference, cast(given, torch.float32), wanted, grad)
+    for name, g, e, p in zip(wanted, found, exact, plain, strict=True):
+        assert g.dtype == given[name].dtype and g.is_contiguous()
+        assert_close_to_reference(g, e, p.to(g.dtype), factor=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("act", list(reference.ACTIVATIONS))
+def test_all_gradients(act, gated, dtype):
+    check_gradients(arguments(12, act=act, gated=gated, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [["x"], ["zeta"], ["values", "zeta"], ["keys", "key_bias", "up"], ["w_v"], ["b_v", "up_bias"], ["w_up", "b_k"]],
+)
+def test_only_the_gradients_asked_for(wanted):
+    check_gradients(arguments(5), wanted)
+    check_gradients({**arguments(5), "beta": 0.0}, ["x", *(name for name in wanted if name != "x")])
+
+
+def test_gradients_without_neurons_or_tokens():
+    check_gradients(arguments(5, n=0))
+    check_gradients(arguments(5, width=0))
+    check_gradients(arguments(0))
+
+
+def test_gradients_of_several_dtypes_and_in_chunks(monkeypatch):
+    monkeypatch.setattr("unike_kernels.triton_kernels.augmented_ffn_backward.CHUNK", 4)
+    given = arguments(10, dtype=torch.bfloat16)
+    for name in ("keys", "key_bias", "values", "up", "up_bias", "zeta"):  # edits in training, on a base in half
+        given[name] = given[name].float()
+    check_gradients(given)
+
+
+def test_autocast_changes_nothing():
+    given = arguments(70)
+    plain = ops.augmented_ffn(**given, backend="triton")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(ops.augmented_ffn(**given, backend="triton"), plain)

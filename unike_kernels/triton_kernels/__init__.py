@@ -17,7 +17,7 @@ LAUNCHERS = {
     "extra_neurons_": "extra_neurons",
     "extra_neurons_backward": "extra_neurons_backward",
     "augmented_ffn": "augmented_ffn",
-    "augmented_ffn_backward": "augmented_ffn",
+    "augmented_ffn_backward": "augmented_ffn_backward",
     "cosine_topk": "cosine_topk",
     "knowledge_shift": "knowledge_shift",
     "knowledge_shift_backward": "knowledge_shift_backward",
