@@ -35,7 +35,7 @@ def knowledge_shift_alpha_grad(
     grow = tl.cast(1.0, tl.float32)
     if RESCALE:
         if live:
-            _, k_norm, h_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
+            unused, k_norm, h_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
             grow = over(h_norm, k_norm)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
@@ -136,7 +136,7 @@ def knowledge_shift_mix_grad(
     k_norm, into_norm = turn, turn
     if RESCALE:
         if live:
-            _, k_norm, into_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
+            unused, k_norm, into_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
             grow = over(into_norm, k_norm)
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, D, BLOCK):

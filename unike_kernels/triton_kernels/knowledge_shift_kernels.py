@@ -356,7 +356,7 @@ def knowledge_shift_mix(
         live = a != (1.0 if INPUT else 0.0)
         if RESCALE:
             if live:
-                _, k_norm, h_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
+                unused, k_norm, h_norm = cosine_of(know + pid * D, h_input + pid * h_t, D, BLOCK)
                 grow = over(h_norm, k_norm)
         for start in range(0, D, BLOCK):
             cols = start + tl.arange(0, BLOCK)
