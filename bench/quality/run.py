@@ -50,14 +50,15 @@ def kept(seed: int, items: list[dict[str, Any]]) -> Path:
 
 
 def write_report() -> Path:
-    """results/README.md from every saved ablation."""
+    """results/README.md from every saved ablation, and results/notes.md, which is written by hand."""
     parts = ["# Ablation on the emoji world", "Made by `python -m bench.quality.run --rows ablation`."]
     for path in sorted(RESULTS.glob("ablation-seed*.json")):
         result = json.loads(path.read_text())
         where = ", ".join(f"{k} {v}" for k, v in sorted(result["environment"].items()))
         parts += [tables.report(result), f"Taken with {where}."]
+    parts.append((RESULTS / "notes.md").read_text(encoding="utf-8").rstrip())
     out = RESULTS / "README.md"
-    out.write_text("\n\n".join(parts) + "\n")
+    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out
 
 
