@@ -18,16 +18,18 @@ FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of 
 # Tiles hold BLOCK_R x BLOCK_K scores in float32; BLOCK_D, BLOCK_V: the columns of keys and values read at once.
 tuning.ROWS += [
     Row("knowledge_shift_attend", tuning.INTERPRETER, {}, {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_V": 32}),
-    Row("knowledge_shift_attend", 0, {"rows": 16, "items": 64}, _DECODE := {"BLOCK_R": 16, "num_warps": 4}),
-    Row("knowledge_shift_attend", 0, {"rows": 16, "items": 128}, {**_DECODE, "BLOCK_D": 64, "BLOCK_V": 64}),
-    Row("knowledge_shift_attend", 0, {"items": 64}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 4}),
-    Row("knowledge_shift_attend", 0, {"items": 128}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8}),
+    # The last rows are float32's: products without tensor cores keep both operands in registers.
+    Row("knowledge_shift_attend", 0, {"bytes": 2, "rows": 16, "items": 64}, _DECODE := {"BLOCK_R": 16, "num_warps": 4}),
+    Row("knowledge_shift_attend", 0, {"bytes": 2, "rows": 16, "items": 128}, {**_DECODE, "BLOCK_D": 64, "BLOCK_V": 64}),
+    Row("knowledge_shift_attend", 0, {"bytes": 2, "items": 64}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 4}),
+    Row("knowledge_shift_attend", 0, {"bytes": 2, "items": 128}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8}),
+    Row("knowledge_shift_attend", 0, {"items": 128}, {"BLOCK_R": 32, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_attend", 0, {}, {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_linear", tuning.INTERPRETER, {}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}),
     Row("knowledge_shift_linear", 0, {"rows": 16, "bytes": 2}, _FEW := {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}),
     Row("knowledge_shift_linear", 0, {"rows": 16}, {**_FEW, "BLOCK_K": 64}),
     Row("knowledge_shift_linear", 0, {"bytes": 2}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}),
-    Row("knowledge_shift_linear", 0, {}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
+    Row("knowledge_shift_linear", 0, {}, {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8}),
     Row("knowledge_shift_mix", 0, {}, {"BLOCK": 1024, "num_warps": 4}),
 ]
 
@@ -170,7 +172,8 @@ def attend_options(s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend"
     heads, hd = s.q.shape[1:]
     group, hv = heads // s.item_values.shape[1], s.item_values.shape[2]
     few = block(group)
-    options: dict[str, int] = dict(tuning.choose(kernel, s.q.device, rows=1 << 30 if tiled else few, items=s.block_k))
+    sizes = {"items": s.block_k, "bytes": max(t.dtype.itemsize for t in (s.q, s.item_keys, s.item_values))}
+    options: dict[str, int] = dict(tuning.choose(kernel, s.q.device, rows=1 << 30 if tiled else few, **sizes))
     if not tiled:
         options["BLOCK_R"] = few
     wide = 128 if s.block_k <= 64 else 64
