@@ -7,6 +7,7 @@ user could put together. `specification` is the reference, which decides whether
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.latency.shapes import SHAPES, Shape, hidden, weights
-from unike_kernels import ops, reference
+from unike_kernels import native, ops, reference
 
 Inputs = dict[str, Any]
 OURS = "unike"
+INDEXED = "unike, int8 index"
 NEURONS = 10  # of one edit at one layer, as the editor makes them
 K = 40  # items retrieved
 
@@ -173,7 +175,7 @@ def clone_and_concatenate(
 # ---------------------------------------------------------------------------------------------------------- search
 
 
-def search(shape: Shape, queries: int, items: int) -> Case:
+def search(shape: Shape, queries: int, items: int, on_cpu: bool = False) -> Case:
     """Exact top-40 by cosine in a memory of `items`."""
 
     def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -184,10 +186,30 @@ def search(shape: Shape, queries: int, items: int) -> Case:
             "k": min(K, items),
             "key_norm": torch.linalg.vector_norm(keys.float(), dim=1),
             "unit": F.normalize(keys.float(), dim=1).to(dtype),
+            "index": native.Int8Index(keys) if device.type == "cpu" and native.cpu() is not None else None,
         }
 
-    def ours(unit: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def ours(unit: Tensor, index: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         return ops.cosine_topk(**inputs)
+
+    def indexed(q: Tensor, k: int, index: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+        """What a memory on the CPU takes from its fiftieth search on."""
+        return index.search(q, k)
+
+    def faiss_knn(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+        import faiss
+
+        queries = F.normalize(q, dim=1).numpy()
+        scores, indices = faiss.knn(queries, unit.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(scores), torch.from_numpy(indices)
+
+    def usearch_exact(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+        from usearch.index import MetricKind, search
+
+        found = search(unit.numpy(), F.normalize(q, dim=1).numpy(), k, MetricKind.IP, exact=True)
+        shape = (len(q), k)  # one query comes back without its dimension
+        scores, indices = 1 - found.distances.reshape(shape), found.keys.reshape(shape).astype("int64")
+        return torch.from_numpy(scores), torch.from_numpy(indices)
 
     def mm_topk(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
         """The usual way: keys normalised beforehand, one product, torch's top-K."""
@@ -198,10 +220,16 @@ def search(shape: Shape, queries: int, items: int) -> Case:
         scores, indices = F.cosine_similarity(q[:, None], keys[None], dim=-1).topk(k)
         return scores.float(), indices
 
-    def specification(unit: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def specification(unit: Tensor, index: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         return reference.cosine_topk(**inputs)
 
-    providers = {OURS: ours, "mm + topk": mm_topk, "mm + topk, compiled": compiled(mm_topk)}
+    providers: dict[str, Callable[..., Any]] = {OURS: ours}
+    rivals = {"faiss": ("faiss", faiss_knn), "usearch": ("usearch", usearch_exact)}
+    if on_cpu and native.cpu() is not None:
+        providers[INDEXED] = indexed
+    if on_cpu:  # where they are installed
+        providers |= {name: run for name, (package, run) in rivals.items() if find_spec(package)}
+    providers |= {"mm + topk": mm_topk, "mm + topk, compiled": compiled(mm_topk)}
     if items * queries <= 40_000:  # it materialises [queries, items, d]
         providers["cosine_similarity + topk"] = cosine_similarity
     return Case(
@@ -280,5 +308,5 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
         for count in tokens:
             yield from (routed_neurons(shape, count, number) for number in edits)
             yield from (augmented_ffn(shape, count, extra) for extra in ((20,) if quick else (20, 1_000)))
-            yield from (search(shape, count, number) for number in items)
+            yield from (search(shape, count, number, device.type == "cpu") for number in items)
             yield shift(shape, count)

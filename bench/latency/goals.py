@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.latency.cases import OURS
+from bench.latency.cases import INDEXED, OURS
 
 Results = dict[str, Any]
 
@@ -70,6 +70,20 @@ def _faster(rival: str, items: tuple[int, ...], queries: tuple[int, ...]) -> Cal
     return figure
 
 
+def _indexed(items: tuple[int, ...]) -> Callable[[Results], Any]:
+    """The smallest time of torch.mm + topk over the int8 index's, for one query."""
+
+    def figure(results: Results) -> tuple[float, str] | None:
+        found = [
+            (case["timings"]["mm + topk"]["fastest"] / case["timings"][INDEXED]["fastest"], name)
+            for name, case in results["cases"].items()
+            if INDEXED in case["timings"] and case["sizes"]["N"] in items and case["sizes"]["T"] == 1
+        ]
+        return min(found, default=None)
+
+    return figure
+
+
 def _of_copy(items: int) -> Callable[[Results], Any]:
     """The smallest share of the copy bandwidth that a search of `items` reaches, d = 4096."""
 
@@ -88,6 +102,13 @@ def _of_copy(items: int) -> Callable[[Results], Any]:
 
 
 GOALS = [
+    Goal(
+        "int8 search on a CPU, torch.mm + topk over it at T = 1, 10,000 items, >= 4",
+        "cpu",
+        _indexed((10_000,)),
+        4.0,
+        False,
+    ),
     Goal("Vicuna-7B decoding step, retrieval per case, <= 1.015", "cuda", _step("vicuna-7b", 1), 1.015, True),
     Goal("OPT-2.7B decoding step, retrieval per case, <= 1.03", "cuda", _step("opt-2.7b", 1), 1.03, True),
     Goal("search at 1,000,000 items, share of copy bandwidth >= 0.92", "cuda", _of_copy(1_000_000), 0.92, False),

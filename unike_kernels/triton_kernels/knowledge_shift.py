@@ -21,8 +21,18 @@ tuning.ROWS += [
     # The last rows are float32's: products without tensor cores keep both operands in registers.
     Row("knowledge_shift_attend", 0, {"bytes": 2, "rows": 16, "items": 64}, _DECODE := {"BLOCK_R": 16, "num_warps": 4}),
     Row("knowledge_shift_attend", 0, {"bytes": 2, "rows": 16, "items": 128}, {**_DECODE, "BLOCK_D": 64, "BLOCK_V": 64}),
-    Row("knowledge_shift_attend", 0, {"bytes": 2, "items": 64}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 4}),
-    Row("knowledge_shift_attend", 0, {"bytes": 2, "items": 128}, {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8}),
+    Row(
+        "knowledge_shift_attend",
+        0,
+        {"bytes": 2, "items": 64},
+        {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 4},
+    ),
+    Row(
+        "knowledge_shift_attend",
+        0,
+        {"bytes": 2, "items": 128},
+        {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8},
+    ),
     Row("knowledge_shift_attend", 0, {"items": 128}, {"BLOCK_R": 32, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_attend", 0, {}, {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_linear", tuning.INTERPRETER, {}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}),
