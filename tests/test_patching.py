@@ -161,6 +161,10 @@ def nan_keys(edits):
     edits.layers[2].keys[0, 0] = float("nan")
 
 
+def many_items(edits):
+    edits.config = replace(edits.config, shift=replace(edits.config.shift, k=129))
+
+
 def uncalibrated(edits):
     edits.calibration = None
 
@@ -170,6 +174,7 @@ REFUSED = {
     "name of a method": ({"name": "keys"}, "must be usable as a module's name"),
     "name twice": ({"name": "there"}, r"a patch named 'there' is already on this model \(patches: there\)"),
     "backend": ({"backend": "magic"}, "backend must be one of .*, but got 'magic'"),
+    "items of triton": ({"change": many_items, "backend": "triton"}, "at most 128 items, but these edits ask for 129"),
     "mode": ({"mode": "melt"}, "mode must be .*, but got 'melt'"),
     "routing": ({"routing": "maybe"}, "routing must be 'edits', 'always' or 'routed', but got 'maybe'"),
     "no calibration": ({"change": uncalibrated, "routing": "routed"}, "these have no calibration"),

@@ -17,6 +17,7 @@ from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import Projections, empty_like_site
 from .records import LayerPatch, PatchRecord, records
 from .tracker import CaseTracker
+from .triton_kernels import MAX_K
 
 Items = tuple[Tensor, Tensor, Tensor, int]  # h_sem, keys and values of a memory, and how many belong to no single edit
 
@@ -73,7 +74,7 @@ def plan(
     config = effective_config(edits, routing)
     if config.routing.mode == "routed":
         _check_routed(edits, wanted[0])
-    chosen = [_resolve(holder, below.layers[i], backend) for i in wanted]
+    chosen = [_resolve(holder, below.layers[i], backend, config) for i in wanted]
     planned = [
         _plan_layer(holder, below.layers[i], i, edits, config, i == wanted[0], capacities, backend) for i in wanted
     ]
@@ -222,10 +223,13 @@ def _check_same_config(record: PatchRecord, new: UnikeConfig) -> None:
         raise ValueError(f"swap takes edits of the same config (patch, edits): {'; '.join(wrong)}; patch again instead")
 
 
-def _resolve(holder: nn.Module, sites: LayerSites, backend: str) -> str:
+def _resolve(holder: nn.Module, sites: LayerSites, backend: str, config: UnikeConfig) -> str:
     """The backend that `backend` means at these sites; ValueError when it cannot run there."""
     like = empty_like_site(holder, sites.attention)
-    return backends.resolve(backend, like.device, like.dtype)
+    chosen = backends.resolve(backend, like.device, like.dtype)
+    if backend == "triton" and config.shift.enabled and config.shift.k > MAX_K:
+        raise ValueError(f"backend 'triton' retrieves at most {MAX_K} items, but these edits ask for {config.shift.k}")
+    return chosen
 
 
 def _plan_layer(
