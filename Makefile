@@ -43,7 +43,7 @@ clean: ## remove builds and caches (keeps $(VENV))
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # .ready-EXTRA: $(VENV) has torch and this package with that extra. The constraint makes pip fail rather than replace torch.
-$(VENV)/.ready-%: pyproject.toml setup.py
+$(VENV)/.ready-%: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer, please: make PYTHON=python3.12")'
 	$(PY) -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
