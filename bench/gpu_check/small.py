@@ -1,0 +1,70 @@
+"""A few small calls of every operator, forward and backward, held to the reference: what a sanitizer runs.
+
+Sizes that hit tails: tokens, neurons, items and columns that are no multiples of any block.
+"""
+
+import torch
+from torch import Tensor
+
+from bench.tolerance import assert_close_to_reference
+from unike_kernels import ops, reference
+
+
+def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    """Every operator once; AssertionError where it is off."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def hold(name: str, leaves: dict[str, Tensor], **options: object) -> None:
+        """The kernel's outputs and gradients against those of the reference."""
+
+        def run(m: object, cast: torch.dtype, **more: object) -> list[Tensor]:
+            inputs = {key: leaf.detach().to(cast).requires_grad_() for key, leaf in leaves.items()}
+            out = getattr(m, name)(**inputs, **options, **more)
+            first = out if isinstance(out, Tensor) else out[0]
+            weight = torch.linspace(-1, 1, first.numel(), dtype=torch.float64).view(first.shape)
+            grads = torch.autograd.grad(first, list(inputs.values()), weight.to(first))
+            return [first.detach(), *grads]
+
+        found = run(ops, dtype, backend="triton")
+        same, truth = run(reference, dtype), run(reference, torch.float64)
+        for i, (mine, right, rounded) in enumerate(zip(found, truth, same, strict=True)):
+            assert_close_to_reference(mine, right, rounded, 3 if i else 2)
+
+    d, n = 72, 23
+    neurons = {"keys": rand(n, d), "key_bias": rand(n), "values": rand(n, d)}
+    groups = torch.tensor([0, 10, 10, 20], device=device)
+    cases = torch.arange(tokens, device=device) % 3
+    chosen = torch.tensor([[2], [-1], [0]], device=device)
+    hold("extra_neurons", {"x": rand(tokens, d), **neurons}, act="silu", group_ptr=groups)
+    routed = {"group_ptr": groups, "token_to_case": cases, "selected": chosen}
+    hold("extra_neurons", {"x": rand(tokens, d), **neurons}, act="gelu", **routed)
+    base = {"w_k": rand(50, d), "b_k": rand(50), "w_v": rand(d, 50), "b_v": rand(d)}
+    hold("augmented_ffn", {"x": rand(tokens, d), **base, **neurons}, act="relu")
+
+    keys = rand(130, d)
+    q = rand(tokens, d)
+    scores, indices = ops.cosine_topk(q, keys, 9, backend="triton")
+    truth, _ = reference.cosine_topk(q.double(), keys.double(), 9)
+    assert_close_to_reference(scores, truth, reference.cosine_topk(q, keys, 9)[0], 2)
+
+    items = {"item_keys": rand(130, 2, 40), "item_values": rand(130, 2, 40)}
+    heads = {"h_input": rand(tokens, 160), "q": rand(tokens, 4, 40), **items}
+    hold("knowledge_shift", heads, indices=indices, alpha=torch.linspace(0, 1, tokens, device=device))
+    hold("knowledge_shift", heads, indices=indices, clamp=False)
+
+
+def main() -> None:
+    """All dtypes, few and many tokens."""
+    device = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens in (1, 17, 70):
+            check(device, dtype, tokens)
+            torch.cuda.synchronize()
+            print(f"{dtype}, {tokens} tokens: right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The steps: commands with a time limit each, run one after the other; the results are on disk after every one."""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.latency.run import commit, write
+
+ROOT = Path(__file__).resolve().parents[2]
+TAIL = 3000  # characters kept of what a step printed
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. missing: why it cannot run here, which counts as failed; report: a JSON file that it writes."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    missing: str | None = None
+    report: Path | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def steps() -> list[Step]:
+    """Everything that only a GPU can tell, the most telling first."""
+    python = sys.executable
+    spread = ("-n", "8") if find_spec("xdist") else ()  # each process compiles its variants
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread)
+    files = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")))
+    sanitizer = shutil.which("compute-sanitizer")
+    without = None if sanitizer else "compute-sanitizer is not on the PATH"
+    sanitize = (sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all")
+    small = (python, "-m", "bench.gpu_check.small")
+    folder = Path(tempfile.mkdtemp())
+    latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
+    time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--quick", "--seconds", "0.5")
+    # One architecture: this machine's. The kernels' tests and the sanitizer do not need the native modules.
+    archs = (
+        (("UNIKE_CUDA_ARCHS", "{}{}".format(*torch.cuda.get_device_capability())),) if torch.cuda.is_available() else ()
+    )
+    return [
+        Step("small cases", small, 90),
+        Step("kernel tests", (*pytest, *files), 240),
+        Step("tests marked gpu", (*pytest, "-m", "gpu", "tests"), 120),
+        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 90, report=twins),
+        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 60, report=launches),
+        Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 90, without),
+        Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 90, without),
+        Step("latency", (*time_it, "--out", str(latency)), 120, report=latency),
+        Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
+    ]
+
+
+def run_all(wanted: Sequence[Step], about: dict[str, Any], file: Path, seconds: float) -> dict[str, Any]:
+    """Runs every step, whatever became of those before it, within `seconds` in all; `file` has what is done so far."""
+    results: dict[str, Any] = {**about, "steps": []}
+    end = time.monotonic() + seconds
+    for step in wanted:
+        results["steps"].append(run(step, min(step.seconds, end - time.monotonic())))
+        write(file, results)
+    return results
+
+
+def run(step: Step, seconds: float) -> dict[str, Any]:
+    """One step's result; a step that runs out of time is stopped with all its processes."""
+    done: dict[str, Any] = {"name": step.name, "command": " ".join(step.command), "passed": False, "seconds": 0.0}
+    if step.missing is not None or seconds <= 0:
+        return {**done, "said": step.missing or "no time was left for it"}
+    start = time.monotonic()
+    with subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env={**os.environ, **dict(step.environment)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said = process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
+    done |= {"passed": process.returncode == 0, "seconds": round(time.monotonic() - start, 1), "said": said[-TAIL:]}
+    if step.report is not None and step.report.exists():
+        done["report"] = json.loads(step.report.read_text(encoding="utf-8"))
+    return done
+
+
+def versions() -> dict[str, Any]:
+    """What the results belong to."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": driver,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for package in ("triton", "transformers"):
+        if find_spec(package):
+            found[package] = __import__(package).__version__
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line for every step, and the last words of those that failed."""
+    lines = [", ".join(f"{key} {value}" for key, value in results.items() if key != "steps")]
+    for step in results["steps"]:
+        lines.append(f"{'passed' if step['passed'] else 'FAILED'}  {step['seconds']:6.1f} s  {step['name']}")
+        if not step["passed"]:
+            lines += [f"        {line}" for line in step["said"].strip().splitlines()[-15:]]
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""The GPU check, as far as it can be had without a GPU: its steps, their limits, and the parts that compute."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_tools import DEVICE, INTERPRETED
+
+from bench.gpu_check import small, steps, twins
+from bench.latency.shapes import SHAPES
+from bench.tolerance import error
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    command = ["bash", "bench/gpu_check.sh", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+    )
+    assert done.returncode == 2
+    assert "there is no CUDA device here" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def fake(name, code, seconds=20.0, **more):
+    return steps.Step(name, (sys.executable, "-c", code), seconds, **more)
+
+
+def test_a_failed_step_stops_nobody_and_everything_is_kept(tmp_path):
+    report = tmp_path / "report.json"
+    wanted = [
+        fake("good", f"open({str(report)!r}, 'w').write('[1, 2]'); print('fine')", report=report),
+        fake("bad", "print('words'); raise SystemExit(3)"),
+        fake("slow", "import time; print('here', flush=True); time.sleep(60)", seconds=2.0),
+        fake("absent", "", missing="no such tool"),
+        fake("last", "print('still runs')"),
+    ]
+    file = tmp_path / "out.json"
+    results = steps.run_all(wanted, {"device": "none"}, file, 60.0)
+    assert json.loads(file.read_text()) == results
+    by_name = {step["name"]: step for step in results["steps"]}
+    assert [step["passed"] for step in results["steps"]] == [True, False, False, False, True]
+    assert by_name["good"]["report"] == [1, 2] and "words" in by_name["bad"]["said"]
+    assert "here" in by_name["slow"]["said"] and "stopped after 2 s" in by_name["slow"]["said"]
+    assert by_name["slow"]["seconds"] < 20 and by_name["absent"]["said"] == "no such tool"
+    shown = steps.table(results)
+    assert shown.count("FAILED") == 3 and "words" in shown and "fine" not in shown
+    late = steps.run_all([fake("never", "print(1)")], {}, file, 0.0)
+    assert late["steps"][0]["said"] == "no time was left for it"
+
+
+def test_every_command_names_something_that_is_there():
+    found = steps.steps()
+    assert len({step.name for step in found}) == len(found) >= 8
+    for step in found:
+        for word in step.command:
+            if word.startswith("bench."):
+                assert (ROOT / (word.replace(".", "/") + ".py")).exists(), word
+            if word.startswith("tests/"):
+                assert (ROOT / word).exists(), word
+    assert sum(word.startswith("tests/test_triton_") for word in found[1].command) >= 6
+
+
+def test_small_cases_are_right_and_can_fail(monkeypatch):
+    small.check(DEVICE, torch.float32, 3)
+    monkeypatch.setattr(small.reference, "extra_neurons", lambda x, *_, **options: 1.01 * torch.zeros_like(x) + x)
+    with pytest.raises((AssertionError, RuntimeError)):
+        small.check(DEVICE, torch.float32, 3)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_twins_agree(routed, gated):
+    name = "llama-100m" if gated else "tiny-blip2"
+    shape = dataclasses.replace(SHAPES[name], d=32, ffn=48, layers=4, heads=2, kv_heads=2, head_dim=16)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    found = twins.compare(shape, routed, DEVICE, dtype, items=12, new=2)
+    assert found["same tokens"] or dtype == torch.bfloat16
+    assert found["error, kernels"] <= 1e-2 * found["largest logit"]
+
+
+def test_twins_notice_a_wrong_kernel(monkeypatch):
+    shape = dataclasses.replace(SHAPES["tiny-blip2"], d=32, ffn=48, layers=4, heads=2, kv_heads=2, head_dim=16)
+    answer = twins.answer
+
+    def wrong(model, edits, prompt, routed, backend, new):
+        logits, tokens = answer(model, edits, prompt, routed, "reference", new)
+        return (logits * 1.02 if backend == "triton" else logits), tokens
+
+    monkeypatch.setattr(twins, "answer", wrong)
+    with pytest.raises(AssertionError, match="times that of plain torch"):
+        twins.compare(shape, False, DEVICE, torch.float32, items=12, new=1)
+    assert error(torch.ones(1), torch.zeros(1, dtype=torch.float64)) == 1.0
