@@ -33,6 +33,7 @@ LAYERS = {
     "routing": 3,
     "tracker": 3,
     "attaching": 4,
+    "fused": 4,
     "explain": 4,
     "handle": 4,
     "hooks": 4,

@@ -1,4 +1,4 @@
-"""Putting a planned patch on a model, and taking it off: child modules and forward hooks, nothing else."""
+"""Putting a planned patch on a model, and taking it off: child modules, forward hooks, and what `fused` adds."""
 
 import inspect
 import warnings
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .fused import FusedFfn
 from .hooks import (
     AttentionHook,
     AttentionInputHook,
@@ -75,6 +76,9 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     for hook in record.hooks:
         hook.remove()
     record.hooks.clear()
+    for fused in record.fused:
+        fused.leave()
+    record.fused.clear()
     for left in record.runtime.sites:
         left.leave()
     record.runtime.sites.clear()
@@ -127,6 +131,10 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
             source = FfnInputHook(runtime)
             record.hooks.append(first.register_forward_pre_hook(source, with_kwargs=True))
         out = FfnOutputHook(runtime, layer.neurons, source, record.config.shift.positions)
+        if record.mode == "fuse":
+            out.fused = FusedFfn(holder, sites, runtime, layer.neurons)
+            record.fused.append(out.fused)
+            out.fused.enter()
         record.hooks.append(last.register_forward_hook(out, with_kwargs=True))
 
 

@@ -211,11 +211,14 @@ class FfnOutputHook:
 
     def __init__(self, runtime: Runtime, neurons: ExtraNeurons, source: FfnInputHook | None, positions: str) -> None:
         self.runtime, self.neurons, self.source, self.positions = runtime, neurons, source, positions
+        self.fused: Any = None  # the layer's FusedFfn, in a patch of mode "fuse"
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not self.runtime.enabled:
             return None
         x = self.source.take() if self.source is not None else first(args, kwargs)
+        if self.fused is not None and self.fused.take_done():
+            return None
         if x is None:  # switched on between the FFN's first and last module
             return None
         cases = self.runtime.cases(x)

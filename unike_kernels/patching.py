@@ -34,7 +34,9 @@ def patch(
     model: any module that holds a known decoder (`models.find_decoder`), or one described by `sites`.
     name: of this patch. Patches of different names stack, in the order in which they were made: each sees what those
         before it did at the same site, and all of them what happened in the layers below.
-    backend: "auto" or one of `backends.available()`. mode: "attach" (child modules and forward hooks).
+    backend: "auto" or one of `backends.available()`. mode: "attach" (child modules and forward hooks), or
+        "fuse", for inference with always-on edits and few tokens: one operator reads the FFN's weights and the neurons,
+        for up to 64 rows; everything else as in "attach". It needs plain nn.Linear and refuses others by name.
     routing: "edits" (what the edits say), "always" (neurons act on every token: the paper) or "routed".
     layers: decoder layers to edit, some of the edits' own (default: all of those).
     max_groups, max_neurons (per layer), max_items: capacities, so that `handle.swap` can take larger edits later.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backends
 from .config import UnikeConfig
 from .edits import BaseFingerprint, Edits
+from .fused import refuse_unless_plain
 from .hooks import Runtime
 from .memory import ExternalMemory
 from .models import Decoder, LayerSites, find_decoder, get_module, probe_weights, same_weights
@@ -58,8 +59,8 @@ def plan(
     _check_name(model, name)
     if backend not in backends.NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, backends.NAMES))}, but got {backend!r}")
-    if mode != "attach":
-        raise ValueError(f"mode must be 'attach', but got {mode!r}")
+    if mode not in ("attach", "fuse"):
+        raise ValueError(f"mode must be 'attach' or 'fuse', but got {mode!r}")
     if routing not in ("edits", "always", "routed"):
         raise ValueError(f"routing must be 'edits', 'always' or 'routed', but got {routing!r}")
     capacities.check()
@@ -78,8 +79,12 @@ def plan(
     planned = [
         _plan_layer(holder, below.layers[i], i, edits, config, i == wanted[0], capacities, backend) for i in wanted
     ]
+    if mode == "fuse":
+        for layer in planned:
+            if layer.neurons is not None:
+                refuse_unless_plain(holder, layer.sites, layer.index)
     runtime = Runtime(CaseTracker(name, holder))
-    return decoder, PatchRecord(name, edits, config, routing, chosen[0], below, planned, runtime)
+    return decoder, PatchRecord(name, edits, config, routing, chosen[0], below, planned, runtime, mode=mode)
 
 
 def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int, Items]:

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import UnikeConfig
 from .edits import Edits
+from .fused import FusedFfn
 from .hooks import Runtime
 from .models import Decoder, LayerSites
 from .modules import ExtraNeurons, KnowledgeShift, Router
@@ -40,6 +41,8 @@ class PatchRecord:
     layers: list[LayerPatch]
     runtime: Runtime
     hooks: list[RemovableHandle] = field(default_factory=list)
+    mode: str = "attach"
+    fused: list[FusedFfn] = field(default_factory=list)  # of mode "fuse"
     warned: bool = False  # that saving the model does not save the edits
 
 

@@ -21,6 +21,7 @@ class SiteStatus:
     device: str
     bytes: int
     backend: str
+    mode: str
 
 
 class Status(list[SiteStatus]):
@@ -65,6 +66,7 @@ def status(model: nn.Module) -> Status:
                         device=str(main.device),
                         bytes=sum(t.numel() * t.element_size() for t in module.buffers()),
                         backend=record.backend,
+                        mode=record.mode,
                     )
                 )
     return out
