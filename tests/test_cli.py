@@ -1,8 +1,11 @@
 """The command line, as a user runs it."""
 
 import json
+import subprocess
+from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import unike_kernels as uk
@@ -10,6 +13,7 @@ from bench.quality.emoji import model as emoji
 from bench.quality.emoji import records
 from bench.quality.emoji.data import DRAWINGS
 from tests.factories import make_edits
+from unike_kernels import cli, native
 from unike_kernels.cli import app
 
 runner = CliRunner()
@@ -21,6 +25,48 @@ def test_info_names_every_backend():
     assert uk.__version__ in result.output
     for backend in uk.backends.available():
         assert f"backend {backend.name}:" in result.output
+
+
+def test_info_tells_triton_gpus_and_native_modules(monkeypatch):
+    monkeypatch.setattr(cli, "version", lambda package: {"triton": "3.6.1"}[package])
+    monkeypatch.setattr(cli, "_gpus", lambda: ["GPU 0: some GPU"])
+    monkeypatch.setattr(native, "no_cpu", lambda: None)
+    monkeypatch.setattr(native, "no_cuda", lambda: "it was left out")
+    lines = runner.invoke(app, ["info"]).output.splitlines()
+    assert "triton 3.6.1" in lines
+    assert "GPU 0: some GPU" in lines
+    assert "native CPU search: usable" in lines
+    assert "native CUDA module: it was left out" in lines
+
+
+def test_info_without_triton_and_without_a_gpu(monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(cli, "version", missing)
+    monkeypatch.setattr(cli, "_gpus", list)
+    lines = runner.invoke(app, ["info"]).output.splitlines()
+    assert "triton is not installed" in lines
+    assert "no GPU that this torch can use" in lines
+
+
+def test_every_gpu_is_named_with_its_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, i))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"H20{i}")
+    told = subprocess.CompletedProcess([], 0, stdout="580.1\n580.1\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: told)
+    assert cli._gpus() == [
+        "GPU 0: H200, compute capability 9.0, driver 580.1",
+        "GPU 1: H201, compute capability 9.1, driver 580.1",
+    ]
+
+    def missing(*args, **options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert cli._gpus()[0].endswith("driver unknown")
 
 
 def test_inspect_lists_every_edit(tmp_path):

@@ -1,6 +1,8 @@
 """`unike-kernels`: info, inspect and edit on the command line."""
 
 import json
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +17,22 @@ app = typer.Typer(
 
 @app.command()
 def info() -> None:
-    """Which version this is, which torch it uses, and which backends can run here.
+    """Which version this is, which torch, triton and GPUs it finds, and which backends and native modules can run here.
 
     Example: unike-kernels info
     """
     import torch
 
-    from . import __version__, backends
+    from . import __version__, backends, native
 
     typer.echo(f"unike-kernels {__version__}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    typer.echo(f"triton {_version('triton') or 'is not installed'}")
+    for line in _gpus() or ["no GPU that this torch can use"]:
+        typer.echo(line)
     for backend in backends.available():
-        typer.echo(f"backend {backend.name}: {'usable' if backend.reason is None else backend.reason}")
+        typer.echo(f"backend {backend.name}: {backend.reason or 'usable'}")
+    typer.echo(f"native CPU search: {native.no_cpu() or 'usable'}")
+    typer.echo(f"native CUDA module: {native.no_cuda() or 'usable'}")
 
 
 @app.command()
@@ -77,6 +84,38 @@ def edit(
     typer.echo(
         f"saved to {out}; use them with: unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(out)!r}))"
     )
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package, without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    """One line for each GPU that torch can use: name, compute capability, driver."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        name = torch.cuda.get_device_name(i)
+        lines.append(f"GPU {i}: {name}, compute capability {major}.{minor}, driver {_driver() or 'unknown'}")
+    return lines
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, as nvidia-smi tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.split("\n")[0].strip() or None
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

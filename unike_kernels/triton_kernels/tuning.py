@@ -1,8 +1,8 @@
 """Launch choices: a table per kernel, architecture and shape. Never measured while a model runs.
 
 A row is (kernel, architecture, {size: largest value it is for}, choice); the first row that fits wins. Architecture 0
-means any, the interpreter included: every kernel ends with such a row. `unike-kernels tune` measures on the GPU at hand
-and writes rows to a file; the rows of the file named by UNIKE_TUNING are asked before those below.
+means any, the interpreter included: every kernel ends with such a row. Rows in the file named by UNIKE_TUNING are asked
+before those below; it is JSON, a list of {"kernel": name, "arch": 90, "at_most": {size: int}, "choice": {name: int}}.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,11 @@ def choose(kernel: str, device: torch.device, **sizes: int) -> Mapping[str, int]
     arch = architecture(device)
     for row in (*_measured(os.environ.get("UNIKE_TUNING")), *ROWS):
         if row.kernel == kernel and row.arch in (0, arch):
+            unknown = sorted(set(row.at_most) - set(sizes))
+            if unknown:
+                raise ValueError(
+                    f"{row} asks for {', '.join(unknown)}, but {kernel} has {', '.join(sizes) or 'no sizes'}"
+                )
             if all(sizes[size] <= most for size, most in row.at_most.items()):
                 return dict(row.choice)
     raise LookupError(f"no launch choice for {kernel} on architecture {arch} at {sizes}")
@@ -70,6 +75,32 @@ def _capability(index: int) -> int:
 
 @lru_cache
 def _measured(path: str | None) -> tuple[Row, ...]:
+    """The rows of a file. ValueError, which names the file and the entry, when it is not as it should be."""
     if not path:
         return ()
-    return tuple(Row(*row) for row in json.loads(Path(path).read_text(encoding="utf-8")))
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise ValueError(f"UNIKE_TUNING names {path}, which cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"UNIKE_TUNING names {path}, which must hold a JSON list of rows")
+    for i, entry in enumerate(entries):
+        wrong = _wrong(entry)
+        if wrong is not None:
+            raise ValueError(f"UNIKE_TUNING names {path}, where row {i}, {json.dumps(entry)}, is wrong: {wrong}")
+    return tuple(Row(**entry) for entry in entries)
+
+
+def _wrong(entry: Any) -> str | None:
+    """What is wrong with an entry of a file; None when it is a row."""
+    if not isinstance(entry, dict) or set(entry) != set(Row._fields):
+        return f"it must be an object with {', '.join(Row._fields)} and nothing else"
+    if not isinstance(entry["kernel"], str):
+        return "kernel must be a name"
+    if type(entry["arch"]) is not int or entry["arch"] < 0:
+        return "arch must be an integer such as 90, or 0 for any"
+    for field, least in (("at_most", 0), ("choice", 1)):
+        numbers = entry[field]
+        if not isinstance(numbers, dict) or not all(type(n) is int and n >= least for n in numbers.values()):
+            return f"{field} must be an object of integers, each at least {least}"
+    return None
