@@ -370,7 +370,7 @@ def table(scale):
         if row.arch in (0, tuning.INTERPRETER) and row.kernel not in rows:
             keep = ("num_warps", "num_stages", "programs")
             blocks = {k: v if k in keep else max(16, int(v * scale)) for k, v in row.choice.items()}
-            rows[row.kernel] = [row.kernel, 0, {}, {**blocks, "num_stages": 1}]
+            rows[row.kernel] = tuning.Row(row.kernel, 0, {}, {**blocks, "num_stages": 1})._asdict()
     return list(rows.values())
 
 
