@@ -69,6 +69,14 @@ def test_every_gpu_is_named_with_its_driver(monkeypatch):
     assert cli._gpus()[0].endswith("driver unknown")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_tune_without_a_gpu_says_so_and_writes_nothing(tmp_path):
+    result = runner.invoke(app, ["tune", "--out", str(tmp_path / "rows.json")])
+    assert result.exit_code == 1
+    assert "nothing to tune here: there is no CUDA device" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_lists_every_edit(tmp_path):
     edits = make_edits(n_edits=12)
     edits.save_pretrained(tmp_path / "edits")
@@ -79,7 +87,7 @@ def test_inspect_lists_every_edit(tmp_path):
 
 
 def test_help_shows_an_example():
-    for command in ("info", "inspect", "edit"):
+    for command in ("info", "inspect", "edit", "tune"):
         assert f"Example: unike-kernels {command}" in runner.invoke(app, [command, "--help"]).output
 
 

@@ -1,4 +1,4 @@
-"""`unike-kernels`: info, inspect and edit on the command line."""
+"""`unike-kernels`: info, inspect, edit and tune on the command line."""
 
 import json
 import subprocess
@@ -84,6 +84,43 @@ def edit(
     typer.echo(
         f"saved to {out}; use them with: unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(out)!r}))"
     )
+
+
+@app.command()
+def tune(out: Annotated[Path, typer.Option(help="JSON file for the launch choices; name it in UNIKE_TUNING.")]) -> None:
+    """Measures launch choices of the kernels on this GPU and writes the best ones. Slow: it compiles many kernels.
+
+    Example: unike-kernels tune --out h200.json
+    """
+    import os
+
+    import torch
+
+    from . import backends
+    from .triton_kernels import tuning
+
+    reason = next(backend.reason for backend in backends.available() if backend.name == "triton")
+    if reason is None and not torch.cuda.is_available():
+        reason = "there is no CUDA device"
+    if reason is None and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "TRITON_INTERPRET=1 would run the kernels on the CPU"
+    if reason is not None:
+        typer.echo(f"nothing to tune here: {reason}", err=True)
+        raise typer.Exit(1)
+    if not out.resolve().parent.is_dir():
+        raise typer.BadParameter(f"{out.resolve().parent} is not a folder")
+
+    from .triton_kernels import tune as search
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    tuner = search.Tuner(search.cases(device), search.measure_on_gpu)
+    with typer.progressbar(tuner.rows, label="rows", item_show_func=lambda row: row.kernel if row else "") as bar:
+        for row in bar:
+            tuner.improve(row)
+            table = tuner.table(tuning.architecture(device))  # written after every row: a stopped run has its share
+            out.write_text(json.dumps([r._asdict() for r in table], indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"{len(table)} rows in {out}; {len(tuner.refused)} choices could not run or gave other results")
+    typer.echo(f"use them with: UNIKE_TUNING={out}")
 
 
 def _version(package: str) -> str | None:

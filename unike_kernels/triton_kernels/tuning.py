@@ -1,13 +1,14 @@
 """Launch choices: a table per kernel, architecture and shape. Never measured while a model runs.
 
 A row is (kernel, architecture, {size: largest value it is for}, choice); the first row that fits wins. Architecture 0
-means any, the interpreter included: every kernel ends with such a row. Rows in the file named by UNIKE_TUNING are asked
-before those below; it is JSON, a list of {"kernel": name, "arch": 90, "at_most": {size: int}, "choice": {name: int}}.
+means any, the interpreter included: every kernel ends with such a row. `unike-kernels tune` measures on the GPU at hand
+and writes rows to a file. Rows in the file named by UNIKE_TUNING are asked before those below; it is JSON, a list of
+{"kernel": name, "arch": 90, "at_most": {size: int}, "choice": {name: int}}.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 INTERPRETER = 1  # the "architecture" of CPU tensors
 _pretended: int | None = None
+_try: Any = None
 
 
 class Row(NamedTuple):
@@ -44,7 +46,7 @@ def architecture(device: torch.device) -> int:
 def choose(kernel: str, device: torch.device, **sizes: int) -> Mapping[str, int]:
     """The choice for `kernel` on `device` at these sizes; a copy, so that a launcher may drop or add a key."""
     arch = architecture(device)
-    for row in (*_measured(os.environ.get("UNIKE_TUNING")), *ROWS):
+    for row in rows():
         if row.kernel == kernel and row.arch in (0, arch):
             unknown = sorted(set(row.at_most) - set(sizes))
             if unknown:
@@ -52,8 +54,24 @@ def choose(kernel: str, device: torch.device, **sizes: int) -> Mapping[str, int]
                     f"{row} asks for {', '.join(unknown)}, but {kernel} has {', '.join(sizes) or 'no sizes'}"
                 )
             if all(sizes[size] <= most for size, most in row.at_most.items()):
-                return dict(row.choice)
+                return dict(row.choice if _try is None else _try(row))
     raise LookupError(f"no launch choice for {kernel} on architecture {arch} at {sizes}")
+
+
+def rows() -> tuple[Row, ...]:
+    """All rows, in the order in which they are asked."""
+    return (*_measured(os.environ.get("UNIKE_TUNING")), *ROWS)
+
+
+@contextmanager
+def trying(choice_of: Callable[[Row], Mapping[str, int]]) -> Iterator[None]:
+    """Inside, `choice_of(row)` takes the place of the choice of a row that fits."""
+    global _try
+    before, _try = _try, choice_of
+    try:
+        yield
+    finally:
+        _try = before
 
 
 @contextmanager
