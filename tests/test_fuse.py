@@ -245,3 +245,104 @@ def test_what_changes_later_is_noticed(name, calls):
         assert len(calls) == 4 + 3
         hook.remove()
         torch.testing.assert_close(logits(model, inputs), with_fuse)
+
+
+def part(model, gated, plain):
+    """A module of an edited layer's FFN."""
+    return (
+        getattr(model.model.layers[2].mlp, gated)
+        if hasattr(model.model, "layers")
+        else getattr(model.model.decoder.layers[2], plain)
+    )
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_hooks_on_the_activation_are_refused_and_noticed(name, calls):
+    model = make_model(name)
+    inputs, edits = inputs_for(model, [4]), edits_for(model)
+
+    def watch():
+        return part(model, "act_fn", "activation_fn").register_forward_hook(lambda module, args, output: 2 * output)
+
+    hook = watch()
+    with pytest.raises(ValueError, match=r"layer 2: layers\.2\..*act.* has forward hooks"):
+        uk.patch(model, edits, mode="fuse")
+    with uk.patch(model, edits):
+        expected = logits(model, inputs)
+    hook.remove()
+    with uk.patch(model, edits, mode="fuse"):
+        hook = watch()
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    hook.remove()
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_forward_replaced_later_and_autocast_take_the_modules(name, calls):
+    model, found = make_model(name), {}
+    inputs, edits = inputs_for(model, [4]), edits_for(model)
+    linear = part(model, "up_proj", "fc2")
+    for mode in ("attach", "fuse"):
+        with uk.patch(model, edits, mode=mode), torch.autocast("cpu", torch.bfloat16):
+            found[mode] = logits(model, inputs)
+    assert torch.equal(found["fuse"], found["attach"]) and not calls
+    for mode in ("attach", "fuse"):
+        with uk.patch(model, edits, mode=mode):
+            vars(linear)["forward"] = lambda x: 2 * nn.Linear.forward(linear, x)
+            found[mode] = logits(model, inputs)
+        vars(linear).pop("forward", None)
+    torch.testing.assert_close(found["fuse"], found["attach"], rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3
+
+
+def test_an_activation_in_place_does_not_write_to_the_input(calls):
+    model = make_model("opt")
+    inputs, edits = inputs_for(model, [4]), edits_for(model)
+    for layer in model.model.decoder.layers:
+        layer.activation_fn = nn.ReLU(inplace=True)
+    with uk.patch(model, edits):
+        expected = logits(model, inputs)
+    with uk.patch(model, edits, mode="fuse"):
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
+
+
+def test_another_formula_is_refused_in_bfloat16():
+    model = make_model("llama", dtype=torch.bfloat16)
+    mlp = model.model.layers[3].mlp
+
+    class Scaled(type(mlp)):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    uk.patch(model, edits_for(model), mode="fuse").remove()
+    mlp.__class__ = Scaled
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp computes something else"):
+        uk.patch(model, edits_for(model), mode="fuse")
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_nothing_is_left_below_a_forward_that_was_put_around(name):
+    """As accelerate does it: the forward that was there stays as `_old_forward`, and comes back with its hook's end."""
+    model = make_model(name)
+    inputs = inputs_for(model, [4])
+    base, handle = logits(model, inputs), uk.patch(model, edits_for(model), mode="fuse")
+    module = model.model.layers[2].mlp if name == "llama" else part(model, "", "fc2")
+    module._old_forward = module.forward
+    module.forward = lambda *args: module._old_forward(*args)
+    assert not torch.equal(logits(model, inputs), base)
+    handle.remove()
+    assert torch.equal(logits(model, inputs), base)
+    module.forward = module._old_forward
+    assert torch.equal(logits(model, inputs), base)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_compiles_in_one_graph(name):
+    torch._dynamo.reset()
+    model = make_model(name, layers=2)
+    inputs = inputs_for(model, [5, 3])
+    uk.patch(model, edits_for(model, layers=(1,)), mode="fuse")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, logits(model, inputs))
