@@ -13,7 +13,6 @@ from kernel_tools import DEVICE, INTERPRETED
 
 from bench.gpu_check import small, steps, twins
 from bench.latency.shapes import SHAPES
-from bench.tolerance import error
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,26 +74,50 @@ def test_small_cases_are_right_and_can_fail(monkeypatch):
         small.check(DEVICE, torch.float32, 3)
 
 
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+
+
+def toy(name):
+    return dataclasses.replace(SHAPES[name], d=32, ffn=48, layers=4, heads=2, kv_heads=2, head_dim=16)
+
+
 @pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_twins_agree(routed, gated):
-    name = "llama-100m" if gated else "tiny-blip2"
-    shape = dataclasses.replace(SHAPES[name], d=32, ffn=48, layers=4, heads=2, kv_heads=2, head_dim=16)
-    dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    found = twins.compare(shape, routed, DEVICE, dtype, items=12, new=2)
-    assert found["same tokens"] or dtype == torch.bfloat16
+@pytest.mark.parametrize("name", ["tiny-blip2", "llama-100m"])
+def test_twins_agree(name, routed):
+    found = twins.compare(twins.wide(toy(name), routed, DEVICE, DTYPE, items=12), new=2)
+    assert found["same tokens generated"] or not INTERPRETED
     assert found["error, kernels"] <= 1e-2 * found["largest logit"]
 
 
-def test_twins_notice_a_wrong_kernel(monkeypatch):
-    shape = dataclasses.replace(SHAPES["tiny-blip2"], d=32, ffn=48, layers=4, heads=2, kv_heads=2, head_dim=16)
+def test_a_blip2_and_its_twin_agree():
+    found = twins.compare(twins.tiny_blip2(True, DEVICE, DTYPE), new=1)
+    assert found["edits move the logits by"] > 10 * found["error, kernels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: 1.02 * logits, "times that of plain torch"),
+        (lambda logits: logits.roll(1, -1), "times that of plain torch"),
+    ],
+)
+def test_twins_notice_a_wrong_kernel(change, message, monkeypatch):
     answer = twins.answer
 
-    def wrong(model, edits, prompt, routed, backend, new):
-        logits, tokens = answer(model, edits, prompt, routed, "reference", new)
-        return (logits * 1.02 if backend == "triton" else logits), tokens
+    def wrong(twin, backend, new):
+        logits, tokens = answer(twin, "reference", new)
+        return (change(logits) if backend == "triton" else logits), tokens
 
     monkeypatch.setattr(twins, "answer", wrong)
-    with pytest.raises(AssertionError, match="times that of plain torch"):
-        twins.compare(shape, False, DEVICE, torch.float32, items=12, new=1)
-    assert error(torch.ones(1), torch.zeros(1, dtype=torch.float64)) == 1.0
+    with pytest.raises(AssertionError, match=message):
+        twins.compare(twins.wide(toy("tiny-blip2"), False, DEVICE, torch.float32, items=12), new=1)
+
+
+def test_twins_notice_edits_that_do_nothing():
+    twin = twins.wide(toy("tiny-blip2"), False, DEVICE, torch.float32, items=12)
+    for layer in twin.edits.layers.values():
+        layer.values.zero_(), layer.zeta.zero_()
+    shift = dataclasses.replace(twin.edits.config.shift, enabled=False)
+    twin.edits.config = dataclasses.replace(twin.edits.config, shift=shift)
+    with pytest.raises(AssertionError, match="the edits move the logits by less than"):
+        twins.compare(twin, new=1)

@@ -62,7 +62,7 @@ def routed_neurons(shape: Shape, tokens: int, edits: int) -> Case:
             **gate,
             "group_ptr": torch.arange(edits + 1, device=device) * NEURONS,
             "token_to_case": torch.arange(tokens, device=device),
-            "selected": torch.randint(edits, (tokens, 1), generator=generator).to(device),
+            "selected": torch.randint(edits, (tokens, 1), generator=generator, device=generator.device).to(device),
             "act": shape.act,
         }
 
@@ -255,13 +255,14 @@ def shift(shape: Shape, tokens: int) -> Case:
 
     def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
         rows = partial(hidden, generator, dtype=dtype, device=device)
+        permuted = partial(torch.randperm, generator=generator, device=generator.device)
         return {
             "h_input": rows(tokens, width),
             "q": rows(tokens, shape.heads, shape.head_dim),
             "item_keys": rows(items, shape.kv_heads, shape.head_dim),
             "item_values": rows(items, shape.kv_heads, shape.head_dim),
-            "indices": torch.stack([torch.randperm(items, generator=generator)[:K] for _ in range(tokens)]).to(device),
-            "alpha": torch.rand(tokens, generator=generator).to(device),
+            "indices": torch.stack([permuted(items)[:K] for _ in range(tokens)]).to(device),
+            "alpha": torch.rand(tokens, generator=generator, device=generator.device).to(device),
         }
 
     def gather_sdpa(

@@ -35,11 +35,11 @@ SHAPES = {
 
 def hidden(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random states, of which one channel in a hundred is twenty times larger, as in trained models; never zeros."""
-    x = torch.randn(*shape, generator=generator)
+    x = torch.randn(*shape, generator=generator, device=generator.device)
     x[..., :: max(1, shape[-1] // max(1, shape[-1] // 100))] *= 20
     return x.to(device, dtype)
 
 
 def weights(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random weights of variance 1 / last size."""
-    return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device, dtype)
+    return (torch.randn(*shape, generator=generator, device=generator.device) * shape[-1] ** -0.5).to(device, dtype)
