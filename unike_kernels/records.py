@@ -30,7 +30,10 @@ class LayerPatch:
 
 @dataclass
 class PatchRecord:
-    """All that one patch put on a model. It holds no module of the model itself, so that copies stay independent."""
+    """All that one patch put on a model.
+
+    But for `fused`, it holds no module of the model itself; it is copied with its model, never alone.
+    """
 
     name: str
     edits: Edits
