@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, with its answer when teacher-forced; `image` is what the processor takes, None for text alone."""
+    """One question, with its answer when teacher-forced.
+
+    image: what the processor takes, or a picture's file (opened whenever it is needed); None for text alone.
+    """
 
     prompt: str
     target: str | None = None
@@ -167,7 +170,7 @@ class Collator:
         if sample.image is None:
             features = dict(self.tokenizer(sample.prompt, return_tensors="pt"))
         else:
-            features = dict(self.processor(images=sample.image, text=sample.prompt, return_tensors="pt"))
+            features = dict(self.processor(images=_opened(sample.image), text=sample.prompt, return_tensors="pt"))
         if features["input_ids"].numel() == 0:
             raise ValueError(f"prompt {sample.prompt!r} has no token, so it has no case token")
         if not _takes(model, "token_type_ids"):  # most tokenizers give them, few decoders know them
@@ -197,6 +200,16 @@ class Collator:
         # Models that generate from embeddings give the new tokens alone, the others the prompt before them.
         echoed = ids.shape[1] >= width and torch.equal(ids[:, :width].to(prompt), prompt)
         return ids[:, width:] if echoed else ids
+
+
+def _opened(image: Any) -> Any:
+    """A picture's file as RGB pixels; anything else as it is."""
+    if not isinstance(image, str | Path) or not Path(image).is_file():
+        return image
+    from PIL import Image
+
+    with Image.open(image) as picture:
+        return picture.convert("RGB")
 
 
 def image_digest(image: Any) -> str | None:
