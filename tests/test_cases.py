@@ -433,8 +433,12 @@ def test_speculative_decoding(config):
     prompt = {"input_ids": torch.tensor([[9, 8, 7, 9, 8, 7, 9, 8]])}
     expected = model.generate(**prompt, **GREEDY)
     lookup = {**GREEDY, "prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}
+    with handle.continuing("keep"), pytest.warns(UserWarning, match="prompts' ends with handle.set_cases"):
+        model.generate(**prompt, **lookup)
     handle.set_cases(case_positions=torch.tensor([7]))  # the first pass already holds guesses behind the prompt
-    with handle.continuing("keep"):
+    handle.record.runtime.tracker._warned = False
+    with handle.continuing("keep"), warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert torch.equal(model.generate(**prompt, **lookup), expected)
 
 

@@ -384,6 +384,16 @@ def test_collator_generates_for_pictures_and_text(model, processor, tokenizer):
             assert answer == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
 
+def test_answers_end_at_the_published_end_sign(model, processor):
+    assert model.end_sym == "###"
+    collator, asked = Collator(model, processor), [Sample("what is this ?", None, PICTURES[0])]
+    model.end_sym = ""
+    whole = collator.generate(asked, max_new_tokens=6)[0]
+    model.end_sym = whole.split()[-1]  # stands in for the sign, which random weights need not say
+    cut = collator.generate(asked, max_new_tokens=6)[0]
+    assert whole.startswith(cut) and model.end_sym not in cut and len(cut) < len(whole)
+
+
 def test_copies_keep_the_model_and_its_patch(model, processor):
     inputs = batch(processor)
     base, keys = model(**inputs).logits, list(model.state_dict())

@@ -155,9 +155,10 @@ class PatchHandle:
     def continuing(self, how: str) -> Iterator[None]:
         """Inside, says what several tokens on a KV cache that already holds some are; outside, they are refused.
 
-        "keep": the decided case goes on (speculative decoding). "new": they end a prompt, whose case is decided at its
-        last token: the next turn of a chat, the last chunk of a prompt, a prompt after a shared prefix. Edits reach
-        only tokens that run now.
+        "keep": the decided case goes on (speculative decoding; where the first pass already holds guesses behind the
+        prompt, as in transformers' assisted generation, `set_cases(case_positions=...)` has to name the prompt's end).
+        "new": they end a prompt, whose case is decided at its last token: the next turn of a chat, the last chunk of a
+        prompt, a prompt after a shared prefix. Edits reach only tokens that run now.
         """
         if how not in CONTINUATIONS:
             raise ValueError(f"how must be one of {', '.join(map(repr, CONTINUATIONS))}, but got {how!r}")

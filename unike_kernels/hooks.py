@@ -286,7 +286,10 @@ class RestoreCases:
 
 
 class LabelsHook:
-    """Forward pre-hook on every module around the decoder: keeps `labels` for the decoder's pass."""
+    """Forward pre-hook on every module around the decoder: keeps `labels`, and whether logits of several tokens count.
+
+    transformers' assisted generation asks for those of the prompt's end and of every guess behind it.
+    """
 
     def __init__(self, tracker: CaseTracker, module: nn.Module) -> None:
         self.tracker = tracker
@@ -299,16 +302,19 @@ class LabelsHook:
             labels = args[self.position]
         if labels is not None:
             self.tracker.labels = labels
+        wanted = kwargs.get("logits_to_keep")
+        if isinstance(wanted, int) and wanted > 1:
+            self.tracker.several_logits = True
 
 
 class LabelsDoneHook:
-    """Forward hook around the decoder, called even where the pass failed: its labels are not the next pass's."""
+    """Forward hook around the decoder, called even where the pass failed: what it kept is not the next pass's."""
 
     def __init__(self, tracker: CaseTracker) -> None:
         self.tracker = tracker
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.tracker.labels = None
+        self.tracker.labels, self.tracker.several_logits = None, False
 
 
 class LegacyReorder:

@@ -1,6 +1,12 @@
 """MiniGPT-4 as published: vision tower, Q-Former, one projection, LLaMA; put together from ready modules.
 
 Sizes: B rows, S tokens, Q query tokens (32 as published), d the language model's hidden size.
+
+TEMPLATE is what the published Vicuna weights were fine-tuned on: `prompt_template` of Vision-CAIR/MiniGPT-4's
+train_configs/minigpt4_stage2_finetune.yaml and eval_configs/minigpt4_eval.yaml, which ends in a space, around the lines
+of prompts/alignment.txt (a picture in <Img> and </Img>, a space, the question). Those weights end an answer with "###"
+(END, `end_sym` there) instead of EOS. The chat demo there (minigpt4/conversation/conversation.py) puts a system text
+before and no space behind: that is another `template`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 IMAGE = "<ImageHere>"  # in a template: where the picture goes; in a tokenizer: the placeholder of one image token
-TEMPLATE = f"###Human: <Img>{IMAGE}</Img> {{}} ###Assistant: "  # as published; {} is the question
+TEMPLATE = f"###Human: <Img>{IMAGE}</Img> {{}} ###Assistant: "  # {} is the question
+END = "###"
 
 
 def image_token_id(tokenizer: Any) -> int:
@@ -25,7 +32,8 @@ class MiniGPT4(nn.Module):
     visual_encoder: pictures -> [B, P, v], or an output with that as `last_hidden_state`; ln_vision: norm after it.
     Qformer: a Q-Former, or a module that holds one as `bert`; query_tokens: [1, Q, q].
     llama_model: a causal language model of transformers, its decoder found as `llama_model.model`.
-    llama_proj: q -> d; a fresh nn.Linear where none is given.
+    llama_proj: q -> d; a fresh nn.Linear where none is given. end_sym: what ends an answer beside EOS: an Editor cuts
+    generated answers there.
 
     Inputs are those of MiniGPT4Processor: Q placeholders in input_ids stand for the picture, so that logits and labels
     line up with input_ids one to one.
@@ -40,6 +48,7 @@ class MiniGPT4(nn.Module):
         llama_model: nn.Module,
         llama_tokenizer: Any,
         llama_proj: nn.Module | None = None,
+        end_sym: str = END,
     ) -> None:
         super().__init__()
         self.visual_encoder = visual_encoder
@@ -54,6 +63,7 @@ class MiniGPT4(nn.Module):
         self.llama_model = llama_model
         self.llama_tokenizer = llama_tokenizer
         self.image_token_id = image_token_id(llama_tokenizer)
+        self.end_sym = end_sym
 
     @classmethod
     def from_blip2(

@@ -39,6 +39,7 @@ class CaseTracker:
         self.explicit: Cases | None = None
         self.positions: Tensor | None = None  # [B] position of each row's case token, where named
         self.labels: Tensor | None = None  # of the pass that the modules around the decoder are in
+        self.several_logits = False  # that pass is asked for the logits of more than its last token
         self.slots: CaseState | None = None  # the last state of cases named by hand: the tensors to decide into
         self.chosen: Tensor | None = None  # [C, m] edits chosen by hand for the cases of the next passes
         self.continuation = "refuse"  # what several tokens on a used KV cache are
@@ -55,6 +56,7 @@ class CaseTracker:
             "explicit": None,
             "positions": None,
             "labels": None,
+            "several_logits": False,
             "chosen": None,
         }
         return {**self.__dict__, **of_this_process, "legacy": None}
@@ -163,6 +165,8 @@ class CaseTracker:
             last = case_tokens_from_labels(labels.to(device), last)
         elif given.get("use_cache") is False and cache is None:
             self._watch_growth(batch, length)
+        elif self.several_logits and not past:
+            self._watch_guesses()
         rows = torch.arange(batch, device=device) * length + last
         return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
@@ -228,6 +232,17 @@ class CaseTracker:
                 stacklevel=2,
             )
 
+    def _watch_guesses(self) -> None:
+        """Warns where a first pass may hold more than its prompt: nothing tells a guessed token from a prompt's."""
+        if not torch.compiler.is_compiling() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the logits of several tokens of a first pass are asked for, but its last token is taken for the "
+                "prompt's end. Where it already holds guesses (assisted generation, prompt lookup) or an answer, "
+                "name the prompts' ends with handle.set_cases(case_positions=...)",
+                stacklevel=2,
+            )
+
     # ------------------------------------------------------------------------------------------------ KV caches
 
     def kept(self, cache: Any) -> CaseState | None:
@@ -252,7 +267,8 @@ class CaseTracker:
             raise ValueError(
                 f"a pass of {length} tokens on a KV cache whose case was already decided is either one answer that "
                 "goes on (speculative decoding) or the rest of a prompt (a prompt in chunks, the next turn of a chat): "
-                "use `with handle.continuing('keep')` or `with handle.continuing('new')`"
+                "use `with handle.continuing('keep')`, and handle.set_cases(case_positions=...) where the first pass "
+                "already holds guesses behind the prompt, or `with handle.continuing('new')`"
             )
         if not state.version.live or (not torch.compiler.is_compiling() and state.version != self.version):
             raise ValueError(

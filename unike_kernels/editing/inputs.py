@@ -181,13 +181,16 @@ class Collator:
     def generate(
         self, samples: Sequence[Sample], batch_size: int = 32, max_new_tokens: int = 24, **kw: Any
     ) -> list[str]:
-        """Greedy answers to the prompts, stripped, in order; `kw` goes to the model's generate."""
-        out = [""] * len(samples)
+        """Greedy answers to the prompts, stripped, in order; `kw` goes to the model's generate.
+
+        A model with an `end_sym` (MiniGPT4) ends its answers there, not only at EOS.
+        """
+        out, end = [""] * len(samples), getattr(self.model, "end_sym", "")
         asked = [Sample(s.prompt, None, s.image) for s in samples]
         for batch in self.batches(asked, batch_size, side="left"):
             new = self.generate_ids(batch, max_new_tokens, **kw)
             for row, text in zip(batch.rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                out[row] = text.strip()
+                out[row] = (text.partition(end)[0] if end else text).strip()
         return out
 
     @torch.no_grad()
