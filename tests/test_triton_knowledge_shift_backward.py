@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from kernel_tools import DEVICE, DTYPES, launches, poisoned, shifted, strided
-from test_triton_knowledge_shift import SHAPES, case_tokens, ids, inputs, layer, on_cases, wide
+from shift_bodies import SHAPES, case_tokens, ids, inputs, layer, on_cases, wide
 from tolerance import assert_close_to_reference
 
 import unike_kernels as uk
