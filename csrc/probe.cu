@@ -1,5 +1,7 @@
 #include "probe.cuh"
 
+#include <device.cuh>
+
 namespace unike {
 namespace {
 
@@ -13,8 +15,9 @@ __global__ void write_architecture(int* out) {
 }  // namespace
 
 cudaError_t probe(int* out, cudaStream_t stream) {
-    write_architecture<<<1, 1, 0, stream>>>(out);
-    return cudaGetLastError();
+    Launch how;
+    how.stream = stream;
+    return launch(write_architecture, how, out);
 }
 
 }  // namespace unike
