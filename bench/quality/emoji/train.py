@@ -32,7 +32,7 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _write(path: Path, save: Any) -> None:
+def write(path: Path, save: Any) -> None:
     """Call `save(temporary path)` and rename, so that a killed run never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -42,14 +42,22 @@ def _write(path: Path, save: Any) -> None:
 
 
 def run_stage(
-    stage: Any, steps: int, seed: int, checkpoint: Path, *, stop_at: int | None = None, every: float = 60.0
+    stage: Any,
+    steps: int,
+    seed: int,
+    checkpoint: Path,
+    *,
+    stop_at: int | None = None,
+    every: float = 60.0,
+    rates: tuple[float, float] | None = None,
 ) -> bool:
     """Run `stage` up to `steps` from its checkpoint; True when it is finished.
 
     On the CPU that is bit for bit as if never stopped. A checkpoint of one device goes on on another. `stop_at` ends
-    the run early (as a kill would, with a checkpoint); `every` is the seconds between checkpoints.
+    the run early (as a kill would, with a checkpoint); `every` is the seconds between checkpoints. `rates`: the peak
+    learning rate and the weight decay, this file's own for the stage's name by default.
     """
-    peak, decay = LEARNING_RATE[stage.name], WEIGHT_DECAY[stage.name]
+    peak, decay = rates or (LEARNING_RATE[stage.name], WEIGHT_DECAY[stage.name])
     optimizer = torch.optim.AdamW(stage.parameters, lr=peak, weight_decay=decay, betas=(0.9, 0.98), fused=True)
     generator = torch.Generator().manual_seed(seed)
     start = 0
@@ -68,7 +76,7 @@ def run_stage(
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
         }
-        _write(checkpoint, lambda path: torch.save(state, path))
+        write(checkpoint, lambda path: torch.save(state, path))
 
     stage.module.train()
     last_saved, end = time.monotonic(), min(steps, stop_at if stop_at is not None else steps)
@@ -102,7 +110,7 @@ def save_weights(model: Any, seed: int) -> None:
         parameter.data.copy_(parameter.data.half().float())
     state = {name: tensor.half().contiguous().cpu() for name, tensor in model.state_dict().items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith(("lm_head.weight", "position_ids"))}
-    _write(tiny.weights_file(seed), lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write(tiny.weights_file(seed), lambda path: save_file(state, path, metadata={"format": "pt"}))
 
 
 def default_device() -> torch.device:
@@ -119,14 +127,14 @@ def train(
     """Train one base model on `device` (default: `default_device()`) and write its weights and its report."""
     device = device if device is not None else default_device()
     if not tiny.TOKENIZER_FILE.exists():
-        _write(tiny.TOKENIZER_FILE, lambda path: tiny.train_tokenizer(list(data.corpus())).save(str(path)))
+        write(tiny.TOKENIZER_FILE, lambda path: tiny.train_tokenizer(list(data.corpus())).save(str(path)))
     processor, model = tiny.make_processor(), tiny.make_model(seed).to(device)
     folder = CACHE / f"seed{seed}"
     run_stage(VisionStage(model, seed), vision_steps, seed, folder / "vision.pt")
     features = folder / "features.pt"
     if not features.exists():
         generator = torch.Generator().manual_seed(seed + 1)
-        _write(features, lambda path: torch.save(cache_features(model, generator, VIEWS).half().cpu(), path))
+        write(features, lambda path: torch.save(cache_features(model, generator, VIEWS).half().cpu(), path))
     stage = LanguageStage(model, processor, torch.load(features, weights_only=True, map_location=device).float())
     run_stage(stage, language_steps, seed + 2, folder / "language.pt")
     save_weights(model, seed)
@@ -137,7 +145,7 @@ def report(seed: int) -> None:
     """Measure the weights of `seed` on the CPU, print the figures and write them beside the weights."""
     text = json.dumps(evaluate.report(*tiny.load(seed)), indent=1)
     print(text)
-    _write(tiny.weights_file(seed).with_suffix(".json"), lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write(tiny.weights_file(seed).with_suffix(".json"), lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def main() -> None:

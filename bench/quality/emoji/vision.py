@@ -33,7 +33,12 @@ def normalise(pictures: Tensor) -> Tensor:
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return uint8 pictures [B, 3, 64, 64] turned, moved, scaled and recoloured at random, normalised.
+    """Return uint8 pictures [B, 3, 64, 64] distorted at random, normalised."""
+    return normalise(distort(pictures, generator, strength))
+
+
+def distort(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+    """Return uint8 pictures [B, 3, H, W] turned, moved, scaled and recoloured at random, as values in [0, 1].
 
     The random numbers come from `generator`, on the CPU, wherever the pictures are: every device sees the same ones.
     """
@@ -48,7 +53,7 @@ def augment(pictures: Tensor, generator: torch.Generator, strength: float = 1.0)
     ink = 1 - pictures.float() / 255  # so that the zeros which move in at the border are white
     ink = F.grid_sample(ink, F.affine_grid(theta, list(ink.shape), align_corners=False), align_corners=False)
     ink = ink * (1 + uniform(size, 3, 1, 1) * 0.15) + uniform(size, 1, 1, 1) * 0.05
-    return normalise(1 - ink.clamp(0, 1))
+    return 1 - ink.clamp(0, 1)
 
 
 class Heads(nn.Module):

@@ -1,0 +1,195 @@
+"""The projector's two stages: first towards the language model's own words, then through the language model.
+
+Known concepts are named, in the drawings that are not held out; groups and kinds are taught for all, and all are told
+apart by identity, without a word, as the emoji world's own vision stage does (what EVA-CLIP brings to BLIP-2).
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.quality.emoji import data
+from unike_kernels.minigpt4 import MiniGPT4
+
+from .features import held_out_drawings
+from .model import QFORMER, QUERY_TOKENS, TRAINED, see
+
+NAME_TOKENS = 3  # image tokens that start as a name's first tokens; the others start as its kind's
+SCALE = 16.0  # of cosines, as logits
+Pair = tuple[list[int], list[int]]  # token ids of (prompt, target with the end of sequence)
+
+
+class Identity(nn.Module):
+    """Prototypes that tell all concepts apart from the mean of the Q-Former's outputs; thrown away afterwards."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.prototypes = nn.Parameter(torch.randn(len(data.concepts()), QFORMER, generator=generator))
+
+    def loss(self, states: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy, share right) of states [B, Q, QFORMER] against concept indices [B]."""
+        cosine = F.normalize(states.mean(1).float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        loss = F.cross_entropy(SCALE * cosine, concepts, label_smoothing=0.05)
+        return loss, (cosine.argmax(-1) == concepts).float().mean()
+
+
+class _Stage:
+    """What both stages share: the projector's parts, the patches and who is drawn where."""
+
+    name = ""
+
+    def __init__(self, net: MiniGPT4, patches: Tensor, heads: Identity) -> None:
+        self.net, self.patches, self.heads = net, patches, heads
+        self.device = net.query_tokens.device
+        parts = {name: getattr(net, name) for name in TRAINED if name != "query_tokens"}
+        self.module = nn.ModuleDict({**parts, "heads": heads})
+        self.parameters = [*self.module.parameters(), net.query_tokens]
+        index = {concept.id: i for i, concept in enumerate(data.concepts())}
+        out = held_out_drawings()
+        drawn = data.drawings()
+        self.shown = torch.tensor([i for i, (c, artist) in enumerate(drawn) if (c.id, artist) not in out])
+        self.concept = torch.tensor([index[c.id] for c, _ in drawn])
+        self.known = torch.tensor([data.split_of()[c.id] == "known" for c, _ in drawn])
+
+    def states(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, Q, QFORMER] of drawings, each in a random view."""
+        view = torch.randint(len(self.patches), (len(rows),), generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return see(self.net, self.patches[view, rows].float())
+
+
+class AlignStage(_Stage):
+    """Image tokens learn to be the embeddings of a name's first tokens and of its kind's, no language model run."""
+
+    name = "align"
+
+    def __init__(self, net: MiniGPT4, tokenizer: Any, patches: Tensor, seed: int, batch: int = 128) -> None:
+        super().__init__(net, patches, Identity(seed))
+        self.batch = batch
+
+        def tokens(text: str, count: int) -> list[int]:
+            ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+            return [ids[min(i, len(ids) - 1)] for i in range(count)]
+
+        kinds = QUERY_TOKENS - NAME_TOKENS
+        wanted = torch.tensor([tokens(c.name, NAME_TOKENS) + tokens(c.kind, kinds) for c in data.concepts()])
+        known = torch.tensor([data.split_of()[c.id] == "known" for c in data.concepts()])
+        # no held-out name is among the words to choose from
+        words = torch.cat([wanted[known, :NAME_TOKENS].flatten(), wanted[:, NAME_TOKENS:].flatten()]).unique()
+        self.embeddings = net.llama_model.get_input_embeddings().weight.detach()[words].float()
+        self.wanted = torch.searchsorted(words, wanted.clamp(max=int(words[-1])))  # right where it is asked
+        self.size = self.embeddings.norm(dim=-1).mean().log()
+
+    def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one random batch, and what to show beside it; `progress` is not used."""
+        rows = self.shown[torch.randint(len(self.shown), (self.batch,), generator=generator)]
+        states = self.states(rows, generator)
+        image = self.net.llama_proj(states.float())  # [B, Q, d]
+        logits = SCALE * F.normalize(image, dim=-1) @ F.normalize(self.embeddings, dim=-1).T
+        wanted, known = self.wanted[self.concept[rows]], self.known[rows]
+        named = known[:, None] & (torch.arange(QUERY_TOKENS) < NAME_TOKENS)
+        asked = named | (torch.arange(QUERY_TOKENS) >= NAME_TOKENS)
+        loss = F.cross_entropy(logits[asked], wanted[asked], label_smoothing=0.05)
+        loss = loss + (image.norm(dim=-1).log() - self.size).square().mean()  # as long as an embedding is
+        identity, right = self.heads.loss(states, self.concept[rows])
+        name = (logits[named].argmax(-1) == wanted[named]).float().mean()
+        return loss + 0.5 * identity, {"name": name, "identity": right}
+
+
+class SpeakStage(_Stage):
+    """The frozen language model must answer questions about pictures; only the answers' tokens count."""
+
+    name = "speak"
+
+    def __init__(
+        self,
+        net: MiniGPT4,
+        tokenizer: Any,
+        patches: Tensor,
+        heads: Identity,
+        *,
+        batch: int = 48,
+        parts: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """parts: how many pieces a batch is run in, sorted by length; dtype: of the frozen language model's copy.
+
+        On an AVX-512 CPU bfloat16 made a forward about five times as fast as float32.
+        """
+        super().__init__(net, patches, heads)
+        self.batch, self.parts = batch, parts
+        self.language = copy.deepcopy(net.llama_model).to(dtype).requires_grad_(False)
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.ids = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        name, sorting = [], []
+        for row in self.shown.tolist():
+            concept = data.drawings()[row][0]
+            pairs = self._encode(data.picture_questions(concept))
+            asked = data.sorting_questions(concept)
+            sorting.append((row, self._encode(asked)))
+            if bool(self.known[row]):
+                name.append((row, pairs[: len(data.NAME)], pairs[-len(data.CAPTION) :]))
+        self.name, self.sorting = name, sorting
+
+    def _encode(self, pairs: list[tuple[str, str]]) -> list[Pair]:
+        return [([*self.ids(f"\n{prompt}")], [*self.ids(f" {target}"), self.eos]) for prompt, target in pairs]
+
+    def _draw(self, generator: torch.Generator) -> list[tuple[int, Pair, bool]]:
+        """(drawing, pair, whether it is a name): half names, a fifth captions, the rest groups and kinds."""
+        out = []
+        for i in range(self.batch):
+            kind = 0 if i < 0.5 * self.batch else 1 if i < 0.7 * self.batch else 2
+            population: list[Any] = self.name if kind < 2 else self.sorting
+            row, *choices = population[int(torch.randint(len(population), (1,), generator=generator))]
+            pairs = choices[kind if kind < 2 else 0]
+            out.append((row, pairs[int(torch.randint(len(pairs), (1,), generator=generator))], kind == 0))
+        return sorted(out, key=lambda drawn: len(drawn[1][0]) + len(drawn[1][1]))
+
+    def _answer(self, states: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+        """(negative log-likelihood [B], whether every token is the first choice [B])."""
+        head = 1 + QUERY_TOKENS
+        length = max(len(prompt) + len(target) for prompt, target in pairs)
+        ids = torch.zeros(len(pairs), length, dtype=torch.long)
+        at, sequence, wanted = [], [], []
+        for i, (prompt, target) in enumerate(pairs):
+            ids[i, : len(prompt) + len(target)] = torch.tensor(prompt + target)
+            start = i * (head + length) + head + len(prompt) - 1  # the position that predicts the first target token
+            at += range(start, start + len(target))
+            sequence += [i] * len(target)
+            wanted += target
+        embed = self.language.get_input_embeddings()
+        start_of_text = embed(torch.full((len(pairs), 1), self.bos))
+        image = self.net.llama_proj(states.float()).to(start_of_text)
+        # right-padded and causal: no mask is needed
+        hidden = self.language.model(
+            inputs_embeds=torch.cat([start_of_text, image, embed(ids)], 1), use_cache=False
+        ).last_hidden_state
+        logits = self.language.lm_head(hidden.flatten(0, 1)[at].contiguous()).float()
+        target, owner = torch.tensor(wanted), torch.tensor(sequence)
+        none = logits.new_zeros(len(pairs))
+        total = none.index_add(0, owner, F.cross_entropy(logits, target, reduction="none"))
+        wrong = none.index_add(0, owner, (logits.argmax(-1) != target).float())
+        return total, wrong == 0
+
+    def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one random batch, and what to show beside it; `progress` is not used."""
+        drawn = self._draw(generator)
+        rows = torch.tensor([row for row, _, _ in drawn])
+        states = self.states(rows, generator)
+        size = self.batch // self.parts
+        found = [
+            self._answer(states[i : i + size], [pair for _, pair, _ in drawn[i : i + size]])
+            for i in range(0, len(drawn), size)
+        ]
+        loss, right = (torch.cat(x) for x in zip(*found, strict=True))
+        identity, told = self.heads.loss(states, self.concept[rows])
+        named = torch.tensor([is_name for _, _, is_name in drawn])
+        shown = {"name": right[named].float().mean(), "other": right[~named].float().mean(), "identity": told}
+        return loss.mean() + 0.2 * identity, shown
