@@ -85,7 +85,7 @@ def test_few_items_and_the_edges_of_blocks(n, k):
     assert scores.shape == indices.shape == (2, 3, k)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 64, 65, 128])
 def test_any_number_of_queries(tokens):
     check(rand(tokens, 16), rand(40, 16), 2)
 
@@ -175,3 +175,14 @@ def test_more_than_the_kernel_keeps():
         ops.cosine_topk(q, keys, 129, backend="triton")
     scores, _ = ops.cosine_topk(q, keys, 129)  # "auto" takes the reference
     torch.testing.assert_close(scores, reference.cosine_topk(q, keys, 129)[0])
+
+
+def test_queries_in_chunks(monkeypatch):
+    q, keys = rand(37, 16), rand(90, 16)
+    ranges = torch.tensor([[i, 90 - i] for i in range(37)], device=DEVICE)
+    whole = found(q, keys, 3, ranges=ranges)
+    monkeypatch.setattr("unike_kernels.triton_kernels.cosine_topk.CHUNK", 16)
+    with launches() as counted:
+        parts = ops.cosine_topk(q, keys, 3, ranges=ranges, backend="triton")
+    assert counted["cosine_topk_scan"] == counted["cosine_topk_merge"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

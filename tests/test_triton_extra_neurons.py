@@ -78,7 +78,7 @@ def test_the_error_is_that_of_rounding(routing, dtype):
     check(*make(17, routing, dtype=dtype))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 64, 65, 128])
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 64, 65, 128])
 @pytest.mark.parametrize("routing", ["", "sc", "rc"])
 def test_numbers_of_tokens(tokens, routing):
     args, options = make(tokens, routing, sizes=(3, 17), d=24, d_out=24)
@@ -180,3 +180,12 @@ def test_repetitions_and_runs(routing):
 )
 def test_any_groups_and_routing(sizes, routing, tokens, gated, zeta):
     check(*make(tokens, routing, sizes=tuple(sizes), gated=gated, zeta=zeta, d=20, d_out=12))
+
+
+@pytest.mark.parametrize("routing", ["", "sc"])
+def test_in_place_of_its_own_input(routing):
+    """y and x in one storage: what is added is computed from x as it was."""
+    args, options = make(9, routing, d=24, d_out=24)
+    y, wanted = args["x"].clone(), args["x"] + reference.extra_neurons(**args, **options)
+    ops.extra_neurons_(y, **{**args, "x": y}, **options, backend="triton")
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)

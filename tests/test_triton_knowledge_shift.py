@@ -21,7 +21,7 @@ def test_given_alpha_is_one_launch(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 15, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 65, 128])
 def test_items_of_a_case(tokens, dtype):
     bodies.items_of_a_case(check, tokens, dtype)
 

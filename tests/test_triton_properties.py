@@ -512,6 +512,19 @@ def test_offsets_beyond_32_bits():
         )
 
 
+@pytest.mark.gpu
+def test_item_heads_that_lie_beyond_32_bits():
+    """Heads as the outer dimension of a memory: the third one starts 2**31 elements behind the first."""
+    heads, items, hd = 3, 9, 16
+    buffer = torch.empty(2**31 + items * hd, dtype=torch.float16, device=DEVICE)
+    view = buffer.as_strided((items, heads, hd), (hd, 2**30, 1))
+    near = rand(items, heads, hd, dtype=torch.float16)
+    view.copy_(near)
+    arguments = {**shift(3, heads=3, kv_heads=3, hd=hd, dtype=torch.float16), "alpha": torch.rand(3, device=DEVICE)}
+    far, wanted = (run("knowledge_shift", {**arguments, "item_keys": m, "item_values": m}) for m in (view, near))
+    assert all(torch.equal(a, b) for a, b in zip(far, wanted, strict=True))
+
+
 @pytest.mark.parametrize("form", ["always", "selected"])
 def test_thousands_of_groups_most_of_them_empty(form):
     sizes = [3 if g % 100 == 50 else 0 for g in range(2500)]

@@ -19,6 +19,7 @@ from .augmented_ffn import no_autocast
 
 CHUNK = 2048  # tokens at a time: the float32 hidden values of 18944 neurons are 155 MB
 NAMES = ("x", "w_k", "b_k", "w_v", "b_v", "w_up", "b_up", "keys", "key_bias", "values", "up", "up_bias", "zeta")
+KEEPS_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # out_dtype came with torch 2.8; without it: float32 copies
 _ROOT = 0.7978845608028654  # sqrt(2 / pi)
 
 
@@ -140,7 +141,7 @@ def _mm(a: Tensor, b: Tensor, like: Tensor | None = None) -> Tensor:
     """
     if like is not None and like.dtype != torch.float32 and like.dtype in (a.dtype, b.dtype):
         a, b = a.to(like.dtype), b.to(like.dtype)
-    if a.dtype == b.dtype and a.dtype != torch.float32 and a.is_cuda:
+    if a.dtype == b.dtype and a.dtype != torch.float32 and a.is_cuda and KEEPS_FLOAT32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

@@ -1,6 +1,6 @@
 """cosine_topk in Triton: one pass over the keys with a running top-K in every program, then a merge.
 
-Two launches for any number of queries. A score and its index are one int64: the score's bits, made to order as
+Two launches for up to 8192 queries. A score and its index are one int64: the score's bits, made to order as
 integers do, above the inverted index, so that one comparison gives the larger score and, among equal ones, the lower
 index. A row's score depends on the row and the query alone (d is always walked in the same steps), so the result does
 not depend on how the rows were divided.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import launching, tuning
 
+CHUNK = 8192  # queries at a time
 NOTHING = tl.constexpr(-(2**63))  # below every packed score: no finite score has this pattern
 
 
@@ -181,21 +182,31 @@ tuning.ROWS += [
 def cosine_topk(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launches the scan and the merge. Workspace: 8 KP bytes for each of T + 8448 lists at most (16 MiB at T = 8192).
+    """Launches the scan and the merge, CHUNK queries at a time.
 
     q [..., d]; keys [N, d] of fp16, bf16 or fp32; k at most 128. fp16 or bf16 products run on tensor cores where both
     have the same dtype, all others in float32. Norms are computed on the way where key_norm is None.
+    Workspace: 8 KP bytes for each of CHUNK + 8448 lists at most (16 MiB for k = 128), whatever T and N are.
     """
-    lead, n, d = q.shape[:-1], keys.shape[0], keys.shape[1]
+    lead, d = q.shape[:-1], keys.shape[1]
     q = q.reshape(-1, d)
     q = q if q.stride(1) == 1 or d == 1 else q.contiguous()
     keys = keys if keys.stride(1) == 1 or d == 1 else keys.contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
     tokens = q.shape[0]
     scores = launching.new((tokens, k), torch.float32, q.device)
     indices = launching.new((tokens, k), torch.int64, q.device)
-    if tokens == 0 or k == 0:
-        return scores.view(*lead, k), indices.view(*lead, k)
+    for first in range(0, tokens if k else 0, CHUNK):
+        part = slice(first, first + CHUNK)
+        _launch(q[part], keys, k, key_norm, None if ranges is None else ranges[part], scores[part], indices[part])
+    return scores.view(*lead, k), indices.view(*lead, k)
 
+
+def _launch(
+    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None, scores: Tensor, indices: Tensor
+) -> None:
+    """Both launches for queries q [T, d]; scores and indices [T, k] are written."""
+    tokens, (n, d) = q.shape[0], keys.shape
     wide = q.dtype != keys.dtype or q.dtype == torch.float32
     choice = dict(tuning.choose("cosine_topk", q.device, T=tokens, bytes=4 if wide else 2))
     block_n, block_t, most = choice["BLOCK_N"], choice["BLOCK_T"], choice.pop("programs")
@@ -210,7 +221,7 @@ def cosine_topk(
         q,
         keys,
         key_norm,
-        None if ranges is None else ranges.contiguous(),
+        ranges,
         found,
         tokens,
         n,
@@ -226,4 +237,3 @@ def cosine_topk(
     block = max(kp, min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
     merge = {"KP": kp, "BLOCK": block, "num_warps": 4}
     launching.launch(cosine_topk_merge, (tokens,), found, scores, indices, programs * kp, k, **merge)
-    return scores.view(*lead, k), indices.view(*lead, k)

@@ -18,6 +18,7 @@ from .extra_neurons_kernels import hidden, neuron_groups, selected_rows, selecte
 Maybe: TypeAlias = Tensor | None
 FEW_TOKENS = 64  # up to here a decode step, where tokens seldom share a case
 WORKSPACE = 128 << 20  # bytes of activations at a time
+MOST_TOKENS = 1 << 19  # at a time: a grid's second dimension ends at 65535 tiles of 16
 
 _CPU = tuning.INTERPRETER
 tuning.ROWS += [
@@ -62,6 +63,8 @@ def extra_neurons(x: Tensor, keys: Tensor, key_bias: Maybe, values: Tensor, *res
 def extra_neurons_(y: Tensor, x: Tensor, *rest: Any) -> None:
     """y += extra_neurons(x, ...), rounded once."""
     d_out = y.shape[-1]
+    if x.numel() and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr():
+        x = launching.new(x.shape, x.dtype, x.device).copy_(x)  # programs read all of x while others write y
     flat = contiguous_rows(y.reshape(-1, d_out))
     _run(flat, True, x, *rest)
     if flat.data_ptr() != y.data_ptr():  # strides that no [T, d_out] view has
@@ -152,7 +155,7 @@ def _dense(
     group_of = groups_of(keys, group_ptr) if group_ptr is not None and (route is not None or per_group) else None
     if zeta is not None and group_of is None:
         zeta = zeta.reshape(-1)[:d_out]  # of the one group
-    few = max(128, WORKSPACE // max(1, n * dot.itemsize) // 128 * 128)
+    few = min(MOST_TOKENS, max(128, WORKSPACE // max(1, n * dot.itemsize) // 128 * 128))
     for first in range(0, tokens, few):
         part = slice(first, min(first + few, tokens))
         count = part.stop - first

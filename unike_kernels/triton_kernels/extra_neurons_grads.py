@@ -137,13 +137,17 @@ def group_span(group_ptr, g, first_row, count):
 
 @triton.jit
 def group_sums(m, stride_m, token, there, start, end, BN: tl.constexpr):
-    """[BT] the sum of m[token, start to end]."""
-    sums = tl.zeros(token.shape, tl.float32)
+    """[BT] the sum of m[token, start to end].
+
+    Summed up after the loop: where a sum of loads inside a loop is used twice, Triton 3.6 may fail an assertion, which
+    ends the process (zeta_grads of one token).
+    """
+    sums = tl.zeros([token.shape[0], BN], tl.float32)
     for first in range(start, end, BN):
         i = first + tl.arange(0, BN).to(tl.int64)
         mask = there[:, None] & (i < end)[None, :]
-        sums += tl.sum(tl.load(m + token[:, None] * stride_m + i[None, :], mask=mask, other=0.0), 1)
-    return sums
+        sums += tl.load(m + token[:, None] * stride_m + i[None, :], mask=mask, other=0.0)
+    return tl.sum(sums, 1)
 
 
 @triton.jit
