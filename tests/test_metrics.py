@@ -101,3 +101,24 @@ def test_locality_is_symmetric_and_bounded(ids, data):
     assert metrics.locality_a(a, b) == metrics.locality_a(b, a)
     assert 0.0 <= metrics.locality_a(a, b) <= 1.0 == metrics.locality_a(a, a)
     assert metrics.locality_b(a[:, None], b[:, None]) == metrics.locality_a(a, b)  # at top 1 of the same positions
+
+
+def test_bootstrap_interval_by_hand():
+    # two clusters: a draw is (a, a), (a, b) or (b, b), with mean 1, 2 or 3 and chances 1/4, 1/2, 1/4
+    assert metrics.bootstrap_interval([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"]) == (1.0, 3.0)
+    assert metrics.bootstrap_interval([1.0, 3.0], ["a", "b"], level=0.4) == (2.0, 2.0)
+    # clusters of different sizes weigh by their size: (a, b) has mean (1 + 1 + 1 + 5) / 4
+    low, high = metrics.bootstrap_interval([1.0, 1.0, 1.0, 5.0], list("aaab"), level=0.4)
+    assert (low, high) == (2.0, 2.0)
+    assert metrics.bootstrap_interval([2.0] * 9, list("abcdefghi")) == (2.0, 2.0)
+    assert all(math.isnan(x) for x in metrics.bootstrap_interval([1.0, 2.0], ["a", "a"]))
+    with pytest.raises(ValueError, match="2 values, but 1 clusters"):
+        metrics.bootstrap_interval([1.0, 2.0], ["a"])
+
+
+def test_bootstrap_interval_of_many_is_the_normal_one():
+    values = [float(i % 10) for i in range(400)]
+    low, high = metrics.bootstrap_interval(values, [str(i) for i in range(400)])
+    half = 1.96 * metrics.clustered_error(values, [str(i) for i in range(400)])
+    assert (low, high) == pytest.approx((4.5 - half, 4.5 + half), abs=0.05)
+    assert metrics.bootstrap_interval(values, [str(i) for i in range(400)]) == (low, high)  # a seed's

@@ -110,7 +110,8 @@ def test_base(name):
     assert scorer.base_accuracy() == pytest.approx(right)
     for i, (logits, ids, mask) in enumerate(base):
         at = mask.nonzero()[:, 0]
-        assert torch.equal(scorer.base_target[i], logits[at - 1].argmax(-1)) and torch.equal(scorer.wanted[i], ids[at])
+        assert torch.equal(scorer.base[i].target, logits[at - 1].argmax(-1))
+        assert torch.equal(scorer.base[i].wanted, ids[at])
         asked = scorer.collator.batch([Sample(samples[i].prompt, None, samples[i].image)], [0])
         torch.testing.assert_close(scorer.case_tap[i], case_taps(asked.model, asked.inputs, [FIRST])[FIRST][0])
     with uk.patch(scorer.collator.model, edits_of(scorer, name, ALWAYS)) as handle, handle.disabled():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import backends
 from ..config import UnikeConfig
 from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
-from ..evaluation.protocols import CheckReport, check
+from ..evaluation.checking import CheckReport, check
 from ..models import find_decoder, get_module
 from ..patching import PatchHandle, fingerprint, patch, status
 from ..projections import Projections, empty_like_site
@@ -161,7 +161,7 @@ class Editor:
         return edits.select(before + [r.id for r in wanted])
 
     def check(self, edits: Edits, probes: Sequence[dict[str, Any]], *, routing: str = "edits") -> CheckReport:
-        """The five metrics on the user's own probes, all `edits` active: see `evaluation.protocols.check`.
+        """The five metrics on the user's own probes, all `edits` active: see `evaluation.checking.check`.
 
         probes: dicts with kind ("rel", "t_gen", "m_gen", "t_loc" or "m_loc"), prompt, target, image: optional.
         """

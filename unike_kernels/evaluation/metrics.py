@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -64,6 +65,32 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
     if g < 2:
         return float("nan")
     return (sum(s * s for s in sums.values()) * g / (g - 1)) ** 0.5 / len(values)
+
+
+def bootstrap_interval(
+    values: Sequence[float], clusters: Sequence[str], *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` when whole clusters are drawn again, with replacement.
+
+    (nan, nan) for fewer than two clusters.
+    """
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values, but {len(clusters)} clusters")
+    index = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    g = len(index)
+    if g < 2:
+        return float("nan"), float("nan")
+    at = torch.tensor([index[name] for name in clusters])
+    sums = torch.zeros(g, dtype=torch.float64).index_add(0, at, torch.tensor(values, dtype=torch.float64))
+    sizes = torch.bincount(at, minlength=g).double()
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(draws):
+        drawn = torch.randint(g, (g,), generator=generator)
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    tail = (1 - level) / 2
+    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:

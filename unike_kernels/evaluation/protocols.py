@@ -1,132 +1,178 @@
-"""Evaluation of edits on probes: what is asked, with which edits active, and the five metrics that come out."""
+"""Protocols: which edits are on the model together, and which questions are asked then. Any `Method` runs through them.
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+one-step: every edit alone. sequential: K edits one after another, then all K are tested ("after the K-th edit").
+cross-task: as sequential, the K edits mixed from several tasks. The order is a seed's; every record is in one group.
+"""
+
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from .examiner import Before, Examiner, Outcome
+from .methods import Edited, Method
+from .records import Record
 
-from ..editing.inputs import Collator, Sample
-from ..edits import Edits
-from ..models import Decoder
-from ..patching import patch
-from .metrics import exact_match, mean_of_five
-from .scoring import Scorer
-
-KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
-LOCAL = ("t_loc", "m_loc")
+NAMES = ("one-step", "sequential", "cross-task")
+AT_ONCE = 64  # records asked about before their results are handed on: what a stop loses, beside the edits
 
 
 @dataclass(frozen=True)
-class CheckRow:
-    """One probe: the answers generated before and after, and its scores as shares of 1.
-
-    before, after: accuracy on the target; for locality 1 and the share of target tokens that stay (A). exact: whether
-    the answer is the target; for locality whether it is the one of before. locality_b: None but for locality.
-    """
+class Asked:
+    """One probe's result. own: whether the record's own edit acted on it; others: how many others did; None unknown."""
 
     kind: str
+    part: str
     prompt: str
     target: str
-    answer_before: str
-    answer_after: str
-    before: float
-    after: float
-    exact: float
-    locality_b: float | None
+    outcome: Outcome
+    own: bool | None = None
+    others: int | None = None
 
 
 @dataclass(frozen=True)
-class CheckReport:
-    """The five metrics on probes; prints as a table, and holds every probe's row."""
+class Result:
+    """One record's results. group: which K edits it was tested with; age: how many edits were made after it."""
 
-    rows: tuple[CheckRow, ...]
+    id: str
+    task: str
+    cluster: str
+    group: int
+    age: int
+    probes: tuple[Asked, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        out = asdict(self)
+        out["probes"] = [asdict(p) | asdict(p.outcome) for p in self.probes]
+        for p in out["probes"]:
+            del p["outcome"]
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Result":
+        """From `to_json`'s values; KeyError or TypeError for other ones."""
+        outcomes = Outcome.__dataclass_fields__
+        probes = tuple(
+            Asked(**{k: v for k, v in p.items() if k not in outcomes}, outcome=Outcome(**{k: p[k] for k in outcomes}))
+            for p in data["probes"]
+        )
+        return cls(**{k: v for k, v in data.items() if k != "probes"}, probes=probes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which records are tested together, in order: groups of K; left_out: too few for another group."""
+
+    name: str
+    groups: tuple[tuple[Record, ...], ...]
+    left_out: int = 0
+    k: int = field(default=1)
 
     @property
-    def before(self) -> dict[str, float]:
-        """Percent by kind, on the unedited model: the measured accuracy; locality starts at 100 by definition."""
-        return self._mean("before")
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Percent by kind, edited: Rel, T-Gen and M-Gen by token accuracy, locality A; "mean" where all five are."""
-        found = self._mean("after")
-        return found | {"mean": mean_of_five(*(found[k] for k in KINDS))} if len(found) == len(KINDS) else found
-
-    @property
-    def locality_b(self) -> dict[str, float]:
-        """Percent by kind of locality."""
-        return self._mean("locality_b")
-
-    @property
-    def exact(self) -> dict[str, float]:
-        """Percent by kind: greedy answers that are the target; for locality, that are those of before."""
-        return self._mean("exact")
-
-    def _mean(self, field: str) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for kind in KINDS:
-            for row in self.rows:
-                if row.kind == kind and getattr(row, field) is not None:
-                    found.setdefault(kind, []).append(100.0 * getattr(row, field))
-        return {kind: sum(values) / len(values) for kind, values in found.items()}
-
-    def __str__(self) -> str:
-        columns = (*KINDS, "mean")
-        lines = [f"{'percent':10}" + "".join(f"{c:>8}" for c in columns)]
-        for name, values in (
-            ("before", self.before),
-            ("after", self.metrics),
-            ("locality B", self.locality_b),
-            ("exact", self.exact),
-        ):
-            lines.append(f"{name:10}" + "".join(f"{values[c]:8.1f}" if c in values else " " * 8 for c in columns))
-        counts = {kind: sum(row.kind == kind for row in self.rows) for kind in KINDS}
-        lines.append(f"{'probes':10}" + "".join(f"{counts[k] or '':>8}" for k in KINDS))
-        return "\n".join(line.rstrip() for line in lines)
+    def records(self) -> list[Record]:
+        """All records that are tested, in order."""
+        return [r for group in self.groups for r in group]
 
 
-def check(
-    collator: Collator,
-    decoder: Decoder,
-    model: nn.Module,
-    edits: Edits,
-    probes: Sequence[dict[str, Any]],
-    *,
-    routing: str = "edits",
-    backend: str = "auto",
-) -> CheckReport:
-    """The five metrics of `edits`, all on the model, over probes (dicts: kind, prompt, target, image: optional).
+def plan(name: str, tasks: Sequence[Sequence[Record]], *, k: int = 1, seed: int = 0, limit: int | None = None) -> Plan:
+    """The groups of a protocol.
 
-    routing, backend: as `patch` takes them. Locality's targets only say which positions are compared. ValueError on a
-    bad probe.
+    tasks: the records of each task: several for "cross-task", where every group has the same share of each (the first
+    ones one more, where K does not divide), otherwise one. seed: of the order. limit: at most this many records, the
+    first in that order. ValueError for an unknown protocol, and where not even one group is full.
     """
-    samples = [_sample(n, probe) for n, probe in enumerate(probes)]
-    scorer = Scorer(collator, decoder, min(edits.layers), samples)
-    longest = collator.longest_target(samples) + 1  # one more, so that an answer that goes on is seen to
-    answers_before = collator.generate(samples, max_new_tokens=longest)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other weights of the same architecture: said when the edits were loaded
-        handle = patch(model, edits, name="unike_check", routing=routing, backend=backend)
-    with handle:
-        scores = scorer.score(handle)
-        answers_after = collator.generate(samples, max_new_tokens=longest)
-    rows = []
-    for n, (probe, sample, score, base) in enumerate(zip(probes, samples, scores, scorer.base_accuracy(), strict=True)):
-        said, says, target = answers_before[n], answers_after[n], sample.target or ""
-        if probe["kind"] in LOCAL:
-            values = (1.0, score.locality_a, float(says == said), score.locality_b)
-        else:
-            values = (base, score.accuracy, float(exact_match(says, target)), None)
-        rows.append(CheckRow(probe["kind"], sample.prompt, target, said, says, *values))
-    return CheckReport(tuple(rows))
+    if name not in NAMES:
+        raise ValueError(f"the protocol must be one of {', '.join(NAMES)}, but is {name!r}")
+    if k < 1 or (name == "one-step" and k != 1):
+        raise ValueError(f"a {name} protocol cannot have K = {k}")
+    if (name == "cross-task") != (len(tasks) > 1):
+        raise ValueError(f"{name} takes {'several tasks' if name == 'cross-task' else 'one task'}, not {len(tasks)}")
+    ids = [r.id for task in tasks for r in task]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"record ids must be unique, but there are {len(ids) - len(set(ids))} repeated ones")
+    shuffled = [random.Random(f"{seed} {i}").sample(list(task), len(task)) for i, task in enumerate(tasks)]
+    shares = [k // len(tasks) + (i < k % len(tasks)) for i in range(len(tasks))]
+    full = min(len(task) // share for task, share in zip(shuffled, shares, strict=True) if share)
+    if limit is not None:
+        full = min(full, limit // k)
+    if full < 1:
+        sizes = " + ".join(str(len(task)) for task in tasks) + ("" if limit is None else f" (limit {limit})")
+        raise ValueError(f"{name} with K = {k} needs at least {k} records, but there are {sizes}")
+    groups = []
+    for g in range(full):
+        group = [r for task, n in zip(shuffled, shares, strict=True) for r in task[g * n : (g + 1) * n]]
+        groups.append(tuple(random.Random(f"{seed} {g} order").sample(group, k) if len(tasks) > 1 else group))
+    left = (len(ids) if limit is None else min(limit, len(ids))) - full * k
+    return Plan(name, tuple(groups), left, k)
 
 
-def _sample(n: int, probe: dict[str, Any]) -> Sample:
-    if probe.get("kind") not in KINDS:
-        raise ValueError(f"probe {n} needs a kind of {', '.join(KINDS)}, but has {probe.get('kind')!r}")
-    for key in ("prompt", "target"):
-        if not isinstance(probe.get(key), str) or not probe[key].strip():
-            raise ValueError(f"probe {n} needs a non-empty string {key!r}, but has {probe.get(key)!r}")
-    return Sample(probe["prompt"], probe["target"], probe.get("image"))
+def run(
+    plan: Plan, method: Method, examiner: Examiner, *, done: Collection[str] = (), generate: bool = True
+) -> Iterator[Result]:
+    """Results, record by record, in the plan's order; records whose ids are in `done` are left out.
+
+    While results of a group of several are handed on, the model carries its edits; after the last, and whenever the
+    iterator is closed, it is the base. A group of which some records are done is edited again whole, since methods are
+    deterministic. generate: the first probe of every kind is also answered freely, for exact match.
+    """
+    todo = [(g, group) for g, group in enumerate(plan.groups) if any(r.id not in done for r in group)]
+    if plan.k == 1:
+        at = 0
+        while at < len(todo):  # in blocks, so that what `before` keeps stays small
+            block = todo[at : at + AT_ONCE]
+            records = [group[0] for _, group in block]
+            before = _before(examiner, records, generate)
+            edits = method.one_step([r.request for r in records])
+            for (g, _), record, was, edit in zip(block, records, before, edits, strict=True):
+                with edit as edited:
+                    (result,) = _after(examiner, [record], [was], edited, g, [(0, 0)])
+                yield result
+            at += len(block)
+        return
+    for g, group in todo:
+        wanted = [i for i, r in enumerate(group) if r.id not in done]
+        before = _before(examiner, [group[i] for i in wanted], generate)
+        with method.apply([r.request for r in group]) as edited:
+            for at in range(0, len(wanted), AT_ONCE):
+                part = wanted[at : at + AT_ONCE]
+                places = [(i, len(group) - 1 - i) for i in part]
+                yield from _after(examiner, [group[i] for i in part], before[at : at + AT_ONCE], edited, g, places)
+
+
+def _before(examiner: Examiner, records: Sequence[Record], generate: bool) -> list[list[Before]]:
+    """On the unedited model, by record."""
+    probes = [p for r in records for p in r.probes]
+    free = [generate and first for r in records for first in _firsts(r)]
+    found = iter(examiner.before(probes, free))
+    return [[next(found) for _ in r.probes] for r in records]
+
+
+def _firsts(record: Record) -> list[bool]:
+    """Which probes are the first of their kind."""
+    kinds = [p.kind for p in record.probes]
+    return [kind not in kinds[:i] for i, kind in enumerate(kinds)]
+
+
+def _after(
+    examiner: Examiner,
+    records: Sequence[Record],
+    before: Sequence[Sequence[Before]],
+    edited: Edited,
+    group: int,
+    places: Sequence[tuple[int, int]],
+) -> list[Result]:
+    """places: of each record, (index among the requests, age)."""
+    probes = [p for r in records for p in r.probes]
+    outcomes = iter(examiner.after(probes, [b for bs in before for b in bs], edited))
+    out = []
+    for record, (index, age) in zip(records, places, strict=True):
+        asked = []
+        for p in record.probes:
+            outcome = next(outcomes)
+            acted = outcome.acted
+            own = None if acted is None else index in acted
+            others = None if acted is None else len(set(acted) - {index})
+            asked.append(Asked(p.kind, p.part, p.sample.prompt, p.sample.target or "", outcome, own, others))
+        out.append(Result(record.id, record.task, record.cluster or record.id, group, age, tuple(asked)))
+    return out

@@ -27,6 +27,57 @@ class Score:
     alpha: float = float("nan")
 
 
+@dataclass(frozen=True)
+class Base:
+    """What the unedited model says to one probe, teacher-forced.
+
+    wanted, target [n] int64: the target's tokens and the model's top-1 in their places; top [S, k] int64: its k best
+    ids at all S positions, k = 10 with a picture and 1 without.
+    """
+
+    wanted: Tensor
+    target: Tensor
+    top: Tensor
+
+    def score(self, target: Tensor, top: Tensor, alpha: float = float("nan")) -> Score:
+        """The probe's score where the edited model says `target` [n] and `top` [S', k].
+
+        A prompt that the method made longer or shorter is compared at its last positions.
+        """
+        shared = min(len(self.top), len(top))
+        return Score(
+            metrics.token_accuracy(target, self.wanted),
+            metrics.locality_a(self.target, target),
+            metrics.locality_b(self.top[-shared:], top[-shared:]),
+            alpha,
+        )
+
+
+def ranks(sample: Sample) -> int:
+    """How many best ids locality B compares at a position: 10 with a picture, 1 without."""
+    return 1 if sample.image is None else 10
+
+
+def said(batch: Batch, logits: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
+    """By row of a right-padded batch with logits [B, S, V].
+
+    (top-1 in the target's places [n], the k best ids at all its positions [S, k]).
+    """
+    top, real = metrics.top_ids(logits, k), batch.inputs["attention_mask"] != 0
+    return [(ids, t[r]) for ids, t, r in zip(metrics.target_ids(logits, batch.target_mask), top, real, strict=True)]
+
+
+def bases(batch: Batch, logits: Tensor, k: int) -> list[Base]:
+    """By row of a right-padded batch with the unedited model's logits [B, S, V]."""
+    wanted = [ids[mask] for ids, mask in zip(batch.inputs["input_ids"], batch.target_mask, strict=True)]
+    return [Base(w, ids, top) for w, (ids, top) in zip(wanted, said(batch, logits, k), strict=True)]
+
+
+def by_length(samples: Sequence[Sample]) -> list[int]:
+    """Indices of the samples, shortest first: like lengths share a batch, and little padding."""
+    return sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].target or ""))
+
+
 class Scorer:
     """Scores probes (question, target) on the base and under any patch of the same layers.
 
@@ -47,12 +98,9 @@ class Scorer:
         attention = get_module(collator.model, decoder.layers[first].attention)
         none = torch.empty(0, dtype=torch.long)
         self.batches: list[tuple[Batch, Prefix]] = []
-        self.base_target: list[Tensor] = [none] * len(samples)  # tf_ids of the base, by sample
-        self.base_top: list[Tensor] = []  # top ids at all positions, by batch
-        self.wanted: list[Tensor] = [none] * len(samples)
+        self.base = [Base(none, none, none)] * len(samples)
         self.case_tap = torch.zeros(len(samples), decoder.layers[first].hidden_size)
-        # like lengths share a batch, and little padding
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].target or ""))
+        order = by_length(samples)
         for batch in collator.batches([self.samples[i] for i in order], batch_size, eos=False):
             batch.rows = [order[r] for r in batch.rows]
             prefix = run_prefix(collator.model, decoder, batch, first)
@@ -60,15 +108,12 @@ class Scorer:
             with torch.no_grad(), recorded({first: attention}, "input") as kept:
                 logits = self._logits(prefix)
             taps = kept[first].reshape(-1, kept[first].shape[-1])[batch.case_rows()]
-            self.base_top.append(metrics.top_ids(logits, self._ranks(batch)))
-            for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
-                row = batch.rows[r]
-                self.wanted[row] = batch.inputs["input_ids"][r][batch.target_mask[r]]
-                self.base_target[row], self.case_tap[row] = ids, taps[r]
+            for row, base, tap in zip(batch.rows, bases(batch, logits, self._ranks(batch)), taps, strict=True):
+                self.base[row], self.case_tap[row] = base, tap
 
     def base_accuracy(self) -> list[float]:
         """Token accuracy of the unedited model on every probe's target: the measured value before any edit."""
-        return [metrics.token_accuracy(p, w) for p, w in zip(self.base_target, self.wanted, strict=True)]
+        return [metrics.token_accuracy(base.target, base.wanted) for base in self.base]
 
     @torch.no_grad()
     def score(self, handle: PatchHandle, chosen: Sequence[int | None] | None = None) -> list[Score]:
@@ -78,19 +123,13 @@ class Scorer:
         routing decides (or all edits act).
         """
         out = [Score(float("nan"), float("nan"), float("nan"))] * len(self.samples)
-        for (batch, cases, logits), base_top in zip(self._passes(handle, chosen), self.base_top, strict=True):
-            top = metrics.top_ids(logits, self._ranks(batch))
+        for batch, cases, logits in self._passes(handle, chosen):
             alpha = torch.full((len(batch.rows),), float("nan"))
             if cases.state.layers:
                 alpha = torch.stack([d.alpha.float() for d in cases.state.layers.values()]).mean(dim=0)
-            for r, ids in enumerate(metrics.target_ids(logits, batch.target_mask)):
-                row, real = batch.rows[r], batch.inputs["attention_mask"][r] != 0
-                out[row] = Score(
-                    metrics.token_accuracy(ids, self.wanted[row]),
-                    metrics.locality_a(self.base_target[row], ids),
-                    metrics.locality_b(base_top[r][real], top[r][real]),
-                    float(alpha[r]),
-                )
+            found = said(batch, logits, self._ranks(batch))
+            for row, strength, (target, top) in zip(batch.rows, alpha.tolist(), found, strict=True):
+                out[row] = self.base[row].score(target, top, strength)
         return out
 
     @torch.no_grad()
@@ -122,5 +161,4 @@ class Scorer:
         return self.head(run_tail(self.collator.model, self.decoder, prefix))
 
     def _ranks(self, batch: Batch) -> int:
-        """How many top ids locality B compares: 10 for pictures, 1 for text."""
-        return 10 if self.samples[batch.rows[0]].image is not None else 1
+        return ranks(self.samples[batch.rows[0]])

@@ -1,0 +1,96 @@
+"""A folder that holds one evaluation: its settings, one line per record, and what a stopped run needs to go on."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .protocols import Result
+
+SETTINGS, RESULTS = "run.json", "samples.jsonl"
+
+
+class OtherRunError(ValueError):
+    """The folder holds a run with other settings; the message names what differs."""
+
+
+class Run:
+    """Results of one run in a folder, one JSON line per record, each on disk before the next is computed.
+
+    Made again with the same settings, it goes on where it was stopped, wherever that was. OtherRunError where the
+    folder holds another run, ValueError where it holds something else or a damaged file.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        """settings: everything that changes the results, as plain JSON values."""
+        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
+        self.results: list[Result] = []
+        known = self.folder / SETTINGS
+        if known.exists():
+            self._compare(known)
+            self._read()
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no run ({SETTINGS}): choose another folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(known, json.dumps(self.settings, indent=1, sort_keys=True) + "\n")
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of the records whose results are here."""
+        return {r.id for r in self.results}
+
+    def append(self, result: Result) -> None:
+        """Adds a record's results; they are on disk when this returns."""
+        line = json.dumps(result.to_json(), ensure_ascii=False) + "\n"
+        with open(self.folder / RESULTS, "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.results.append(result)
+
+    def _compare(self, path: Path) -> None:
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is damaged: not JSON") from None
+        wrong = list(differences(there, self.settings))
+        if wrong:
+            raise OtherRunError(f"{self.folder} holds another run (there, here): {'; '.join(wrong)}")
+
+    def _read(self) -> None:
+        """Reads the lines; one that a stop left half-written is cut off, and its record is computed again."""
+        path = self.folder / RESULTS
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        for n, line in enumerate(whole.splitlines()):
+            try:
+                self.results.append(Result.from_json(json.loads(line)))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is damaged in line {n + 1}") from None
+        if len(whole) < len(data):
+            write_whole(path, whole)
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, by dotted name: "seed: 0 and 1"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted({*there, *here}):
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name}: {_short(there)} and {_short(here)}"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    half.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(half, path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

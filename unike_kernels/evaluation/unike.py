@@ -1,0 +1,125 @@
+"""UniKE itself as a method: the paper's always-on neurons, or routed edits."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from ..editing.editor import Editor
+from ..editing.inputs import Batch, Sample
+from ..edits import Edits
+from ..patching import PatchHandle, patch
+from .methods import Edited, Method
+from .records import LOCAL, Record
+
+
+class UnikeEdited(Edited):
+    """A model patched with UniKE's edits; ids: of the requests in order."""
+
+    def __init__(self, handle: PatchHandle, ids: Sequence[str]) -> None:
+        self.handle = handle
+        place = {name: i for i, name in enumerate(ids)}
+        self.requests = [place[name] for name in handle.edits.ids]  # of each group on the model
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """A teacher-forced batch has its cases named: its last token is the answer's. Generation finds them itself."""
+        if not bool(batch.target_mask.any()):
+            yield
+            return
+        self.handle.set_cases(batch.token_to_case(), batch.case_rows())
+        try:
+            yield
+        finally:
+            self.handle.set_cases()
+
+    def acting(self) -> list[list[int]] | None:
+        """Which requests acted in the pass just run; None where all always act."""
+        cases = self.handle.record.runtime.tracker.current
+        if cases is None or cases.selected is None:
+            return None
+        return [[self.requests[g] for g in row if g >= 0] for row in cases.selected.tolist()]
+
+
+class Unike(Method):
+    """UniKE through an `Editor`. routing: "always" (the paper) or "routed".
+
+    Always-on edits are made one after another, all earlier ones active; routed ones, and those of one step, are
+    independent and train in batches.
+    """
+
+    def __init__(
+        self, editor: Editor, *, routing: Literal["always", "routed"] = "always", name: str | None = None
+    ) -> None:
+        """editor: with its memory and encoders, or one that `fit` is still to be called for."""
+        if routing not in ("always", "routed"):
+            raise ValueError(f"routing must be 'always' or 'routed', but is {routing!r}")
+        self.editor, self.routing = editor, routing
+        self.name = name or ("UniKE" if routing == "always" else "UniKE, routed")
+
+    def settings(self) -> dict[str, Any]:
+        """The editor's whole config, and the routing."""
+        return {"routing": self.routing, "config": self.editor.config.to_json()}
+
+    def fit(self, records: Sequence[Record], *, seed: int = 0, cache: Path | None = None) -> None:
+        """Memory and encoders from the records' requests; their locality questions calibrate routing.
+
+        seed: unused; the editor's config holds its own.
+        """
+        triplets = [_request(r.request) for r in records]
+        self.editor.build_memory(triplets, cache=cache)
+        self.editor.fit()
+        cases = [{"prompt": p.sample.prompt, "image": p.sample.image} for r in records for p in r.of(*LOCAL)]
+        if cases:
+            self.editor.calibrate(cases)
+
+    @contextmanager
+    def apply(self, requests: Sequence[Sample]) -> Iterator[Edited]:
+        """Makes the edits and patches the model with them."""
+        edits = self._edit(requests, range(len(requests)), independent=self.routing == "routed")
+        with self.patched(edits) as handle:
+            yield UnikeEdited(handle, _ids(range(len(requests))))
+
+    def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Edited]]:
+        """Trains the requests in batches, each from the base alone, and puts them on one by one."""
+        size = self.editor.config.neurons.batch_size
+        for at in range(0, len(requests), size):
+            numbers = range(at, min(at + size, len(requests)))
+            yield from (self._alone(edits) for edits in self._many([requests[i] for i in numbers]))
+
+    def patched(self, edits: Edits) -> PatchHandle:
+        """The edits on the model. May be overridden."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the base is this very model
+            return patch(self.editor.model, edits, routing=self.routing, backend=self.editor.backend)
+
+    @contextmanager
+    def _alone(self, edits: Edits) -> Iterator[Edited]:
+        with self.patched(edits) as handle:
+            yield UnikeEdited(handle, edits.ids)
+
+    def _many(self, requests: Sequence[Sample]) -> list[Edits]:
+        """Edits of one request each; requests that repeat another's picture and prompt are trained apart from it."""
+        out: dict[int, Edits] = {}
+        left = list(range(len(requests)))
+        while left:
+            edits = self._edit([requests[i] for i in left], left, independent=True)
+            names = {str(i): i for i in left}
+            out |= {names[i]: edits.select([i]) for i in edits.ids}
+            left = [i for i in left if i not in out]
+        return [out[i] for i in range(len(requests))]
+
+    def _edit(self, requests: Sequence[Sample], numbers: Sequence[int], *, independent: bool) -> Edits:
+        asked = [{"id": name, **_request(r)} for name, r in zip(_ids(numbers), requests, strict=True)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "request .* replaces|.* edits miss their target")  # the results tell
+            return self.editor.edit(asked, independent=independent, progress=False)
+
+
+def _request(sample: Sample) -> dict[str, Any]:
+    return {"prompt": sample.prompt, "target": sample.target, "image": sample.image}
+
+
+def _ids(numbers: Sequence[int]) -> list[str]:
+    return [str(i) for i in numbers]
