@@ -68,10 +68,11 @@ def test_clusters_read_each_others_shared_memory(library):
     for seed in SEEDS:
         for forget in (0, 1):
             out = torch.zeros(8, 4, dtype=torch.int32)
-            assert call(library, "exchange", out, 8, 4, forget, seed=seed) == 0
+            done = call(library, "exchange", out, 8, 4, forget, seed=seed) == 0
+            assert done or (forget and "may not have started" in library.last_error().decode())
             expected = [[10 * r + b // 4 * 4 + r for r in range(4)] for b in range(8)]
-            assert out.tolist() == expected or forget
-            wrong += out.tolist() != expected
+            assert (done and out.tolist() == expected) or forget
+            wrong += not done
     assert wrong
 
 

@@ -139,6 +139,7 @@ struct Block {
     unsigned char* shared = nullptr;
     Barrier barrier;
     int threads = 0, left = 0;
+    bool started = false;  // one of its threads has run
 };
 
 struct Cluster {
@@ -194,6 +195,7 @@ void perform(const Copy& copy) {
 }
 
 void start() {
+    current->block->started = true;
     (*body)();
     current->done = true;
     current->warp->ready &= ~(1u << current->place.lane);
@@ -289,7 +291,11 @@ void sync_cluster() {
     arrive(cluster.barrier, current->block->threads * static_cast<int>(cluster.blocks.size()), "cluster_sync");
 }
 
-unsigned char* shared_of(uint32_t rank) { return current->block->cluster->blocks[rank]->shared; }
+unsigned char* shared_of(uint32_t rank) {
+    const Block& block = *current->block->cluster->blocks[rank];
+    if (!block.started) fail("cluster_ptr: that block may not have started: cluster_sync first");
+    return block.shared;
+}
 
 bool in_shared(const void* address, size_t bytes) {
     const auto* at = static_cast<const unsigned char*>(address);
@@ -360,6 +366,8 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw(static_cast<uint32_t>(i))]);
     const size_t together = 1 + draw(8);  // clusters that are under way at a time
+    const bool stragglers = draw(2);
+    const Warp* straggler = nullptr;  // does not run while any other can
     size_t next = 0;
     std::vector<Warp*> ready;
     while (!failed && (next < order.size() || !running.empty())) {
@@ -385,6 +393,11 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
             complain(where);
             break;
         }
+        const auto late = std::find(ready.begin(), ready.end(), straggler);
+        if (late == ready.end())
+            straggler = stragglers ? ready[draw(static_cast<uint32_t>(ready.size()))] : nullptr;
+        else if (ready.size() > 1)
+            ready.erase(late);
         // A few turns before the list is made anew; a warp of it may meanwhile have become unable to go on.
         for (size_t turn = 0; turn < 2 * ready.size() && !failed; ++turn) {
             Warp& warp = *ready[draw(static_cast<uint32_t>(ready.size()))];
