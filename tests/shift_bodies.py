@@ -128,18 +128,21 @@ def views(check, parts, view):
     check([view(t) for t in parts], ids(3, 5), ONE, alpha=0.5)
 
 
-def rows_that_are_not_retrieved_do_not_leak(backend, tokens, orientation, encoder):
+def rows_that_are_not_retrieved_do_not_leak(backend, tokens, orientation, raw, encoder):
     """NaN in an item and a token that nobody asks for, tokens of no case, cases of no item, negative zero."""
     untouched = 0.0 if orientation == "knowledge" else 1.0
-    h, q, keys, values = inputs(tokens) if encoder else inputs(tokens, heads=1, kv_heads=1, hd=64, hv=64)
+    h, q, keys, values = inputs(tokens, heads=1, kv_heads=1, hd=64, hv=64) if raw else inputs(tokens)
     h[0] = math.nan  # a token of no case: passes as it is
     h[1, 0] = -0.0
     keys[0] = values[0] = math.nan
     cases = torch.full((tokens,), 2, device=DEVICE)
     cases[:5] = torch.tensor([-1, 1, 0, 2, -1])
     indices = torch.tensor([[1, 2], [-1, -1], [4, -1]], device=DEVICE)
-    forms = [{"alpha": 0.5}, {"case_tokens": torch.tensor([2, 1, -1], device=DEVICE)}]
-    for options in [*forms, {"encoder": encoder}] if encoder else [*forms, {}]:
+    at = torch.tensor([2, 1, -1], device=DEVICE)
+    forms = [{"alpha": 0.5}]
+    forms += [{"case_tokens": at}] if raw or encoder else []
+    forms += [{"encoder": encoder}] if encoder else []
+    for options in forms:
         with poisoned():
             out, used = uk.ops.knowledge_shift(
                 h, q, keys, values, indices, token_to_case=cases, clamp=False, orientation=orientation,

@@ -18,6 +18,7 @@ LAYERS = {
     "config": 0,
     "reference": 0,
     "backends": 1,
+    "cuda_kernels": 1,
     "native": 1,
     "triton_kernels": 1,
     "ops": 2,

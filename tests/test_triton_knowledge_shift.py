@@ -71,7 +71,7 @@ def test_mixed_dtypes_and_views(dtypes):
 @pytest.mark.parametrize("orientation", ["knowledge", "input"])
 @pytest.mark.parametrize("tokens", [6, 80])
 def test_rows_that_are_not_retrieved_do_not_leak(tokens, orientation):
-    bodies.rows_that_are_not_retrieved_do_not_leak("triton", tokens, orientation, [layer(64, 64)])
+    bodies.rows_that_are_not_retrieved_do_not_leak("triton", tokens, orientation, False, [layer(64, 64)])
 
 
 def test_alpha_0_keeps_the_input_whatever_is_known():

@@ -2,13 +2,13 @@
 as exact as float32, and the mix.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import launching, tuning
+from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
 from .tuning import Row
 
@@ -44,80 +44,12 @@ tuning.ROWS += [
 ]
 
 
-class Shift(NamedTuple):
-    """The arguments of the operator in the layout of the kernels, and what follows from them."""
-
-    h_input: Tensor  # [T, d], columns contiguous, as of the three below
-    q: Tensor  # [T, H, hd]
-    item_keys: Tensor  # [N, Hkv, hd]
-    item_values: Tensor  # [N, Hkv, hv]
-    indices: Tensor  # [T or C, K], contiguous
-    alpha: Tensor | None
-    token_to_case: Tensor | None
-    case_tokens: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    encoder: list[Tensor]
-    encoder_act: str
-    orientation: str
-    clamp: bool
-    scaling: float
-    softcap: float | None
-    rescale: bool  # of the raw form only
-
-    @property
-    def alpha_per_case(self) -> bool:
-        """Whether there is one alpha per case; as `reference.alpha_is_per_case`."""
-        if self.token_to_case is None or self.alpha is None:
-            return self.token_to_case is not None and self.case_tokens is not None
-        return self.alpha.shape[0] == self.indices.shape[0]
-
-    @property
-    def mode(self) -> str:
-        """Where alpha comes from, as `knowledge_shift_mix` takes it."""
-        return "given" if self.alpha is not None else "token" if self.case_tokens is None else "case"
-
-    @property
-    def encoded_per_case(self) -> bool:
-        """Whether the encoder ran on the rows of the case tokens only."""
-        return self.mode == "case" and len(self.encoder) > 0
-
-    @property
-    def block_k(self) -> int:
-        """The items of a tile."""
-        return block(self.indices.shape[1])
-
-
-def block(size: int) -> int:
-    """The smallest power of two that holds `size`, at least 16."""
-    return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
-
-
 def prepare(*args: Any) -> Shift:
-    """The operator's arguments as `Shift`; copies only what has no contiguous columns."""
-    h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, encoder = args[:11]
-    encoder_act, orientation, clamp, scaling, softcap, rescale = args[11:]
-    raw = q.dim() == 2
-    if raw:
-        q, item_keys, item_values = q[:, None], item_keys[:, None], item_values[:, None]
-    if item_keys.shape[0] == 0:
-        indices = indices[:, :0]
-    if indices.shape[1] > MOST_ITEMS:
-        raise ValueError(f"the Triton kernel takes up to {MOST_ITEMS} items per token, not {indices.shape[1]}")
-    h_input, q, item_keys, item_values = (_columns(t) for t in (h_input, q, item_keys, item_values))
-    alpha, token_to_case, case_tokens, bias = (
-        None if t is None else t.contiguous() for t in (alpha, token_to_case, case_tokens, bias)
-    )
-    weights = [t if i % 2 == 0 else t.contiguous() for i, t in enumerate(encoder)]  # weights with any strides
-    scaling = 1 / math.sqrt(q.shape[2]) if scaling is None else scaling
-    return Shift(
-        h_input, q, item_keys, item_values, indices.contiguous(), alpha, token_to_case, case_tokens, weight, bias,
-        weights, encoder_act, orientation, clamp, scaling, softcap, raw and rescale,
-    )  # fmt: skip
-
-
-def _columns(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """The operator's arguments as `Shift`."""
+    s = arguments(*args)
+    if s.indices.shape[1] > MOST_ITEMS:
+        raise ValueError(f"the Triton kernel takes up to {MOST_ITEMS} items per token, not {s.indices.shape[1]}")
+    return s
 
 
 def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import launching, tuning
-from .knowledge_shift import FEW_TOKENS, Shift, attend_options, block, knowledge, linear, prepare
+from .knowledge_shift import FEW_TOKENS, attend_options, knowledge, linear, prepare
+from .knowledge_shift_arguments import Shift, block
 from .knowledge_shift_backward_kernels import (
     knowledge_shift_activation_grad,
     knowledge_shift_alpha_grad,

@@ -1,0 +1,197 @@
+"""The CUDA kernel of `knowledge_shift` against the reference in float64; without a GPU, on the emulator."""
+
+import emulator
+import pytest
+import shift_bodies as bodies
+import torch
+from kernel_tools import DEVICE, DTYPES, poisoned, shifted, strided
+from shift_bodies import SHAPES, case_tokens, ids, inputs, layer, on_cases
+
+import unike_kernels as uk
+from unike_kernels import backends, native
+from unike_kernels.cuda_kernels import knowledge_shift as cuda
+from unike_kernels.triton_kernels import tuning
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SEEDS = range(4)
+check = bodies.checker("cuda", lambda path: {"knowledge_shift_cluster": 1})
+
+
+def split(blocks, rows):
+    """Inside, a cluster has `blocks` blocks and takes `rows` query heads, whatever the table says."""
+    return tuning.trying(lambda row: {"SPLIT": blocks, "ROWS": rows})
+
+
+def kernel(operator, backend, tensors, args):
+    reason = cuda.refusal(args)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run {operator}: {reason}")
+    return cuda.knowledge_shift
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """The operator is this kernel, in the emulator where there is no GPU."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(native, "cuda", emulator.module)
+    monkeypatch.setattr(backends, "implementation", kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_given_alpha(shape, dtype):
+    bodies.given_alpha(check, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 15, 16])
+def test_items_of_a_case(tokens, dtype):
+    bodies.items_of_a_case(check, tokens, dtype)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [*((3, dtype) for dtype in DTYPES), (1, F16), (16, BF16)], ids=str)
+def test_raw(tokens, dtype):
+    bodies.raw(check, tokens, dtype, every_option=tokens == 3)
+
+
+@pytest.mark.parametrize("k", [0, 1, 16, 17, 40, 128])
+def test_any_number_of_items(k):
+    bodies.any_number_of_items(check, k)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, BF16, F16), (F16, F32, BF16), (BF16, F16, F32)], ids=str)
+def test_mixed_dtypes_and_views(dtypes):
+    h, q, keys, values = inputs(3)
+    parts = [h.to(dtypes[0]), q.to(dtypes[1]), keys.to(dtypes[2]), values.to(dtypes[2])]
+    for view in (lambda t: t, shifted, strided):
+        bodies.views(check, parts, view)
+
+
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize("form", ["heads", "raw"])
+def test_rows_that_are_not_retrieved_do_not_leak(form, orientation):
+    bodies.rows_that_are_not_retrieved_do_not_leak("cuda", 6, orientation, form == "raw", None)
+
+
+def test_alpha_0_keeps_the_input_whatever_is_known():
+    bodies.alpha_0_keeps_the_input_whatever_is_known("cuda")
+
+
+def test_no_tokens_and_zero_vectors():
+    bodies.no_tokens_and_zero_vectors(check)
+
+
+# Every way to share the work: clusters of 1 to 8 blocks, all of a group's query heads or some of them.
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [("multi-head", 1), ("7 heads on 1", 1), ("7 heads on 1", 4), ("odd sizes", 2)]
+)
+def test_any_cluster(blocks, shape, rows):
+    for dtype in (BF16, F32):
+        parts = inputs(2, **SHAPES[shape], dtype=dtype)
+        with split(blocks, rows):
+            check(parts, ids(2, 5), alpha=torch.tensor([0.3, 0.7], device=DEVICE))
+
+
+@pytest.mark.parametrize(("hd", "hv"), [(64, 64), (80, 80), (128, 128), (128, 72)])
+def test_head_sizes_of_real_models(hd, hv):
+    parts = inputs(2, heads=14, kv_heads=2, hd=hd, hv=hv, items=50, dtype=BF16)
+    for blocks, rows in ((1, 1), (1, 8), (2, 4)):
+        with split(blocks, rows):
+            check(parts, ids(2, 40, items=50), alpha=0.4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "blocks"), [(1030, 8), (1536, 8), (1000, 1), (264, 4)])
+def test_wide_raw_heads(d, blocks, dtype):
+    """More columns than a warp takes at once, last slices that are shorter, items in several pieces."""
+    parts = inputs(3, heads=1, kv_heads=1, hd=d, hv=d, items=50, dtype=dtype)
+    with split(blocks, 1):
+        check(parts, ids(3, 40, items=50), clamp=False)
+        options = on_cases(3, k=40, items=50)
+        check(parts, case_tokens=case_tokens(options["token_to_case"], 3), orientation="input", **options)
+
+
+def test_little_shared_memory_takes_more_pieces():
+    """As much as an L4 has, and next to none: the ring of pieces goes round many times."""
+    parts = inputs(2, heads=1, kv_heads=1, hd=600, hv=600, items=130)
+    indices = ids(2, 128, items=130)
+    results = []
+    try:
+        for seed, shared_bytes in enumerate((227, 99, 40, 40, 40)):
+            emulator.device(shared_bytes=shared_bytes * 1024)
+            emulator.seed(seed)
+            for blocks in (1, 4):
+                with split(blocks, 1):
+                    results.append(check(parts, indices))
+    finally:
+        emulator.device()
+    assert all(torch.equal(a, b) for run in results[::2] for a, b in zip(run, results[0], strict=True))
+
+
+@pytest.mark.parametrize("form", ["heads", "raw", "case"])
+def test_the_same_bits_in_every_order_and_run(form):
+    if form == "heads":
+        parts = inputs(4, heads=14, kv_heads=2, hd=24, hv=40, items=20, dtype=BF16)
+        options = {**on_cases(4, k=12, items=20), "alpha": torch.tensor([0.2, 0.9, 0.4], device=DEVICE)}
+    else:
+        parts = inputs(4, heads=1, kv_heads=1, hd=300, hv=300, items=20)
+        options = on_cases(4, k=12, items=20)
+        if form == "case":
+            options["case_tokens"] = case_tokens(options["token_to_case"], 3)
+    first = None
+    for seed in SEEDS:
+        emulator.seed(seed)
+        for _ in range(3):
+            with split(4, 2), poisoned():
+                found = uk.ops.knowledge_shift(*parts, backend="cuda", **options)
+            first = found if first is None else first
+            assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+    emulator.seed(0)
+    check(parts, **options)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2**30 elements apart. On a CPU the memory between them is never touched."""
+    gap = 2**30 + 8
+    buffer = torch.empty(2 * gap + 64, dtype=F16, device=DEVICE)
+    h, q, *rows = inputs(1, items=3, dtype=F16)
+    tables = [buffer.as_strided((3, 2, 16), (gap, 16, 1), offset) for offset in (0, 32)]
+    for table, values in zip(tables, rows, strict=True):
+        table.copy_(values)
+    check([h, q, *tables], torch.tensor([[2, 1]], device=DEVICE), alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens": 17}, "there are 17 tokens, and it takes at most 16"),
+        ({"items": 129}, "there are 129 items per token, and it takes at most 128"),
+        ({"out_proj": True}, "there is an output projection, and it projects nothing"),
+        ({"alpha": None}, "alpha is to be computed from 4 heads, and it compares one head"),
+        ({"alpha": None, "encoder": True}, "alpha is to be computed from an encoder, and it compares one head"),
+        ({"values": torch.float16}, "keys are torch.float32, values torch.float16, and it takes both in one dtype"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(change, reason):
+    tokens, items = change.get("tokens", 2), change.get("items", 5)
+    h, q, keys, values = inputs(tokens, items=max(items, 9))
+    options = {"alpha": change.get("alpha", 0.5)}
+    options |= {"out_proj": layer(64, 64)} if "out_proj" in change else {}
+    options |= {"encoder": [layer(64, 64)]} if "encoder" in change else {}
+    values = values.to(change.get("values", F32))
+    with pytest.raises(ValueError, match=f"backend 'cuda' cannot run knowledge_shift: {reason}"):
+        uk.ops.knowledge_shift(h, q, keys, values, ids(tokens, items, max(items, 9)), backend="cuda", **options)
+
+
+def test_a_head_too_wide_for_a_device_without_clusters_is_refused_by_its_name():
+    parts = inputs(1, heads=1, kv_heads=1, hd=1032, hv=1032)
+    indices = ids(1, 5)
+    reason = "1032 columns, and it takes at most 1024 on compute capability 8.0"
+    with tuning.pretend(80), pytest.raises(ValueError, match=reason):
+        uk.ops.knowledge_shift(*parts, indices, backend="cuda")
+    check(parts, indices)
+
+
+def test_an_encoder_that_a_given_alpha_leaves_out_is_no_reason_to_refuse():
+    check(inputs(2), ids(2, 5), alpha=0.3, encoder=[layer(64, 64)])
