@@ -20,7 +20,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCHS = "80 89 90a 100"
-HEADERS = [str(path.relative_to(ROOT)) for suffix in ("h", "cuh") for path in sorted(ROOT.glob(f"csrc/**/*.{suffix}"))]
+HEADERS = [
+    str(path.relative_to(ROOT)) for suffix in ("h", "inl", "cuh") for path in sorted(ROOT.glob(f"csrc/**/*.{suffix}"))
+]
 
 
 class Missing(Exception):

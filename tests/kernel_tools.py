@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ PATTERN = 0xA5
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
+def poisoned(module: Any = launching) -> Iterator[None]:
     """Inside, all that launchers allocate is full of NaN (integers: of huge values), with guards that must survive.
+
+    module: where they find the function `new`.
 
     Raises AssertionError at the end where a kernel wrote outside of an allocation.
     """
-    before, blocks = launching.new, []
+    before, blocks = module.new, []
 
-    def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def new(shape: Sequence[int], dtype: torch.dtype, device: Any = None) -> Tensor:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         block = torch.full((size + 2 * GUARD,), PATTERN, dtype=torch.uint8, device=device)
@@ -34,11 +37,11 @@ def poisoned() -> Iterator[None]:
         blocks.append((block, size, tuple(shape), dtype))
         return inner.view(shape)
 
-    launching.new = new
+    module.new = new
     try:
         yield
     finally:
-        launching.new = before
+        module.new = before
     for block, size, shape, dtype in blocks:
         guards = torch.cat([block[:GUARD], block[GUARD + size :]])
         if not bool((guards == PATTERN).all()):

@@ -19,6 +19,7 @@ LAYERS = {
     "reference": 0,
     "backends": 1,
     "cuda_kernels": 1,
+    "cpu_kernels": 1,
     "native": 1,
     "triton_kernels": 1,
     "ops": 2,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from unike_kernels import native
+
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
@@ -21,8 +23,6 @@ pytest.importorskip("pybind11", reason="the extra 'test' brings it")
 # in one, would lend it the modules that it lacks.
 ELSEWHERE = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
 SAY = """
-from unike_kernels import native
-cpu, cuda = native.cpu(), native.cuda()
 print("cpu:", cpu.__file__ if cpu else native.no_cpu())
 print("cuda:", f"{cuda.__file__} | {cuda.architectures}" if cuda else native.no_cuda())
 print("no_cuda:", native.no_cuda())
@@ -234,3 +234,12 @@ def test_wheel_from_another_folder(kept_tree, tmp_path):
         launch = "from unike_kernels import native; native.cuda().probe(1 << 20, 0)"
         refused = run([sys.executable, "-c", launch], tmp_path, PYTHONPATH=str(tmp_path / "target"))
         assert refused.stderr.strip().splitlines()[-1].startswith("RuntimeError: launching probe: ")
+
+
+def test_a_module_of_other_sources_is_not_called(monkeypatch):
+    native._load.cache_clear()
+    monkeypatch.setattr(native, "CPU_INTERFACE", -1)
+    built = Path(native.__file__).parent.glob("_cpu.*")
+    assert native.cpu() is None
+    assert ("built from other sources" if any(built) else "built without") in native.no_cpu()
+    native._load.cache_clear()

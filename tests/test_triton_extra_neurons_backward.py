@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_tools import DTYPES, launches, poisoned
-from test_triton_extra_neurons import ROUTINGS, make, to64
+from neuron_inputs import ROUTINGS, make, to64
 from tolerance import assert_close_to_reference
 
 from unike_kernels import ops, reference

@@ -1,6 +1,7 @@
 """Which implementation of the operators is usable here, why another is not, and which one an operator takes.
 
-"auto" is triton for CUDA tensors and the reference elsewhere, and for float64. A backend that is named has to run.
+"auto" is triton for CUDA tensors; on the CPU native code where it was measured faster than the reference; and the
+reference elsewhere, and for float64. A backend that is named has to run.
 """
 
 import os
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from . import triton_kernels
+from . import cpu_kernels, native, triton_kernels
 
-NAMES = ("auto", "triton", "reference")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NAMES = ("auto", "triton", "cpu", "reference")
+AUTO = {"cuda": "triton", "cpu": "cpu"}  # what "auto" means on a device; elsewhere the reference
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class Backend:
 def available() -> list[Backend]:
     """Every backend that this version has, the preferred one first."""
     usable_on_cpu = _no_triton("cpu") is None
-    return [Backend("triton", None if usable_on_cpu else _no_triton("cuda")), Backend("reference", None)]
+    return [
+        Backend("triton", None if usable_on_cpu else _no_triton("cuda")),
+        Backend("cpu", native.no_cpu()),
+        Backend("reference", None),
+    ]
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -40,13 +47,14 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(repr(name) for name in NAMES)}, but got {backend!r}")
-    if backend == "reference" or (backend == "auto" and (device.type != "cuda" or dtype not in TRITON_DTYPES)):
+    if backend == "reference" or (backend == "auto" and (device.type not in AUTO or dtype not in KERNEL_DTYPES)):
         return "reference"
-    reason = _no_triton(device.type)
-    if reason is None and dtype not in TRITON_DTYPES:
-        reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in TRITON_DTYPES)}, not {dtype}"
+    chosen = AUTO[device.type] if backend == "auto" else backend
+    reason = _no_cpu(device.type) if chosen == "cpu" else _no_triton(device.type)
+    if reason is None and dtype not in KERNEL_DTYPES:
+        reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}, not {dtype}"
     if reason is None:
-        return "triton"
+        return chosen
     if backend == "auto":
         return "reference"
     raise ValueError(f"backend {backend!r} cannot run here: {reason}")
@@ -60,7 +68,11 @@ def implementation(
     "auto" is the reference also where the kernel has no room for such arguments.
     """
     first = tensors[0]
-    if backend == "reference" or (backend == "auto" and not first.is_cuda):
+    if backend == "reference":
+        return None
+    if first.device.type == "cpu" and backend in ("auto", "cpu"):
+        return _on_cpu(operator, backend, tensors, args)
+    if backend == "auto" and not first.is_cuda:
         return None
     wide = next((t.dtype for t in tensors if t.dtype == torch.float64), first.dtype)
     if resolve(backend, first.device, wide) == "reference":
@@ -71,6 +83,29 @@ def implementation(
     if backend == "auto":
         return None
     raise ValueError(f"backend {backend!r} cannot run {operator}: {refused}")
+
+
+def _on_cpu(operator: str, backend: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> Callable[..., Any] | None:
+    """The native code for CPU tensors; None: the reference. With "auto" only for inference."""
+    if backend == "cpu":
+        wide = next((t.dtype for t in tensors if t.dtype == torch.float64), tensors[0].dtype)
+        resolve(backend, tensors[0].device, wide)
+    elif native.cpu() is None:
+        return None
+    chosen = cpu_kernels.launcher(operator, args, always=backend == "cpu")
+    if chosen is None:
+        return None
+    for t in tensors:  # a subclass may have no data of its own, as a fake or a quantised tensor
+        if type(t) not in (Tensor, Parameter) or t.layout != torch.strided:
+            return None
+        if backend == "auto" and (t.requires_grad or (t.dtype not in KERNEL_DTYPES and t.dtype != torch.int64)):
+            return None
+    return chosen
+
+
+def _no_cpu(device_type: str) -> str | None:
+    """Why the native code cannot run on such a device; None when it can."""
+    return native.no_cpu() if device_type == "cpu" else f"it runs on the CPU, not on {device_type}"
 
 
 @lru_cache

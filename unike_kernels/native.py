@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 
+CPU_INTERFACE = 2  # of csrc/cpu/bindings.cpp: a build of other sources is not called
 INDEXED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,7 +20,10 @@ INDEXED = (torch.float32, torch.bfloat16, torch.float16)
 def _load(name: str) -> tuple[Any, str | None]:
     """(the module or None, why not or None)."""
     try:
-        return import_module(f".{name}", __package__), None
+        module = import_module(f".{name}", __package__)
+        if name == "_cpu" and getattr(module, "interface", 1) != CPU_INTERFACE:
+            return None, f"{__package__}._cpu was built from other sources than these: install the package again"
+        return module, None
     except ModuleNotFoundError:
         return None, f"this installation was built without {__package__}.{name}: pip install -v says why"
     except ImportError as error:  # built for another Python, or a library it needs is missing

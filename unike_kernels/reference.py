@@ -218,10 +218,13 @@ def cosine_topk(
     padded with -inf and -1 where fewer than k rows can be had. A zero vector has cosine 0; a query that is not finite
     retrieves nothing, a key that is not finite is never retrieved.
     """
-    lead, n = q.shape[:-1], keys.shape[0]
-    q, keys, key_norm = _wide(q.reshape(-1, q.shape[-1]), keys, key_norm)
-    key_norm = torch.linalg.vector_norm(keys, dim=-1) if key_norm is None else key_norm
-    scores = _over_norm(_unit(q) @ keys.mT, key_norm) + 0.0  # -0.0 + 0.0 = 0.0: the two zeros are one score
+    lead, n, dtype = q.shape[:-1], keys.shape[0], compute_dtype(q, keys, key_norm)
+    q = _unit(q.reshape(-1, q.shape[-1]).to(dtype))
+    tiles = [keys] if keys.dtype == dtype else keys.split(8192)  # half precision is widened tile by tile, never at once
+    if key_norm is None:
+        key_norm = torch.cat([torch.linalg.vector_norm(rows.to(dtype), dim=-1) for rows in tiles])
+    scores = torch.cat([q @ rows.to(dtype).mT for rows in tiles], dim=1)
+    scores = _over_norm(scores, key_norm.to(dtype)) + 0.0  # -0.0 + 0.0 = 0.0: the two zeros are one score
     hidden = ~scores.isfinite()
     if ranges is not None:
         index = torch.arange(n, device=q.device)

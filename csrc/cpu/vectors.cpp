@@ -1,7 +1,6 @@
 #include "vectors.h"
 
-#include <cmath>
-#include <cstring>
+#include "halves.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define UNIKE_X86 1
@@ -11,31 +10,6 @@
 
 namespace unike {
 namespace {
-
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-float from_half(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, mantissa = half & 1023;
-    if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(mantissa), -24);
-    return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-float at(const float* row, int64_t i) { return row[i]; }
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-float at(const BFloat16* row, int64_t i) { return from_bits(uint32_t(row[i].bits) << 16); }
-float at(const Float16* row, int64_t i) { return from_half(row[i].bits); }
 
 int32_t portable_dot_int8(const int16_t* a, const int8_t* b, int64_t n) {
     int32_t sum = 0;

@@ -39,7 +39,8 @@ def extra_neurons(
     token_to_case: [T] int64, the case of each token; -1: none, and no group that is routed or selected acts on it.
     selected: [C, S] int64, the groups that act on each case, -1 padded; [T, S] without token_to_case. With a route, the
         selected groups act with their weights. Naming a group twice changes nothing.
-    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name.
+    backend: "auto" (triton for CUDA tensors, native code for few tokens on the CPU, the reference elsewhere and for
+        float64), or one of them by name.
     Returns [..., d_out], dtype of x, accumulated in float32 (float64 if an input is).
 
     On the CPU a group id or case out of range is an IndexError; kernels of other devices do not look.
