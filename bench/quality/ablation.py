@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from bench.quality.rows import CONTROLS, ROWS, Row, RowEditor, default_config
-from bench.quality.world import Probe, prepared, probes, request
+from bench.quality.world import PlacedProbe, prepared, probes, request
 from unike_kernels.config import UnikeConfig
 from unike_kernels.editing.inputs import Sample
 from unike_kernels.edits import Edits
@@ -148,9 +148,8 @@ def generate(
         ids = [None if acting[r] is None else edits.ids[acting[r]] for r in batch.rows]
         with handle.choosing(ids):
             new = editor.collator.generate_ids(batch)
-        texts = editor.collator.tokenizer.batch_decode(new, skip_special_tokens=True)
-        for row, text in zip(batch.rows, texts, strict=True):
-            out[row] = text.strip()
+        for row, answer in zip(batch.rows, editor.collator.answers(new), strict=True):
+            out[row] = answer
     return out
 
 
@@ -160,14 +159,16 @@ def mean(values: Any) -> float:
     return sum(found) / len(found) if found else float("nan")
 
 
-def summary(asked: Sequence[Probe], scores: Sequence[Score]) -> dict[str, Any]:
+def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, Any]:
     """Means in percent with standard errors clustered by concept: the five metrics (locality A), B, and the parts.
 
     Probes of one edit and kind count as one sample (their mean), as MMEdit counts one probe per edit and kind.
     """
     metrics, errors, locality_b, parts = {}, {}, {}, {}
 
-    def per_edit(value: Callable[[Score], float], chosen: Callable[[Probe], bool]) -> tuple[list[float], list[str]]:
+    def per_edit(
+        value: Callable[[Score], float], chosen: Callable[[PlacedProbe], bool]
+    ) -> tuple[list[float], list[str]]:
         found: dict[int, list[float]] = {}
         concepts: dict[int, str] = {}
         for p, s in zip(asked, scores, strict=True):

@@ -12,13 +12,14 @@ from bench.quality.emoji import data, model, records
 from unike_kernels.config import UnikeConfig
 from unike_kernels.editing.editor import Editor
 from unike_kernels.editing.inputs import Sample
+from unike_kernels.evaluation.records import Probe, Record
 
 CACHE = Path(__file__).parent / ".cache"
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One question asked after an edit: which edit (its index), which metric, which part of it."""
+class PlacedProbe:
+    """One probe of one of many edits: which edit (its index), which metric, which part of it."""
 
     edit: int
     kind: str  # "rel", "t_gen", "m_gen", "t_loc", "m_loc"
@@ -48,18 +49,32 @@ def request(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def probes(items: Sequence[dict[str, Any]]) -> list[Probe]:
-    """Every probe of every record: the edit itself, all rephrasings, all other artists, all locality questions."""
-    out = []
-    for i, r in enumerate(items):
-        concept, image = r["concept"], r["image"]
-        asked = [("rel", "", r["src"], r["alt"], image)]
-        asked += [("t_gen", "", p, r["alt"], image) for p in r["rephrases"]]
-        asked += [("m_gen", "", r["src"], r["alt"], other) for other in r["image_rephrases"]]
-        asked += [("t_loc", t["part"], t["prompt"], t["target"], None) for t in r["t_loc"]]
-        asked += [("m_loc", m["part"], m["prompt"], m["target"], m["image"]) for m in r["m_loc_parts"]]
-        out += [Probe(i, kind, part, sample(p, t, im), concept) for kind, part, p, t, im in asked]
-    return out
+def record(item: dict[str, Any]) -> Record:
+    """An item of `records.records` as the library's Record: the edit, all rephrasings, artists and locality questions.
+
+    task: "name", "caption" or "rename"; errors cluster by concept.
+    """
+    target, image = item["alt"], item["image"]
+    found = [Probe("rel", sample(item["src"], target, image))]
+    found += [Probe("t_gen", sample(prompt, target, image)) for prompt in item["rephrases"]]
+    found += [Probe("m_gen", sample(item["src"], target, other)) for other in item["image_rephrases"]]
+    found += [Probe("t_loc", sample(t["prompt"], t["target"]), t["part"]) for t in item["t_loc"]]
+    found += [Probe("m_loc", sample(m["prompt"], m["target"], m["image"]), m["part"]) for m in item["m_loc_parts"]]
+    return Record(item["id"], found[0].sample, tuple(found), item["id"].partition("-")[0], item["concept"])
+
+
+def edits(split: str, task: str, n: int, seed: int = 0) -> list[Record]:
+    """`n` edits of a task as Records: see `records.records`."""
+    return [record(item) for item in records.records(split, task, n, seed)]
+
+
+def probes(items: Sequence[dict[str, Any]]) -> list[PlacedProbe]:
+    """Every probe of every item, with the item's index and concept."""
+    return [
+        PlacedProbe(i, p.kind, p.part, p.sample, item["concept"])
+        for i, item in enumerate(items)
+        for p in record(item).probes
+    ]
 
 
 def triplets(limit: int | None = None, task: str = "name") -> list[dict[str, Any]]:

@@ -181,17 +181,23 @@ class Collator:
     def generate(
         self, samples: Sequence[Sample], batch_size: int = 32, max_new_tokens: int = 24, **kw: Any
     ) -> list[str]:
-        """Greedy answers to the prompts, stripped, in order; `kw` goes to the model's generate.
-
-        A model with an `end_sym` (MiniGPT4) ends its answers there, not only at EOS.
-        """
-        out, end = [""] * len(samples), getattr(self.model, "end_sym", "")
+        """Greedy answers to the prompts, stripped, in order; `kw` goes to the model's generate."""
+        out = [""] * len(samples)
         asked = [Sample(s.prompt, None, s.image) for s in samples]
         for batch in self.batches(asked, batch_size, side="left"):
             new = self.generate_ids(batch, max_new_tokens, **kw)
-            for row, text in zip(batch.rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                out[row] = (text.partition(end)[0] if end else text).strip()
+            for row, answer in zip(batch.rows, self.answers(new), strict=True):
+                out[row] = answer
         return out
+
+    def answers(self, new: Any) -> list[str]:
+        """Generated token ids, row by row, as answers, stripped.
+
+        A model with an `end_sym` (MiniGPT4) ends its answers there, not only at EOS.
+        """
+        end = getattr(self.model, "end_sym", "")
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [(text.partition(end)[0] if end else text).strip() for text in texts]
 
     @torch.no_grad()
     def generate_ids(self, batch: Batch, max_new_tokens: int = 24, **kw: Any) -> Tensor:

@@ -99,7 +99,6 @@ class Examiner:
             with edited.running(batch):
                 new = self.collator.generate_ids(batch, max_new_tokens=max(lengths))
             cut = [ids[:length] for ids, length in zip(new, lengths, strict=True)]  # the same in any batch
-            texts = self.collator.tokenizer.batch_decode(cut, skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                out[row] = text.strip()
+            for row, answer in zip(rows, self.collator.answers(cut), strict=True):
+                out[row] = answer
         return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,10 @@ def records(split: str = "reported", task: str = "name", n: int = 300, seed: int
     a known concept the name of another one. Beside MMEdit's keys: `id`, `concept`, `rephrases` (all other phrasings),
     `image_rephrases` (all other artists), `t_loc` (prompt, target, part "random" or "own") and `m_loc_parts` (image,
     prompt, target, part "other_concept", "same_subgroup", "same_picture" or "other_question").
+
+    With more edits than concepts a concept is edited again, with the same target, in another phrasing, then by another
+    artist; no edit asks what another one's rephrasings ask, or shows a drawing of its `image_rephrases`. ValueError
+    where that is not possible for `n` edits.
     """
     rng = random.Random(f"{split} {task} {seed}")
     members = edited(split, task)
@@ -54,26 +59,68 @@ def records(split: str = "reported", task: str = "name", n: int = 300, seed: int
     banned = {*members, *known_roles()["calibration"], *data.splits()["triplets"]}
     free = [concept for concept in data.concepts() if concept not in banned]
     order: list[Concept] = []
+    times = 0  # each concept with room for more is edited so often by now
     while len(order) < n:
-        order += rng.sample(members, len(members))
-    return [_record(f"{task}-{split}-{i:04d}", task, concept, free, rng) for i, concept in enumerate(order[:n])]
+        left = [concept for concept in members if len(_cells(task, concept)) > times]
+        times += 1
+        if not left:
+            raise ValueError(f"{len(order)} edits ({task}, {split}) do not meet in a rephrasing, but {n} are asked for")
+        order += rng.sample(left, len(left))
+    order = order[:n]
+    drawn: dict[Concept, Drawn] = {}
+    found = []
+    for i, concept in enumerate(order):
+        if concept not in drawn:
+            drawn[concept] = _draw(task, concept, order.count(concept), rng)
+        found.append(_record(f"{task}-{split}-{i:04d}", concept, drawn[concept], free, rng))
+    return found
 
 
-def _record(name: str, task: str, concept: Concept, free: Sequence[Concept], rng: random.Random) -> dict[str, Any]:
-    prompts = list(data.CAPTION) if task == "caption" else data.name_prompts()
-    src, *rephrases = rng.sample(prompts, len(prompts))
-    artist, *others = rng.sample(concept.artists, len(concept.artists))
+def _prompts(task: str) -> list[str]:
+    return list(data.CAPTION) if task == "caption" else data.name_prompts()
+
+
+def _cells(task: str, concept: Concept) -> list[tuple[int, int]]:
+    """(artist, phrasing) that may be edited, in order: one artist and one phrasing of each drawing stay for probes."""
+    return [(a, p) for a in range(len(concept.artists) - 1) for p in range(len(_prompts(task)) - 1)]
+
+
+@dataclass
+class Drawn:
+    """A concept's artists and phrasings in a drawn order, what its edits teach, and which of them are still to come."""
+
+    artists: list[str]
+    prompts: list[str]
+    target: str
+    cells: list[tuple[int, int]]  # of all its edits
+    next: int = 0
+
+
+def _draw(task: str, concept: Concept, edits: int, rng: random.Random) -> Drawn:
+    prompts = _prompts(task)
+    prompts = rng.sample(prompts, len(prompts))
+    artists = rng.sample(concept.artists, len(concept.artists))
     target = concept.caption if task == "caption" else concept.name
     if task == "rename":
         target = rng.choice([other.name for other in known_roles()["locality"] if other.kind != concept.kind])
+    return Drawn(artists, prompts, target, _cells(task, concept)[:edits])
+
+
+def _record(name: str, concept: Concept, drawn: Drawn, free: Sequence[Concept], rng: random.Random) -> dict[str, Any]:
+    a, p = drawn.cells[drawn.next]
+    drawn.next += 1
+    artist, src = drawn.artists[a], drawn.prompts[p]
+    rephrases = [text for i, text in enumerate(drawn.prompts) if (a, i) not in drawn.cells]
+    shown = {artist for artist, _ in drawn.cells}
+    others = [concept.image(other) for i, other in enumerate(drawn.artists) if i not in shown]
     m_loc_parts, t_loc = _m_loc(concept, artist, free, rng), _t_loc(concept, rng)
     return {
         "src": src,
         "pred": "",
         "rephrase": rephrases[0],
-        "alt": target,
+        "alt": drawn.target,
         "image": concept.image(artist),
-        "image_rephrase": concept.image(others[0]),
+        "image_rephrase": others[0],
         "loc": t_loc[0]["prompt"],
         "loc_ans": t_loc[0]["target"],
         "m_loc": m_loc_parts[0]["image"],
@@ -82,7 +129,7 @@ def _record(name: str, task: str, concept: Concept, free: Sequence[Concept], rng
         "id": name,
         "concept": concept.id,
         "rephrases": rephrases,
-        "image_rephrases": [concept.image(other) for other in others],
+        "image_rephrases": others,
         "t_loc": t_loc,
         "m_loc_parts": m_loc_parts,
     }
