@@ -618,10 +618,17 @@ def test_own_items_and_the_training_patch_may_be_overridden():
 
 
 def test_progress_goes_to_stderr_and_can_be_left_out(editors, capsys):
-    for progress in (True, False):
-        editors("opt").edit(make_requests("opt", 2), progress=progress)
-        out, err = capsys.readouterr()
-        assert out == "" and ("2/2" in err) is progress and bool(err) is progress
+    editor = make_editor("opt")
+    steps = {
+        f"{len(editor.layers)}/{len(editor.layers)}": editor.fit,
+        "3/3": lambda progress: editor.calibrate(make_requests("opt", 3), progress=progress),
+        "2/2": lambda progress: editors("opt").edit(make_requests("opt", 2), progress=progress),
+    }
+    for done, step in steps.items():
+        for progress in (True, False):
+            step(progress=progress)
+            out, err = capsys.readouterr()
+            assert out == "" and (done in err) is progress and bool(err) is progress
 
 
 # A saved editor

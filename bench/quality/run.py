@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench.quality import ablation, measure, tables
+from bench.quality import ablation, encoders, measure, tables
 from bench.quality.emoji import records
 from bench.quality.rows import default_config
-from bench.quality.world import CACHE
+from bench.quality.world import CACHE, with_memory
 
 RESULTS = Path(__file__).parent / "results"
 app = typer.Typer(add_completion=False)
@@ -49,14 +49,24 @@ def kept(seed: int, items: list[dict[str, Any]]) -> Path:
     return CACHE / f"ablation-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
 
 
+def saved(kind: str) -> list[dict[str, Any]]:
+    """The saved results of a kind, by base model."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-seed*.json"))]
+
+
+def taken(result: dict[str, Any]) -> str:
+    """Where a result was taken, as a sentence."""
+    return f"Taken with {', '.join(f'{k} {v}' for k, v in sorted(result['environment'].items()))}."
+
+
 def write_report() -> Path:
-    """results/README.md from every saved ablation, and results/notes.md, which is written by hand."""
+    """results/README.md from all that is saved, and results/notes.md, which is written by hand."""
     parts = ["# Ablation on the emoji world", "Made by `python -m bench.quality.run --rows ablation`."]
-    for path in sorted(RESULTS.glob("ablation-seed*.json")):
-        result = json.loads(path.read_text())
-        where = ", ".join(f"{k} {v}" for k, v in sorted(result["environment"].items()))
-        parts += [tables.report(result), f"Taken with {where}."]
+    for result in saved("ablation"):
+        parts += [tables.report(result), taken(result)]
     parts.append((RESULTS / "notes.md").read_text(encoding="utf-8").rstrip())
+    for result in saved("encoders"):
+        parts += [tables.encoders(result), taken(result)]
     out = RESULTS / "README.md"
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out
@@ -64,7 +74,10 @@ def write_report() -> Path:
 
 @app.command()
 def main(
-    rows: Annotated[Literal["ablation", "measure"], typer.Option(help="measure: 50 development edits.")] = "ablation",
+    rows: Annotated[
+        Literal["ablation", "measure", "encoders"],
+        typer.Option(help="measure: 50 development edits; encoders: fitted with other triplets held out."),
+    ] = "ablation",
     seeds: Annotated[str, typer.Option(help="Base models, by training seed.")] = "0,1",
     edits: Annotated[int, typer.Option(help="Edits of the chosen split.")] = 300,
     split: Annotated[Literal["reported", "development"], typer.Option()] = "reported",
@@ -88,6 +101,13 @@ def main(
             found = measure.run(seed, records.records("development", task, 4 if quick else 50), chosen)
             console.print(tables.variants(found))
             continue
+        if rows == "encoders":
+            editor = with_memory(seed, default_config(), quick=quick)
+            result = encoders.run(editor, seed) | {"environment": environment()}
+            console.print(Markdown(tables.encoders(result)))
+            if not quick:
+                console.print(f"saved: {save(f'encoders-seed{seed}', result)}")
+            continue
         items = records.records(split, task, 40 if quick else edits)
         keep = None if quick else kept(seed, items)
         result = ablation.run(seed, items, quick=quick, controls=controls, keep=keep) | {"environment": environment()}
@@ -96,7 +116,7 @@ def main(
         if not quick and split == "reported":
             suffix = "" if task == "name" else f"-{task}"
             console.print(f"saved: {save(f'ablation{suffix}-seed{seed}', result)}")
-    if rows == "ablation" and not quick and split == "reported":
+    if rows != "measure" and not quick and split == "reported":
         console.print(f"report: {write_report()}")
 
 

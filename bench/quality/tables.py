@@ -1,5 +1,6 @@
 """Saved results as tables: markdown for the README, the same columns on the terminal."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,6 +117,33 @@ def goals(result: dict[str, Any]) -> list[tuple[str, bool, str]]:
     found.append(("Rel of 20 stacked within two points of one step", abs(s - r) <= 2.0, f"{s:.1f} and {r:.1f}"))
     found.append(("removing an edit is exact", result["removal_is_exact"], str(result["removal_is_exact"])))
     return found
+
+
+def encoders(result: dict[str, Any]) -> str:
+    """What the encoders of one base model reach on held-out triplets, over all splits."""
+    head = ["layer"]
+    for part in ("concepts held out", "triplets held out"):
+        head += [f"{part}: AUC", "untrained", "recall@1", "untrained"]
+    rows = []
+    for layer, of_concepts in result["splits"]["answer"].items():
+        row = [layer]
+        for fits in (of_concepts, result["splits"]["triplet"][layer]):
+            row += [spread(fits, "truthfulness_auc"), average(fits, "untrained_auc")]
+            row += [average(fits, "semantic_recall"), average(fits, "untrained_recall")]
+        rows.append(row)
+    title = f"### Base model {result['seed']}, {result['triplets']:,} triplets"
+    return f"{title}\n\n{markdown(head, rows)}"
+
+
+def average(fits: Sequence[dict[str, float]], name: str) -> str:
+    """The mean over splits."""
+    return f"{statistics.fmean(f[name] for f in fits):.3f}"
+
+
+def spread(fits: Sequence[dict[str, float]], name: str) -> str:
+    """Mean, standard deviation and least over splits."""
+    values = [f[name] for f in fits]
+    return f"{average(fits, name)} ± {statistics.stdev(values):.3f} (least {min(values):.3f})"
 
 
 def report(result: dict[str, Any]) -> str:

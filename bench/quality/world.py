@@ -93,14 +93,17 @@ def calibration(n: int) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "image": None if image is None else picture(image)} for image, prompt in cases]
 
 
-def prepared(seed: int, config: UnikeConfig, editor_class: type[Editor] = Editor, *, quick: bool = False) -> Editor:
-    """An editor of base model `seed` with its memory built, encoders fitted and routing calibrated.
-
-    quick: a quarter of the triplets and of the calibration cases.
-    """
+def with_memory(seed: int, config: UnikeConfig, editor_class: type[Editor] = Editor, *, quick: bool = False) -> Editor:
+    """An editor of base model `seed` with its memory built; quick: of a quarter of the triplets."""
     net, processor = model.load(seed)
     editor = editor_class(net, processor, config)
     editor.build_memory(triplets(260 if quick else None), cache=CACHE / f"seed{seed}")
+    return editor
+
+
+def prepared(seed: int, config: UnikeConfig, editor_class: type[Editor] = Editor, *, quick: bool = False) -> Editor:
+    """`with_memory`, its encoders fitted and routing calibrated; quick: also on a quarter of the calibration cases."""
+    editor = with_memory(seed, config, editor_class, quick=quick)
     editor.fit()
     editor.calibrate(calibration(1000 if quick else 4000))
     return editor

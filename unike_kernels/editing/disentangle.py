@@ -71,8 +71,8 @@ def fit_layer(
     """Fits one layer's encoders on N triplets, computing on `device`; the results are on the CPU.
 
     anchors [N, d]: h_att (or h_sem); items_pos, items_neg [N, d]: what a single item would inject (equation 7's space);
-    h_pos, h_neg [N, d]: the states themselves. groups: one name per triplet (its answer); whole groups are held out,
-    because triplets of one answer on both sides would measure word identity.
+    h_pos, h_neg [N, d]: the states themselves. groups: one name per triplet; whole groups are held out. With its
+    answer as a triplet's group the measure cannot come from the identity of words, with one group per triplet it can.
     """
     generator = torch.Generator().manual_seed(config.seed)
     anchors, items_pos, items_neg, h_pos, h_neg = (

@@ -93,16 +93,17 @@ class Editor:
         self.remembered = {asked(triplets[i]) for i in states.kept}
         return states
 
-    def fit(self) -> Fits:
+    def fit(self, *, progress: bool = True) -> Fits:
         """Fits Enc_sem, Enc_tru, zeta and W_zeta of every edited layer on the memory's triplets; prints as a table.
 
         With `projected` attention Enc_sem's inputs are what a single item would inject, out_proj(v_proj(h_pos)); with
         `raw`, h_pos itself (spec, section 2).
         """
         states = self._need_states()
-        groups = [" ".join(self.triplets[i]["target"].lower().split()) for i in states.kept]
+        answers = [" ".join(self.triplets[i]["target"].lower().split()) for i in states.kept]
+        groups = answers if self.config.encoders.held_out_by == "answer" else [str(i) for i in states.kept]
         fits = Fits()
-        for i in self.layers:
+        for i in tqdm(self.layers, desc="encoders", unit="layer", disable=not progress):
             s = states.layers[i]
             anchors = s.h_att if self.config.encoders.anchor == "h_att" else s.h_sem
             pos, neg = self._injected(i, s.h_pos), self._injected(i, s.h_neg)
@@ -118,15 +119,17 @@ class Editor:
                 raise
         return fits
 
-    def calibrate(self, cases: Sequence[dict[str, Any]], *, batch_size: int = 64) -> None:
+    def calibrate(self, cases: Sequence[dict[str, Any]], *, batch_size: int = 64, progress: bool = True) -> None:
         """Adds cases (dicts: prompt, image: optional) of the training split that no edit should claim, for routing."""
         states = self._need_states()
         samples = [Sample(c["prompt"], None, c.get("image")) for c in cases]
         found = torch.zeros(len(samples), states.cases.shape[1])
-        with base_only(self.model):
+        bar = tqdm(total=len(samples), desc="calibration", unit="case", disable=not progress)
+        with base_only(self.model), bar:
             for batch in self.collator.batches(samples, batch_size):
                 (case,) = tap_rows(self.model, self.decoder, self.layers[:1], batch, [batch.case_rows()])
                 found[batch.rows] = case["tap"][self.layers[0]].float().cpu()
+                bar.update(len(batch.rows))
         self.cases = torch.cat([states.cases if self.cases is None else self.cases, found])
 
     def edit(
