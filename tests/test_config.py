@@ -50,6 +50,7 @@ def test_wrong_json_is_refused_by_name(data, named):
         lambda: NeuronConfig(key_threshold=1.0),
         lambda: EncoderConfig(anchor="h_pos"),
         lambda: EncoderConfig(w_zeta="free"),
+        lambda: EncoderConfig(held_out_by="artist"),
         lambda: replace(NeuronConfig(), steps=0),
     ],
 )

@@ -9,6 +9,7 @@ import unike_kernels as uk
 from bench.quality import world
 from bench.quality.emoji import model as emoji
 from bench.quality.emoji import records
+from bench.quality.encoders import Splits, held_out
 from unike_kernels.config import RoutingConfig, UnikeConfig
 from unike_kernels.editing.inputs import Sample
 
@@ -51,6 +52,22 @@ def test_encoders_tell_truth_and_meaning_on_held_out_triplets(editor):
         assert fit.held_out >= 20
         assert fit.truthfulness_auc >= 0.9 and fit.truthfulness_auc > fit.untrained_auc + 0.03, layer
         assert fit.semantic_recall >= 0.3 and fit.semantic_recall > 5 * fit.untrained_recall, layer
+
+
+@pytest.mark.parametrize("seed", (0, 1))
+def test_encoders_tell_truth_and_meaning_on_triplets_held_out_one_by_one(seed, editor):
+    """Of both base models; a held-out triplet's concept may be known from other drawings."""
+    made = editor
+    if seed:
+        made = uk.Editor(*emoji.load(seed), editor.config)
+        made.build_memory(world.triplets(260), progress=False)
+    fits, config = dict(made.fits), made.config
+    found = held_out(made, Splits("triplet", 0.2, 1))
+    assert sorted(found) == [str(layer) for layer in made.layers]
+    for layer, (fit,) in found.items():
+        assert fit["truthfulness_auc"] >= 0.9 and fit["truthfulness_auc"] > fit["untrained_auc"] + 0.03, layer
+        assert fit["semantic_recall"] >= 0.15 and fit["semantic_recall"] > 5 * fit["untrained_recall"], layer
+    assert made.config == config and dict(made.fits) == fits  # the editor is as it was
 
 
 def test_edits_generalise_and_stay_local(editor, edited):

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +48,11 @@ class World:
         return fresh.prepare(row, self.editor, mean_alpha)
 
     def make(self, row: Row, mean_alpha: float | None = None) -> tuple[RowEditor, Edits]:
-        """The row's edits, every one trained from the base alone."""
+        """The row's edits, each trained from the base alone; those that miss their target are told by the caller."""
         editor = self.row_editor(row, mean_alpha)
-        return editor, editor.edit([request(r) for r in self.items], independent=True, progress=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* miss their target")
+            return editor, editor.edit([request(r) for r in self.items], independent=True, progress=False)
 
     def score_base(self) -> dict[str, Any]:
         """The unedited model: its measured accuracy on the targets, localities of 100 by definition."""

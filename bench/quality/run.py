@@ -99,12 +99,12 @@ def main(
         if rows == "measure":
             chosen = None if points is None else points.split(",")
             found = measure.run(seed, records.records("development", task, 4 if quick else 50), chosen)
-            console.print(tables.variants(found))
+            console.print(tables.variants(found), soft_wrap=True)
             continue
         if rows == "encoders":
             editor = with_memory(seed, default_config(), quick=quick)
             result = encoders.run(editor, seed) | {"environment": environment()}
-            console.print(Markdown(tables.encoders(result)))
+            console.print(tables.encoders(result), soft_wrap=True)
             if not quick:
                 console.print(f"saved: {save(f'encoders-seed{seed}', result)}")
             continue
@@ -112,7 +112,7 @@ def main(
         keep = None if quick else kept(seed, items)
         result = ablation.run(seed, items, quick=quick, controls=controls, keep=keep) | {"environment": environment()}
         result |= {"split": split, "task": task}
-        console.print(tables.report(result))
+        console.print(tables.report(result), soft_wrap=True)
         if not quick and split == "reported":
             suffix = "" if task == "name" else f"-{task}"
             console.print(f"saved: {save(f'ablation{suffix}-seed{seed}', result)}")

@@ -120,30 +120,21 @@ def goals(result: dict[str, Any]) -> list[tuple[str, bool, str]]:
 
 
 def encoders(result: dict[str, Any]) -> str:
-    """What the encoders of one base model reach on held-out triplets, over all splits."""
+    """What the encoders of one base model reach on held-out triplets: means over splits, deviation, the least."""
     head = ["layer"]
     for part in ("concepts held out", "triplets held out"):
-        head += [f"{part}: AUC", "untrained", "recall@1", "untrained"]
+        head += [f"{part}: AUC", "least", "untrained", "recall@1", "untrained"]
     rows = []
     for layer, of_concepts in result["splits"]["answer"].items():
         row = [layer]
         for fits in (of_concepts, result["splits"]["triplet"][layer]):
-            row += [spread(fits, "truthfulness_auc"), average(fits, "untrained_auc")]
-            row += [average(fits, "semantic_recall"), average(fits, "untrained_recall")]
+            values = {name: [f[name] for f in fits] for name in fits[0]}
+            means = {name: f"{statistics.fmean(v):.3f}" for name, v in values.items()}
+            auc = values["truthfulness_auc"]
+            row += [f"{means['truthfulness_auc']} ± {statistics.stdev(auc):.3f}", f"{min(auc):.3f}"]
+            row += [means[name] for name in ("untrained_auc", "semantic_recall", "untrained_recall")]
         rows.append(row)
-    title = f"### Base model {result['seed']}, {result['triplets']:,} triplets"
-    return f"{title}\n\n{markdown(head, rows)}"
-
-
-def average(fits: Sequence[dict[str, float]], name: str) -> str:
-    """The mean over splits."""
-    return f"{statistics.fmean(f[name] for f in fits):.3f}"
-
-
-def spread(fits: Sequence[dict[str, float]], name: str) -> str:
-    """Mean, standard deviation and least over splits."""
-    values = [f[name] for f in fits]
-    return f"{average(fits, name)} ± {statistics.stdev(values):.3f} (least {min(values):.3f})"
+    return f"### Base model {result['seed']}, {result['triplets']:,} triplets\n\n{markdown(head, rows)}"
 
 
 def report(result: dict[str, Any]) -> str:
