@@ -268,7 +268,7 @@ def test_decided_once_per_case(name, config, monkeypatch):
 
         monkeypatch.setattr(module, "ops", Counting(real, what))
     model.generate(**inputs, **GREEDY)
-    routed = [("route", 3)] if config.routing.mode == "routed" else []
+    routed = [("route", 3)] * 2 if config.routing.mode == "routed" else []  # among the edits, among the training cases
     assert sorted(calls) == sorted(routed + [("search", 3)] * 4)  # 4 edited layers, 3 cases, 6 tokens decoded
 
 

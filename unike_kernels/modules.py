@@ -16,9 +16,9 @@ from .edits import LayerEdits
 from .memory import ExternalMemory
 from .models import LayerSites
 from .projections import Projections
-from .routing import Router, calibrate
+from .routing import Router
 
-__all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router", "calibrate"]
+__all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
 
 
 class ExtraNeurons(nn.Module):

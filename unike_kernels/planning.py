@@ -102,8 +102,8 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
             layer.neurons.check(own)
         elif len(own.keys):
             raise ValueError(f"room for 0 neurons (max_neurons at patch time), but got {len(own.keys)}")
-        if layer.router is not None:
-            layer.router.check(len(edits))
+        if layer.router is not None and edits.calibration is not None:
+            layer.router.check(len(edits), len(edits.calibration.cases))
         if layer.shift is not None:
             layer.shift.check_encoder(shared.encoder)
             items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config)
@@ -262,6 +262,7 @@ def _plan_layer(
         act = config.encoders.activation
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
     if first and config.routing.mode == "routed" and edits.calibration is not None:
-        router = Router(config.routing, groups, layer.h_sem.to(at_attention.device), backend)
+        room, at = len(edits.calibration.cases), layer.h_sem.to(at_attention.device)
+        router = Router(config.routing, groups, at, backend, max_cases=room)
         router.load(layer.h_sem, edits.calibration)
     return LayerPatch(index, sites, neurons, shift, router)

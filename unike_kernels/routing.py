@@ -10,33 +10,46 @@ from . import ops
 from .config import RoutingConfig
 from .edits import Calibration
 
+SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.998, other pictures of one thing 0.7
+
 
 class Router(nn.Module):
-    """Which edits act on a case: the nearest by centred cosine at the first edited layer, above a calibrated threshold.
+    """Which edits act on a case: the nearest by centred cosine at the first edited layer, if near enough twice over.
 
-    keys [max_groups, d]: each edit's h_sem minus the centre, normalised; center [d]; threshold [] fp32: the score that
-    a share `false_accept_rate` of the training-split cases exceeds for *some* edit, so it rises with their number.
+    Above `threshold` [] fp32: the score that a share `false_accept_rate` of the training-split cases exceeds for *some*
+    edit, so it rises with their number. And above the score of the nearest of those cases by `margin`: whatever else is
+    like a question that was trained on, such as another question about an edit's picture, is not the edit's.
+    keys [max_groups, d]: each edit's h_sem minus the centre, normalised; cases [max_cases, d] likewise; center [d].
     """
 
     keys: Tensor
+    cases: Tensor
     center: Tensor
     threshold: Tensor
     n_groups: Tensor
+    n_cases: Tensor
 
-    def __init__(self, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto") -> None:
+    def __init__(
+        self, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto", *, max_cases: int = 0
+    ) -> None:
         super().__init__()
         self.config, self.backend = config, backend
         d = like.shape[-1]
         # fp32 whatever the model computes in: the threshold lies in the third digit of a cosine
         self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
+        self.register_buffer("cases", torch.zeros(max_cases, d, device=like.device), persistent=False)
         self.register_buffer("center", torch.zeros(d, device=like.device), persistent=False)
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
-        self.register_buffer("n_groups", torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
+        for name in ("n_groups", "n_cases"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
 
     @torch.no_grad()
     def load(self, h_sem: Tensor, calibration: Calibration) -> None:
-        """Takes the edits' h_sem [E, d] and calibrates the threshold for exactly these edits."""
-        self.check(len(h_sem))
+        """Takes the edits' h_sem [E, d] and calibrates the threshold for exactly these edits.
+
+        A case that asks what one of them asks does not compete with it.
+        """
+        self.check(len(h_sem), len(calibration.cases))
         device = self.keys.device
         center = calibration.center.float().to(device)
         keys = nn.functional.normalize(h_sem.float().to(device) - center, dim=-1)
@@ -44,16 +57,23 @@ class Router(nn.Module):
         self.keys.zero_()
         self.keys[: len(keys)].copy_(keys)
         self.center.copy_(center)
-        self.threshold.fill_(calibrate(cases, keys, self.config.false_accept_rate))
+        best = nearest(cases, keys)
+        self.threshold.fill_(calibrate(best, self.config.false_accept_rate))
         self.n_groups.fill_(len(keys))
+        others = cases[best < SAME_QUESTION]
+        self.cases.zero_()
+        self.cases[: len(others)].copy_(others)
+        self.n_cases.fill_(len(others))
 
-    def check(self, groups: int) -> None:
-        """Raises ValueError when that many edits do not fit."""
+    def check(self, groups: int, cases: int) -> None:
+        """Raises ValueError when that many edits or calibration cases do not fit."""
         if groups > len(self.keys):
             raise ValueError(f"room for {len(self.keys)} edits (max_groups at patch time), but got {groups}")
+        if cases > len(self.cases):
+            raise ValueError(f"room for {len(self.cases)} calibration cases (as patched), but got {cases}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Router":
-        exact = {name: getattr(self, name) for name in ("keys", "center", "threshold")}
+        exact = {name: getattr(self, name) for name in ("keys", "cases", "center", "threshold")}
         super()._apply(fn, *args, **kwargs)
         for name, tensor in exact.items():  # .half() and the like move nothing here and must round nothing
             setattr(self, name, tensor.to(getattr(self, name).device))
@@ -61,23 +81,36 @@ class Router(nn.Module):
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
-        n = self.n_groups.expand(len(tap))
-        ranges = torch.stack([torch.zeros_like(n), n], dim=1)
         centred = tap.detach().float() - self.center
-        scores, selected = ops.cosine_topk(centred, self.keys, self.config.top, ranges=ranges, backend=self.backend)
-        return scores, torch.where(scores > self.threshold, selected, -1)
+        scores, selected = self._search(centred, self.keys, self.n_groups, self.config.top)
+        bar = self.threshold
+        if len(self.cases) > 0:
+            other, _ = self._search(centred, self.cases, self.n_cases, 1)  # [C, 1], -inf where there is none
+            bar = torch.maximum(other + self.config.margin, bar)
+        return scores, torch.where(scores > bar, selected, -1)
+
+    def _search(self, q: Tensor, keys: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(scores, indices) [C, k] among the first n [] of `keys`, a number that stays on the device."""
+        ranges = torch.stack([torch.zeros_like(n), n]).expand(len(q), 2)
+        return ops.cosine_topk(q, keys, k, ranges=ranges, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"top={self.config.top}, false_accept_rate={self.config.false_accept_rate}"
+        return f"top={self.config.top}, false_accept_rate={self.config.false_accept_rate}, margin={self.config.margin}"
 
 
-def calibrate(cases: Tensor, keys: Tensor, false_accept_rate: float) -> float:
-    """The threshold that `false_accept_rate` of the cases exceed for some key: cases [M, d], keys [E, d], unit rows.
+def nearest(cases: Tensor, keys: Tensor) -> Tensor:
+    """[M] the largest cosine of each case with any key; -1 where there is no key. cases [M, d], keys [E, d]: units."""
+    if len(keys) == 0:
+        return cases.new_full((len(cases),), -1.0)
+    return torch.cat([cases[:0, 0], *((part @ keys.T).amax(dim=1) for part in cases.split(4096))])
 
-    At most floor(rate * M) cases score above it. With no case or no key the threshold is -1: nothing to protect.
+
+def calibrate(best: Tensor, false_accept_rate: float) -> float:
+    """The threshold that `false_accept_rate` of the cases exceed for some key: best [M], their largest cosines.
+
+    At most floor(rate * M) cases score above it. With no case the threshold is -1: nothing to protect.
     """
-    if len(cases) == 0 or len(keys) == 0:
+    if len(best) == 0:
         return -1.0
-    best = torch.cat([(part @ keys.T).amax(dim=1) for part in cases.split(4096)])
     allowed = int(false_accept_rate * len(best))
     return float(best.sort(descending=True).values[min(allowed, len(best) - 1)])

@@ -18,7 +18,7 @@ from unike_kernels.editing.inputs import Sample
 from unike_kernels.edits import Edits
 from unike_kernels.evaluation.metrics import clustered_error, exact_match, mean_of_five
 from unike_kernels.evaluation.scoring import Score, Scorer
-from unike_kernels.modules import calibrate
+from unike_kernels.modules import Router
 from unike_kernels.patching import PatchHandle, patch
 
 STACK = 20  # routed edits on one model at a time
@@ -68,15 +68,20 @@ class World:
 
     def one_step_routes(self, edits: Edits) -> list[bool]:
         """Whether each probe is routed to its own edit when that edit is the only one on the model."""
-        calibration = edits.calibration
+        calibration, config = edits.calibration, edits.config.routing
         assert calibration is not None  # prepared() calibrates
-        unit = torch.nn.functional.normalize
-        keys = unit(edits.layers[calibration.layer].h_sem - calibration.center, dim=-1)
-        cases = unit(calibration.cases - calibration.center, dim=-1)
-        rate = edits.config.routing.false_accept_rate
-        thresholds = [calibrate(cases, key[None], rate) for key in keys]
-        taps = unit(self.scorer.case_tap - calibration.center, dim=-1)
-        return [float(tap @ keys[p.edit]) > thresholds[p.edit] for tap, p in zip(taps, self.probes, strict=True)]
+        own: dict[int, list[int]] = {}
+        for i, p in enumerate(self.probes):
+            own.setdefault(p.edit, []).append(i)
+        h_sem = edits.layers[calibration.layer].h_sem
+        router = Router(config, 1, h_sem, max_cases=len(calibration.cases))
+        acts = [False] * len(self.probes)
+        for e, rows in own.items():
+            router.load(h_sem[e : e + 1], calibration)
+            _, selected = router(self.scorer.case_tap[rows])
+            for i, group in zip(rows, selected[:, 0].tolist(), strict=True):
+                acts[i] = group == 0
+        return acts
 
     def score(self, row: Row, editor: RowEditor, edits: Edits) -> dict[str, Any]:
         """Everything the table says about one row."""
