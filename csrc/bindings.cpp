@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "cosine_topk.cuh"
 #include "knowledge_shift.cuh"
 #include "probe.cuh"
 
@@ -46,6 +48,51 @@ int device_count() {
     return count;
 }
 
+// Refuses a value, naming it and its limits.
+void within(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return;
+    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(least) + " to " + std::to_string(most) +
+                                ", but is " + std::to_string(value));
+}
+
+unike::Search search_of(const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k) {
+    within("t", t, 0, unike::kMostQueries);
+    within("n", n, 0, (int64_t{1} << 31) - 1);
+    within("d", d, 1, unike::kMostColumns);
+    within("k", k, 0, unike::kMostItems);
+    unike::Search search = {};
+    search.q_dtype = dtype_of(q_dtype), search.key_dtype = dtype_of(key_dtype);
+    if (search.q_dtype != search.key_dtype && search.q_dtype != unike::Dtype::float32)
+        throw std::invalid_argument("q is " + q_dtype + ", keys are " + key_dtype + ": q must be the same or float32");
+    search.n = n, search.t = static_cast<int>(t), search.d = static_cast<int>(d), search.k = static_cast<int>(k);
+    return search;
+}
+
+int64_t cosine_topk_workspace(const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k) {
+    int64_t bytes = 0;
+    const unike::Search search = search_of(q_dtype, key_dtype, t, n, d, k);
+    require(unike::cosine_topk_workspace(search, bytes), "planning cosine_topk");
+    return bytes;
+}
+
+void cosine_topk(uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, uintptr_t key_norm, uintptr_t ranges,
+                 const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k,
+                 uintptr_t workspace, int64_t bytes, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
+    unike::Search search = search_of(q_dtype, key_dtype, t, n, d, k);
+    if (t == 0 || k == 0) return;
+    within("q_stride", q_stride, 0, INT64_MAX);
+    within("key_stride", key_stride, 0, INT64_MAX);
+    within("bytes of workspace", bytes, cosine_topk_workspace(q_dtype, key_dtype, t, n, d, k), INT64_MAX);
+    if (q == 0 || (keys == 0 && n > 0) || (workspace == 0 && bytes > 0) || scores == 0 || indices == 0)
+        throw std::invalid_argument("q, keys, workspace, scores and indices must be addresses of device memory, but one is null");
+    search.q = at<void>(q), search.keys = at<void>(keys);
+    search.q_stride = q_stride, search.key_stride = key_stride;
+    search.key_norm = at<float>(key_norm), search.ranges = at<int64_t>(ranges);
+    require(unike::cosine_topk(search, at<void>(workspace), at<float>(scores), at<int64_t>(indices),
+                               at<CUstream_st>(stream)),
+            "launching cosine_topk");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -76,4 +123,11 @@ PYBIND11_MODULE(_cuda, m) {
             require(unike::knowledge_shift(shift, split, rows, at<CUstream_st>(stream)), "launching knowledge_shift");
         },
         "The arguments of csrc/knowledge_shift.cuh in their order; a missing tensor is address 0.");
+    m.def("cosine_topk_workspace", &cosine_topk_workspace, py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
+          py::arg("d"), py::arg("k"), "Bytes that cosine_topk needs on the current device.");
+    m.def("cosine_topk", &cosine_topk, py::arg("q"), py::arg("q_stride"), py::arg("keys"), py::arg("key_stride"),
+          py::arg("key_norm"), py::arg("ranges"), py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
+          py::arg("d"), py::arg("k"), py::arg("workspace"), py::arg("bytes"), py::arg("scores"), py::arg("indices"),
+          py::arg("stream"),
+          "The k keys of largest cosine to each query: scores float32 and indices int64 [t, k]. See csrc/cosine_topk.cuh.");
 }

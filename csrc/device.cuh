@@ -17,6 +17,27 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(fp16 x) { return __half2float(x); }
 
+// The two elements of a register of 16-bit ones, the lower first.
+template <typename T>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 widen_pair<bf16>(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+}
+template <>
+__device__ __forceinline__ float2 widen_pair<fp16>(uint32_t pair) {
+    return make_float2(__half2float(__ushort_as_half(pair & 0xffff)), __half2float(__ushort_as_half(pair >> 16)));
+}
+
+// Four elements that follow each other, aligned to all of them.
+__device__ __forceinline__ float4 widen_four(const float* x) { return *reinterpret_cast<const float4*>(x); }
+template <typename T>
+__device__ __forceinline__ float4 widen_four(const T* x) {
+    const uint2 four = *reinterpret_cast<const uint2*>(x);
+    const float2 low = widen_pair<T>(four.x), high = widen_pair<T>(four.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
 // To the nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ T narrow(float x);
@@ -89,6 +110,13 @@ __device__ __forceinline__ void store_release(uint32_t* global, uint32_t x) {
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Says that the kernel behind it, if launched early, may be brought onto the device from now on.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from unike_kernels import native
 from unike_kernels.triton_kernels import launching
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -16,6 +18,19 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")  # conftest sets the int
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 256  # bytes before and after every allocation
 PATTERN = 0xA5
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels run for the rest of the test: on the GPU, or in the emulator where there is none."""
+    if DEVICE.type == "cuda":
+        if (reason := native.no_cuda()) is not None:
+            pytest.skip(reason)
+        return
+    import emulator  # tests of the benchmarks use this file too, from another folder
+
+    monkeypatch.setattr(native, "cuda", emulator.module)
+    emulator.seed(0)
+    emulator.device()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Which implementation of the operators is usable here, why another is not, and which one an operator takes.
 
 "auto" is triton for CUDA tensors; on the CPU native code where it was measured faster than the reference; and the
-reference elsewhere, and for float64. A backend that is named has to run.
+reference elsewhere, and for float64. "cuda" is the CUDA C++ kernels for the operators and sizes that have one, and
+triton for the rest; "auto" does not take it before a GPU has measured that it is the faster. A backend that is named
+has to run.
 """
 
 import os
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cpu_kernels, native, triton_kernels
+from . import cpu_kernels, cuda_kernels, native, triton_kernels
 
-NAMES = ("auto", "triton", "cpu", "reference")
+NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 AUTO = {"cuda": "triton", "cpu": "cpu"}  # what "auto" means on a device; elsewhere the reference
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,6 +37,7 @@ def available() -> list[Backend]:
     usable_on_cpu = _no_triton("cpu") is None
     return [
         Backend("triton", None if usable_on_cpu else _no_triton("cuda")),
+        Backend("cuda", _no_cuda("cpu" if native.emulated() else "cuda")),
         Backend("cpu", native.no_cpu()),
         Backend("reference", None),
     ]
@@ -50,7 +53,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "reference" or (backend == "auto" and (device.type not in AUTO or dtype not in KERNEL_DTYPES)):
         return "reference"
     chosen = AUTO[device.type] if backend == "auto" else backend
-    reason = _no_cpu(device.type) if chosen == "cpu" else _no_triton(device.type)
+    why_not: dict[str, Callable[[str], str | None]] = {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton}
+    reason = why_not[chosen](device.type)
     if reason is None and dtype not in KERNEL_DTYPES:
         reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}, not {dtype}"
     if reason is None:
@@ -75,8 +79,11 @@ def implementation(
     if backend == "auto" and not first.is_cuda:
         return None
     wide = next((t.dtype for t in tensors if t.dtype == torch.float64), first.dtype)
-    if resolve(backend, first.device, wide) == "reference":
+    resolved = resolve(backend, first.device, wide)
+    if resolved == "reference":
         return None
+    if resolved == "cuda" and cuda_kernels.refusal(operator, args) is None:
+        return cuda_kernels.launcher(operator)
     refused = triton_kernels.refusal(operator, args)
     if refused is None:
         return triton_kernels.launcher(operator)
@@ -122,3 +129,13 @@ def _no_triton(device_type: str) -> str | None:
     if min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return None
+
+
+def _no_cuda(device_type: str) -> str | None:
+    """Why the CUDA C++ kernels, and triton for what they lack, cannot run on such a device; None when they can."""
+    reason = native.no_cuda()
+    if reason is None and device_type != "cuda" and not native.emulated():
+        reason = f"it runs on CUDA devices, not on {device_type}"
+    if reason is None and (without := _no_triton(device_type)) is not None:
+        reason = f"triton runs what has no CUDA kernel, but {without}"
+    return reason

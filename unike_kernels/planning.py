@@ -232,8 +232,10 @@ def _resolve(holder: nn.Module, sites: LayerSites, backend: str, config: UnikeCo
     """The backend that `backend` means at these sites; ValueError when it cannot run there."""
     like = empty_like_site(holder, sites.attention)
     chosen = backends.resolve(backend, like.device, like.dtype)
-    if backend == "triton" and config.shift.enabled and config.shift.k > MAX_K:
-        raise ValueError(f"backend 'triton' retrieves at most {MAX_K} items, but these edits ask for {config.shift.k}")
+    if backend in ("triton", "cuda") and config.shift.enabled and config.shift.k > MAX_K:
+        raise ValueError(
+            f"backend {backend!r} retrieves at most {MAX_K} items, but these edits ask for {config.shift.k}"
+        )
     return chosen
 
 

@@ -233,6 +233,12 @@ inline float widen(fp16 x) {
 }
 
 template <typename T>
+inline float2 widen_pair(uint32_t pair) { return {widen(T{uint16_t(pair)}), widen(T{uint16_t(pair >> 16)})}; }
+inline float4 widen_four(const float* x) { return *reinterpret_cast<const float4*>(x); }
+template <typename T>
+inline float4 widen_four(const T* x) { return {widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3])}; }
+
+template <typename T>
 inline T narrow(float x);
 template <>
 inline float narrow<float>(float x) { return x; }
@@ -269,6 +275,7 @@ inline void store_release(uint32_t* global, uint32_t x) {
     *global = x;
 }
 inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
 
 namespace emulated {
 

@@ -1,0 +1,532 @@
+#include "cosine_topk.cuh"
+
+#include <device.cuh>
+
+#include "candidates.cuh"
+
+// The scan: a persistent grid; a block takes units of 16 to 64 rows in turn and streams each through shared memory in slabs of a
+// few hundred columns, several slabs ahead (cp.async). Its eight warps share the columns of a slab, add up their partial products
+// at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. The merge:
+// one block for each query; the k-th largest of the lists' best bounds the k-th best of all from below, so that hardly more than
+// k candidates are left to be ranked.
+namespace unike {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kSpare = 2048;         // candidates that the merge ranks at a time
+constexpr int kMergeThreads = 512;
+constexpr int kMostLists = 1024;     // blocks of a scan: two for each of the largest devices' SMs, and room
+
+struct Problem {
+    Search of;
+    Packed* found;   // [t, lists, kList]
+    Packed* best;    // [t, lists]
+    int* counts;     // [t, lists]
+    int lists;
+    bool aligned, q_aligned;  // rows of keys, of queries: 16-byte aligned
+};
+
+// ------------------------------------------------------------------------------------------------- products
+
+// Products on tensor cores: keys are the 16 rows of a tile, queries its 8 columns, so that few queries waste little.
+// RowWarps x RowTiles tiles of rows, the other 8 / RowWarps warps share the columns of a slab.
+template <typename T, int RowWarps, int RowTiles, int QueryTiles, int Columns, bool Resident>
+struct TensorCores {
+    using Key = T;
+    using Query = T;
+    static constexpr int rows = 16 * RowWarps * RowTiles, queries = 8 * QueryTiles, columns = Columns, stages = 4;
+    static constexpr int parts = kWarps / RowWarps;  // partial sums of every score
+    static constexpr bool resident = Resident;       // the queries stay in shared memory, or come along with every slab
+    static constexpr int width = Columns / parts;    // of a warp
+    static_assert(width % 32 == 0, "");
+
+    float sums[RowTiles][QueryTiles][4], squares[RowTiles][2];
+
+    __device__ __forceinline__ void reset() {
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i) {
+            squares[i][0] = squares[i][1] = 0;
+#pragma unroll
+            for (int j = 0; j < QueryTiles; ++j)
+#pragma unroll
+                for (int x = 0; x < 4; ++x) sums[i][j][x] = 0;
+        }
+    }
+
+    // keys [rows, pitch], q [queries, q_pitch]: one slab. Tensor cores cut sums off instead of rounding them: they only add up
+    // the products of this slab, which are then added in float32.
+    __device__ __forceinline__ void add(const T* keys, int pitch, const T* q, int q_pitch, bool norms) {
+        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+        const int first_row = warp % RowWarps * RowTiles * 16, first = warp / RowWarps * width;
+        float part[RowTiles][QueryTiles][4] = {};
+#pragma unroll
+        for (int at = 0; at < width; at += 32) {
+            uint32_t right[QueryTiles][4];
+#pragma unroll
+            for (int j = 0; j < QueryTiles; ++j)
+                ldmatrix(right[j], q + (8 * j + lane % 8) * q_pitch + first + at + lane / 8 * 8);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < RowTiles; ++i) {
+                    uint32_t left[4];
+                    ldmatrix(left, keys + (first_row + 16 * i + lane % 16) * pitch + first + at + 16 * half + lane / 16 * 8);
+#pragma unroll
+                    for (int j = 0; j < QueryTiles; ++j) {
+                        const uint32_t two[2] = {right[j][2 * half], right[j][2 * half + 1]};
+                        mma_m16n8k16<T>(part[i][j], left, two);
+                    }
+                    if (norms) {
+#pragma unroll
+                        for (int x = 0; x < 4; ++x) {
+                            const float2 pair = widen_pair<T>(left[x]);
+                            squares[i][x % 2] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares[i][x % 2]));
+                        }
+                    }
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < QueryTiles; ++j)
+#pragma unroll
+                for (int x = 0; x < 4; ++x) sums[i][j][x] += part[i][j][x];
+    }
+
+    // out [parts, rows, queries + 1]: this warp's part of every score, and of the rows' squares behind them.
+    __device__ __forceinline__ void store(float* out, bool norms) {
+        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+        const int g = lane / 4, p = lane % 4;
+        out += (warp / RowWarps * rows + warp % RowWarps * RowTiles * 16) * (queries + 1);
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < QueryTiles; ++j)
+#pragma unroll
+                for (int x = 0; x < 4; ++x)
+                    out[(16 * i + g + x / 2 * 8) * (queries + 1) + 8 * j + 2 * p + x % 2] = sums[i][j][x];
+            if (norms) {
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    float square = squares[i][x];
+                    square += __shfl_xor_sync(kWarp, square, 1);
+                    square += __shfl_xor_sync(kWarp, square, 2);
+                    if (p == 0) out[(16 * i + g + 8 * x) * (queries + 1) + queries] = square;
+                }
+            }
+        }
+    }
+};
+
+// Products in float32, for keys or queries that are: two lanes for each row, four queries each.
+template <typename T>
+struct CudaCores {
+    using Key = T;
+    using Query = float;
+    static constexpr int rows = 16, queries = 8, columns = 256, stages = 3, parts = kWarps, width = columns / parts;
+    static constexpr bool resident = false;
+
+    float sums[4], square;
+
+    __device__ __forceinline__ void reset() {
+        square = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] = 0;
+    }
+
+    __device__ __forceinline__ void add(const T* keys, int pitch, const float* q, int q_pitch, bool) {
+        const int lane = static_cast<int>(threadIdx.x) % 32, first = static_cast<int>(threadIdx.x) / 32 * width;
+        keys += lane % 16 * pitch + first;
+        q += lane / 16 * 4 * q_pitch + first;
+        float part[4] = {}, part_square = 0;
+#pragma unroll
+        for (int at = 0; at < width; at += 4) {
+            const float4 key = widen_four(keys + at);
+            part_square = fmaf(key.x, key.x, fmaf(key.y, key.y, fmaf(key.z, key.z, fmaf(key.w, key.w, part_square))));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float4 query = widen_four(q + j * q_pitch + at);
+                part[j] = fmaf(key.x, query.x, fmaf(key.y, query.y, fmaf(key.z, query.z, fmaf(key.w, query.w, part[j]))));
+            }
+        }
+        square += part_square;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] += part[j];
+    }
+
+    __device__ __forceinline__ void store(float* out, bool) {
+        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+        out += (warp * rows + lane % 16) * (queries + 1);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[lane / 16 * 4 + j] = sums[j];
+        if (lane < 16) out[queries] = square;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------- the scan
+
+struct OfQuery {
+    List list;
+    int start, end;  // the rows that it sees
+    float norm;      // of the query, infinity for zero: a zero vector has cosine 0
+};
+
+// Where everything lies in a block's shared memory, in bytes.
+template <class Math>
+struct Layout {
+    static constexpr int pad = 16;  // bytes behind each row: eight rows then lie in different banks
+    static constexpr int pitch = Math::columns + pad / static_cast<int>(sizeof(typename Math::Key));
+    static constexpr int staged_q_pitch = Math::columns + pad / static_cast<int>(sizeof(typename Math::Query));
+    static constexpr int key_bytes = Math::rows * pitch * static_cast<int>(sizeof(typename Math::Key));
+    static constexpr int stage_bytes =
+        key_bytes + (Math::resident ? 0 : Math::queries * staged_q_pitch * static_cast<int>(sizeof(typename Math::Query)));
+    static constexpr int of_queries = Math::stages * stage_bytes;
+    static constexpr int partial = of_queries + Math::queries * static_cast<int>(sizeof(OfQuery));
+    static constexpr int queries = (partial + Math::parts * Math::rows * (Math::queries + 1) * 4 + 15) / 16 * 16;
+
+    // Whole slabs of columns, and elements between the rows of resident queries.
+    __host__ __device__ static int slabs(int d) { return (d + Math::columns - 1) / Math::columns; }
+    __host__ __device__ static int q_pitch(int d) {
+        return Math::resident ? slabs(d) * Math::columns + pad / static_cast<int>(sizeof(typename Math::Query)) : staged_q_pitch;
+    }
+    __host__ __device__ static int64_t bytes(int d) {
+        const int64_t rows = Math::resident ? Math::queries : 0;
+        return queries + rows * q_pitch(d) * static_cast<int64_t>(sizeof(typename Math::Query));
+    }
+};
+
+// 16 bytes of row `row` from column `column` on to shared memory; zeros for what is past the row, or where there is no such row.
+template <typename T>
+__device__ __forceinline__ void fetch(T* shared, const T* rows, int64_t stride, int row, int column, int d, bool there,
+                                      bool aligned) {
+    constexpr int most = 16 / static_cast<int>(sizeof(T));
+    const int count = there ? max(0, min(most, d - column)) : 0;
+    const T* from = rows + (count > 0 ? row * stride + column : 0);
+    if (aligned) {
+        cp_async16(shared, from, count * static_cast<int>(sizeof(T)));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < most; ++i) shared[i] = i < count ? from[i] : narrow<T>(0.0f);
+}
+
+// The norm of a row of d elements, by one warp.
+template <typename T>
+__device__ __forceinline__ float norm_of(const T* row, int d, bool aligned, int lane) {
+    constexpr int most = 16 / static_cast<int>(sizeof(T));
+    float sum = 0;
+    for (int column = most * lane; column < d; column += most * 32) {
+        T x[most];
+        if (aligned && column + most <= d) {
+            *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(row + column);
+        } else {
+#pragma unroll
+            for (int i = 0; i < most; ++i) x[i] = column + i < d ? row[column + i] : narrow<T>(0.0f);
+        }
+#pragma unroll
+        for (int i = 0; i < most; ++i) sum = fmaf(widen(x[i]), widen(x[i]), sum);
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kWarp, sum, i);
+    return __fsqrt_rn(sum);
+}
+
+// Block (p, y): units p, p + lists, ... for queries [y * Math::queries, ...). Moves n d (keys, once per tile of queries).
+template <class Math>
+__global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem problem) {
+    using Key = typename Math::Key;
+    using Query = typename Math::Query;
+    using At = Layout<Math>;
+    constexpr int most = 16 / static_cast<int>(sizeof(Key)), q_most = 16 / static_cast<int>(sizeof(Query));
+    const Search& of = problem.of;
+    const int n = static_cast<int>(of.n), d = of.d, k = of.k, lists = problem.lists;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int first_query = static_cast<int>(blockIdx.y) * Math::queries, count = min(Math::queries, of.t - first_query);
+    const Key* keys = static_cast<const Key*>(of.keys);
+    const Query* q = static_cast<const Query*>(of.q);
+    const bool norms = of.key_norm == nullptr;
+
+    unsigned char* shared = shared_memory();
+    OfQuery* const of_query = reinterpret_cast<OfQuery*>(shared + At::of_queries);
+    float* const partial = reinterpret_cast<float*>(shared + At::partial);
+    Query* const resident = reinterpret_cast<Query*>(shared + At::queries);
+    const int slabs = At::slabs(d), q_pitch = At::q_pitch(d);
+
+    allow_next_kernel();  // the merge: it waits for this one's end, but is there by then
+    // Units keep their places whatever the ranges are.
+    for (int i = thread; i < Math::queries; i += kThreads) {
+        OfQuery& mine = of_query[i];
+        mine.list = List{0, 0, 0};
+        const int64_t* range = of.ranges == nullptr || i >= count ? nullptr : of.ranges + 2 * (first_query + i);
+        const int64_t start = range ? range[0] : 0, end = range ? range[1] : of.n;
+        mine.start = static_cast<int>(start < 0 ? 0 : start < of.n ? start : of.n);
+        mine.end = static_cast<int>(i >= count || end < 0 ? 0 : end < of.n ? end : of.n);
+    }
+    __syncthreads();
+    const int units = (n + Math::rows - 1) / Math::rows;
+    const auto wanted = [&](int unit) {  // the first of this block's units, from `unit` on, that a query sees a row of
+        if (of.ranges == nullptr) return unit;
+        for (; unit < units; unit += lists) {
+            const int from = unit * Math::rows, to = min(n, from + Math::rows);
+            bool seen = false;
+            for (int i = lane; i < Math::queries; i += 32)
+                seen |= max(from, of_query[i].start) < min(to, of_query[i].end);
+            if (__any_sync(kWarp, seen)) break;
+        }
+        return unit;
+    };
+
+    int next_unit = wanted(static_cast<int>(blockIdx.x)), next_slab = 0, next_stage = 0;
+    const auto start_next = [&] {
+        if (next_unit < units) {
+            unsigned char* stage = shared + next_stage * At::stage_bytes;
+            const int column = next_slab * Math::columns;
+            for (int i = thread; i < Math::rows * (Math::columns / most); i += kThreads) {
+                const int row = i / (Math::columns / most), at = i % (Math::columns / most) * most;
+                fetch(reinterpret_cast<Key*>(stage) + row * At::pitch + at, keys, of.key_stride, next_unit * Math::rows + row,
+                      column + at, d, row < n - next_unit * Math::rows, problem.aligned);
+            }
+            if (!Math::resident) {
+                Query* queries = reinterpret_cast<Query*>(stage + At::key_bytes);
+                for (int i = thread; i < Math::queries * (Math::columns / q_most); i += kThreads) {
+                    const int row = i / (Math::columns / q_most), at = i % (Math::columns / q_most) * q_most;
+                    fetch(queries + row * q_pitch + at, q, of.q_stride, first_query + row, column + at, d, row < count,
+                          problem.q_aligned);
+                }
+            }
+            if (++next_slab == slabs) next_slab = 0, next_unit = wanted(next_unit + lists);
+        }
+        next_stage = next_stage + 1 == Math::stages ? 0 : next_stage + 1;
+        cp_async_commit();
+    };
+    int unit = next_unit, slab = 0, stage = 0;
+    if (Math::resident && unit < units) {  // with the first group of copies
+        for (int i = thread; i < Math::queries * (slabs * Math::columns / q_most); i += kThreads) {
+            const int row = i / (slabs * Math::columns / q_most), at = i % (slabs * Math::columns / q_most) * q_most;
+            fetch(resident + row * q_pitch + at, q, of.q_stride, first_query + row, at, d, row < count, problem.q_aligned);
+        }
+    }
+    for (int i = 0; i < Math::stages - 1; ++i) start_next();
+    for (int i = warp; i < count && unit < units; i += kWarps) {
+        const float norm = norm_of(q + (first_query + i) * of.q_stride, d, problem.q_aligned, lane);
+        if (lane == 0) of_query[i].norm = norm == 0 ? INFINITY : norm;
+    }
+
+    Math math;
+    math.reset();
+    while (unit < units) {
+        cp_async_wait<Math::stages - 2>();
+        __syncthreads();  // the slab is there for all, and nobody reads the one before it any more
+        start_next();
+        const unsigned char* staged = shared + stage * At::stage_bytes;
+        math.add(reinterpret_cast<const Key*>(staged), At::pitch,
+                 Math::resident ? resident + slab * Math::columns : reinterpret_cast<const Query*>(staged + At::key_bytes), q_pitch,
+                 norms);
+        stage = stage + 1 == Math::stages ? 0 : stage + 1;
+        if (++slab < slabs) continue;
+
+        math.store(partial, norms);
+        math.reset();
+        __syncthreads();
+        for (int i = warp; i < count; i += kWarps) {
+            OfQuery mine = of_query[i];
+            Packed* entries = problem.found + (static_cast<int64_t>(first_query + i) * lists + blockIdx.x) * kList;
+#pragma unroll
+            for (int first = 0; first < Math::rows; first += 32) {
+                const int of_unit = first + lane, row = unit * Math::rows + of_unit;
+                Packed candidate = 0;
+                if (of_unit < Math::rows && row >= mine.start && row < mine.end) {
+                    const float* sums = partial + of_unit * (Math::queries + 1);
+                    float dot = 0, square = 0;
+#pragma unroll
+                    for (int part = 0; part < Math::parts; ++part) {
+                        dot += sums[part * Math::rows * (Math::queries + 1) + i];
+                        if (norms) square += sums[part * Math::rows * (Math::queries + 1) + Math::queries];
+                    }
+                    const float norm = norms ? __fsqrt_rn(square) : of.key_norm[row];
+                    // Dividing twice, as the reference does, cannot overflow where its result does not.
+                    candidate = pack(__fdiv_rn(__fdiv_rn(dot, mine.norm), norm == 0 ? INFINITY : norm), row);
+                }
+                offer(mine.list, entries, candidate, k, lane);
+            }
+            if (lane == 0) of_query[i].list = mine.list;
+            __syncwarp();
+        }
+        slab = 0, unit = wanted(unit + lists);
+    }
+    __syncthreads();
+    for (int i = thread; i < count; i += kThreads) {
+        const int64_t at = static_cast<int64_t>(first_query + i) * lists + blockIdx.x;
+        problem.best[at] = of_query[i].list.best;
+        problem.counts[at] = of_query[i].list.count;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- the merge
+
+// How many of `others` are above x.
+__device__ __forceinline__ int rank_of(Packed x, const Packed* others, int count) {
+    int rank = 0;
+    for (int i = 0; i < count; ++i) rank += others[i] > x;
+    return rank;
+}
+
+struct Merging {
+    Packed kept[kSpare], winners[kMostItems], best[kMostLists];
+    int lists[kMostLists];  // those that can have one of the k best
+    Packed bound;           // k candidates reach it
+    int used, count;
+};
+
+// Block t: the k best of query t. Moves 8 lists + 2 KiB for each list whose best is among the k largest.
+__global__ void __launch_bounds__(kMergeThreads) cosine_topk_select(const Problem problem, float* scores, int64_t* indices) {
+    Merging& all = *reinterpret_cast<Merging*>(shared_memory());
+    const int k = problem.of.k, lists = problem.lists, thread = static_cast<int>(threadIdx.x);
+    const int lane = thread % 32, warp = thread / 32;
+    const int64_t query = blockIdx.x;
+    wait_for_previous_kernel();
+    if (thread == 0) all.bound = 1, all.used = all.count = 0;
+    for (int i = thread; i < lists; i += kMergeThreads) all.best[i] = problem.best[query * lists + i];
+    __syncthreads();
+    for (int i = thread; i < lists; i += kMergeThreads)
+        if (all.best[i] != 0 && rank_of(all.best[i], all.best, lists) == k - 1) all.bound = all.best[i];
+    __syncthreads();
+    for (int i = thread; i < lists; i += kMergeThreads)
+        if (all.best[i] >= all.bound) all.lists[atomicAdd(&all.used, 1)] = i;
+    __syncthreads();
+
+    // Takes the candidates of list `i` that reach the bound, as long as there is room.
+    const auto take = [&](int i) {
+        const int64_t at = query * lists + all.lists[i];
+        const int there = problem.counts[at];
+        const Packed* entries = problem.found + at * kList;
+#pragma unroll
+        for (int first = 0; first < kList; first += 32) {
+            const Packed x = first + lane < there ? entries[first + lane] : 0;
+            const bool reaches = x >= all.bound;
+            const uint32_t votes = __ballot_sync(kWarp, reaches);
+            int place = 0;
+            if (lane == 0 && votes) place = atomicAdd(&all.count, __popc(votes));
+            place = __shfl_sync(kWarp, place, 0) + __popc(votes & ((1u << lane) - 1));
+            if (reaches && place < kSpare) all.kept[place] = x;
+        }
+    };
+    for (int i = warp; i < all.used; i += kMergeThreads / 32) take(i);
+    __syncthreads();
+    int count = all.count;
+    if (count > kSpare) {  // very many in few lists: list by list, the k best so far in front
+        count = 0;
+        for (int i = 0; i < all.used; ++i) {
+            __syncthreads();
+            if (thread == 0) all.count = count;
+            __syncthreads();
+            if (warp == 0) take(i);
+            __syncthreads();
+            count = all.count;
+            if (count <= kSpare - kList && i + 1 < all.used) continue;
+            for (int x = thread; x < count; x += kMergeThreads) {
+                const int rank = rank_of(all.kept[x], all.kept, count);
+                if (rank < k) all.winners[rank] = all.kept[x];
+            }
+            __syncthreads();
+            count = min(count, k);
+            for (int x = thread; x < count; x += kMergeThreads) all.kept[x] = all.winners[x];
+            if (thread == 0 && count == k) all.bound = all.winners[k - 1];
+        }
+        __syncthreads();
+    }
+    for (int i = thread; i < k; i += kMergeThreads) all.winners[i] = 0;
+    __syncthreads();
+    for (int i = thread; i < count; i += kMergeThreads) {
+        const int rank = rank_of(all.kept[i], all.kept, count);
+        if (rank < k) all.winners[rank] = all.kept[i];
+    }
+    __syncthreads();
+    for (int i = thread; i < k; i += kMergeThreads) {
+        scores[query * k + i] = score_of(all.winners[i]);
+        indices[query * k + i] = index_of(all.winners[i]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- the host's part
+
+struct Plan {
+    void (*scan)(Problem);
+    int queries, rows, shared_bytes, lists;
+};
+
+template <class Math>
+bool fits(const Search& search, const Device& device, Plan& plan) {
+    plan = {&cosine_topk_stream<Math>, Math::queries, Math::rows, static_cast<int>(Layout<Math>::bytes(search.d)), 0};
+    return Layout<Math>::bytes(search.d) <= device.shared_bytes;
+}
+
+// The kernel with the fewest rows and queries to a block that has room for all queries, or else for as many as any has.
+template <typename T>
+bool choose_half(const Search& search, const Device& device, Plan& plan) {
+    if (search.t <= 8 && fits<TensorCores<T, 1, 1, 1, 512, true>>(search, device, plan)) return true;
+    if (search.t <= 16 && fits<TensorCores<T, 1, 1, 2, 512, true>>(search, device, plan)) return true;
+    if (search.t > 32 && fits<TensorCores<T, 2, 2, 8, 128, false>>(search, device, plan)) return true;
+    return fits<TensorCores<T, 2, 1, 4, 128, false>>(search, device, plan);
+}
+
+cudaError_t make_plan(const Search& search, Plan& plan, Device& device) {
+    const cudaError_t error = current_device(device);
+    if (error != cudaSuccess) return error;
+    const bool half = search.q_dtype == search.key_dtype && search.q_dtype != Dtype::float32;
+    bool found = false;
+    if (half && search.key_dtype == Dtype::bfloat16) found = choose_half<bf16>(search, device, plan);
+    if (half && search.key_dtype == Dtype::float16) found = choose_half<fp16>(search, device, plan);
+    if (!half && search.q_dtype == Dtype::float32) {
+        if (search.key_dtype == Dtype::float32) found = fits<CudaCores<float>>(search, device, plan);
+        if (search.key_dtype == Dtype::bfloat16) found = fits<CudaCores<bf16>>(search, device, plan);
+        if (search.key_dtype == Dtype::float16) found = fits<CudaCores<fp16>>(search, device, plan);
+    }
+    if (!found) return cudaErrorInvalidValue;
+    // One block for every SM: each fills its SM's share of the bandwidth by itself.
+    const int64_t units = (search.n + plan.rows - 1) / plan.rows, tiles = (search.t + plan.queries - 1) / plan.queries;
+    const int64_t most = min(kMostLists, max(1, device.multiprocessors / static_cast<int>(tiles)));
+    plan.lists = static_cast<int>(units < most ? units : most);
+    return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes) {
+    Plan plan;
+    Device device;
+    const cudaError_t error = make_plan(search, plan, device);
+    if (error == cudaSuccess) bytes = static_cast<int64_t>(search.t) * plan.lists * (8 * kList + 8 + 4);
+    return error;
+}
+
+cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, int64_t* indices, cudaStream_t stream) {
+    if (search.t == 0 || search.k == 0) return cudaSuccess;
+    Plan plan;
+    Device device;
+    cudaError_t error = make_plan(search, plan, device);
+    if (error != cudaSuccess) return error;
+    const auto in_sixteens = [](const void* rows, int64_t stride, Dtype dtype) {
+        return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride * bytes_of(dtype) % 16 == 0;
+    };
+    const int64_t every = static_cast<int64_t>(search.t) * plan.lists;
+    Problem problem;
+    problem.of = search;
+    problem.found = static_cast<Packed*>(workspace);
+    problem.best = problem.found + every * kList;
+    problem.counts = reinterpret_cast<int*>(problem.best + every);
+    problem.lists = plan.lists;
+    problem.aligned = in_sixteens(search.keys, search.key_stride, search.key_dtype);
+    problem.q_aligned = in_sixteens(search.q, search.q_stride, search.q_dtype);
+    Launch scan;
+    scan.grid = dim3(plan.lists, (search.t + plan.queries - 1) / plan.queries), scan.block = kThreads;
+    scan.shared_bytes = plan.shared_bytes, scan.stream = stream;
+    if (plan.lists > 0) error = launch(plan.scan, scan, problem);
+    if (error != cudaSuccess) return error;
+    Launch merge;
+    merge.grid = search.t, merge.block = kMergeThreads, merge.shared_bytes = sizeof(Merging), merge.stream = stream;
+    merge.early = plan.lists > 0;
+    return launch(cosine_topk_select, merge, problem, scores, indices);
+}
+
+}  // namespace unike

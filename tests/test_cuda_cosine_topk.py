@@ -1,0 +1,125 @@
+"""cosine_topk in CUDA C++: the tests of the Triton kernels and more, on the emulator where there is no GPU."""
+
+import emulator
+import pytest
+import torch
+from kernel_tools import DEVICE, DTYPES, on_cuda, shifted
+from topk_bodies import CosineTopk, integers, rand
+
+from unike_kernels import backends, native, ops
+from unike_kernels.cuda_kernels.cosine_topk import MOST_QUERIES
+
+EMULATED = DEVICE.type == "cpu"
+SEEDS = range(3)
+
+
+def seed(value):
+    if EMULATED:
+        emulator.seed(value)
+
+
+class TestCuda(CosineTopk):
+    backend = "cuda"
+
+    @pytest.fixture(autouse=True)
+    def here(self, monkeypatch):
+        on_cuda(monkeypatch)
+
+    def kernels(self, queries):
+        return ("cosine_topk_stream", "cosine_topk_select") if queries <= MOST_QUERIES else super().kernels(queries)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64])
+    def test_every_kernel(self, tokens, dtype):
+        """Each has its rows of a unit and its columns of a slab; several slabs, several units for each block."""
+        q, keys = rand(tokens, 600, dtype=dtype), rand(330, 600, dtype=dtype)
+        self.check(q, keys, 7, key_norm=keys.float().norm(dim=1))
+        self.check(q[:, :37], keys[:, :37], 7)  # rows start at multiples of 16 bytes, but end between them
+
+    @pytest.mark.parametrize("k", [1, 40, 128])
+    @pytest.mark.parametrize("rising", [True, False])
+    def test_lists_are_pruned(self, k, rising):
+        """Keys that get better and better, and worse and worse: every one, and hardly one, is kept for a while."""
+        q, noise = rand(1, 32), rand(4000, 32)
+        by = torch.linspace(0, 4, 4000, device=DEVICE)[:, None]
+        self.check(q, (q * (by if rising else by.flip(0)) + noise).bfloat16().float(), k)
+
+    def test_more_candidates_than_are_ranked_at_a_time(self):
+        """k above the number of lists: nothing bounds the k-th best, and all lists are read."""
+        if EMULATED:
+            emulator.device(multiprocessors=12)
+        self.check(rand(2, 16), rand(3500, 16), 128)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_many_tenants(self, dtype):
+        """Every query its own rows: units that nobody sees are skipped."""
+        starts = torch.tensor([0, 20, 900, 17, 400, 1990, 640, 1500, 1501], device=DEVICE)
+        ranges = torch.stack([starts, starts + torch.arange(9, device=DEVICE) * 12], dim=1)
+        self.check(rand(9, 40, dtype=dtype), rand(2000, 40, dtype=dtype), 10, ranges=ranges)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_neither_order_nor_size_of_the_grid_changes_a_bit(self, dtype):
+        q, keys = rand(3, 80, dtype=dtype), integers(900, 80, dtype=dtype)  # many ties
+        expected = self.found(q, keys, 30)
+        for value in SEEDS:
+            seed(value)
+            if EMULATED:
+                emulator.device(multiprocessors=1 + 7 * value)
+            assert all(torch.equal(a, b) for a, b in zip(expected, self.found(q, keys, 30), strict=True))
+
+    def test_equal_rows_score_equally_wherever_they_are(self):
+        for dtype in DTYPES:
+            row = rand(1, 200, dtype=dtype)
+            scores, indices = self.found(rand(2, 200, dtype=dtype), row.expand(300, 200), 128)
+            assert torch.equal(indices, torch.arange(128, device=DEVICE).expand(2, 128))
+            assert (scores == scores[:, :1]).all()
+
+    @pytest.mark.parametrize(("tokens", "d"), [(1, 7000), (12, 4096), (40, 300)])
+    def test_little_shared_memory(self, tokens, d):
+        """99 KiB, as consumer GPUs have: queries that do not fit come along with the keys."""
+        if EMULATED:
+            emulator.device(shared_bytes=99 * 1024)
+        self.check(rand(tokens, d, dtype=torch.bfloat16), rand(70, d, dtype=torch.bfloat16), 5)
+
+    def test_norms_in_other_dtypes_and_queries_out_of_line(self):
+        q, keys = rand(4, 48, dtype=torch.bfloat16), rand(90, 48, dtype=torch.bfloat16)
+        norm = keys.float().norm(dim=1)
+        expected = self.found(q, keys, 5, key_norm=norm)
+        again = self.found(shifted(q), keys, 5, key_norm=torch.stack([norm, norm], dim=1)[:, 0])
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+    def test_what_the_backend_means(self):
+        assert [(b.name, b.reason) for b in backends.available() if b.name == "cuda"] == [("cuda", None)]
+        assert backends.resolve("cuda", DEVICE, torch.float16) == "cuda"
+        assert backends.resolve("auto", DEVICE, torch.float16) != "cuda"
+        with pytest.raises(ValueError, match="backend 'cuda' cannot run here: it takes float16, bfloat16, float32"):
+            backends.resolve("cuda", DEVICE, torch.float64)
+        with pytest.raises(ValueError, match="k is 129, and it finds at most 128"):
+            ops.cosine_topk(rand(1, 8), rand(140, 8), 129, backend="cuda")
+
+    def test_the_module_refuses_what_it_cannot_do(self):
+        module = native.cuda()
+        sizes = {"q_dtype": "float16", "key_dtype": "float16", "t": 1, "n": 10, "d": 8, "k": 3}
+        needed = module.cosine_topk_workspace(**sizes)
+        good = {"q": 16, "q_stride": 8, "keys": 16, "key_stride": 8, "key_norm": 0, "ranges": 0, **sizes}
+        good |= {"workspace": 16, "bytes": needed, "scores": 16, "indices": 16, "stream": 0}
+        for change, said in (
+            ({"t": 65}, "t must be 0 to 64, but is 65"),
+            ({"k": 129}, "k must be 0 to 128, but is 129"),
+            ({"n": 2**31}, f"n must be 0 to {2**31 - 1}, but is {2**31}"),
+            ({"d": 0}, "d must be 1 to 1048576, but is 0"),
+            ({"key_dtype": "float64"}, "but got float64"),
+            ({"key_dtype": "bfloat16"}, "q is float16, keys are bfloat16"),
+            ({"key_stride": -8}, "key_stride must be 0 to .*, but is -8"),
+            ({"bytes": needed - 1}, f"bytes of workspace must be {needed} to .*, but is {needed - 1}"),
+            ({"scores": 0}, "one is null"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                module.cosine_topk(**{**good, **change})
+
+
+def test_without_the_module_or_a_gpu_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(native, "cuda", lambda: None)
+    monkeypatch.setattr(native, "_load", lambda name: (None, "it was not built"))
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run here: it was not built"):
+        ops.cosine_topk(rand(1, 8), rand(9, 8), 3, backend="cuda")

@@ -1,0 +1,64 @@
+"""cosine_topk in CUDA C++: few queries, one pass over the keys, csrc/cosine_topk.cu."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..triton_kernels import launching as allocating
+from .launching import address, launch, name_of, on
+
+MOST_QUERIES, MOST_ITEMS, MOST_COLUMNS = 64, 128, 2**20  # as csrc/cosine_topk.cuh has them
+
+
+def refusal(args: Sequence[Any]) -> str | None:
+    """Why the kernel cannot take the operator's arguments; None: it can."""
+    q, keys, k, *_ = args
+    queries, (n, d) = math.prod(q.shape[:-1]), keys.shape
+    if queries > MOST_QUERIES:
+        return f"there are {queries} queries, and it takes at most {MOST_QUERIES}"
+    if k > MOST_ITEMS:
+        return f"k is {k}, and it finds at most {MOST_ITEMS} items"
+    if n >= 2**31:
+        return f"there are {n} keys, and it takes fewer than {2**31}"
+    if not 0 < d <= MOST_COLUMNS:
+        return f"a key has {d} elements, and it takes 1 to {MOST_COLUMNS}"
+    return None
+
+
+def cosine_topk(
+    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launches the scan and the choice of the best. Workspace: 2060 bytes for each query and SM at most.
+
+    q [..., d], at most 64 queries; keys [N, d] of fp16, bf16 or fp32; k at most 128. Half precision runs on tensor
+    cores where both have the same dtype, all others in float32. Without key_norm the norms are computed on the way.
+    """
+    lead, (n, d) = q.shape[:-1], keys.shape
+    q = q.reshape(-1, d)
+    if q.dtype != keys.dtype:
+        q = q.float()
+    q = q if q.stride(1) == 1 or d == 1 else q.contiguous()
+    keys = keys if keys.stride(1) == 1 or d == 1 else keys.contiguous()
+    tokens, device = q.shape[0], q.device
+    scores = allocating.new((tokens, k), torch.float32, device)
+    indices = allocating.new((tokens, k), torch.int64, device)
+    if tokens == 0 or k == 0:
+        return scores.view(*lead, k), indices.view(*lead, k)
+    key_norm = None if key_norm is None else key_norm.to(torch.float32).contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
+    sizes = (name_of(q.dtype), name_of(keys.dtype), tokens, n, d, k)
+    with on(device):
+        needed = native.cuda().cosine_topk_workspace(*sizes)
+    workspace = allocating.new((needed,), torch.uint8, device)
+    launch(
+        "cosine_topk",
+        device,
+        ("cosine_topk_stream", "cosine_topk_select") if n else ("cosine_topk_select",),
+        *(address(q), q.stride(0), address(keys), keys.stride(0), address(key_norm), address(ranges), *sizes),
+        *(address(workspace), needed, address(scores), address(indices)),
+    )
+    return scores.view(*lead, k), indices.view(*lead, k)
