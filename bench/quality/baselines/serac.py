@@ -1,0 +1,433 @@
+"""SERAC: edits are stored as text; a scope classifier says which one a question falls under, and a small counterfactual
+model then answers in the base's place.
+
+Mitchell et al., "Memory-Based Model Editing at Scale", ICML 2022; multimodal by Cheng et al., EMNLP 2023 (MMEdit),
+where the classifier and the counterfactual model read text alone. As published: the classifier embeds edit and
+question and takes the nearest edit's likeness, a logistic function of the squared distance; the counterfactual model
+reads "edit's question and answer, question" and continues; both are trained on training-split edits, with questions
+in and out of scope; above one half the counterfactual model's logits replace the base's.
+Two forms. "SERAC" is the published one: it sees no picture, and its training leaves out the locality of pictures. It
+cannot tell one picture's question from another's that is asked in the same words, which is what its M-Loc shows.
+"SERAC, image-aware" is a fair one: the classifier also sees the base's state at the question's last token, where the
+first edited layer begins, and is trained on all locality probes.
+What differs: published SERAC fine-tunes pretrained models (DistilBERT; OPT-125M or a copy of the base's language
+model with its last layer trained). Nothing of that size exists beside a small base, so both are small transformers
+from scratch on the base's frozen embeddings; the counterfactual model also learns on made-up answers, words drawn
+from the vocabulary, without which it learns the training split's names by heart instead of copying.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unike_kernels.editing.editor import base_only
+from unike_kernels.editing.extract import tap_rows
+from unike_kernels.editing.inputs import Batch, Sample
+from unike_kernels.evaluation.methods import Edited
+from unike_kernels.evaluation.records import LOCAL, Record
+from unike_kernels.models import get_module
+
+from . import base, training
+from .base import Baseline, Host, asking
+
+IN_SCOPE = ("rel", "t_gen", "m_gen")
+
+
+@dataclass(frozen=True)
+class SeracConfig:
+    """Widths and depths of both models, and their training."""
+
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    embedding: int = 64  # of the classifier
+    lr: float = 1e-3
+    steps: int = 2500
+    batch: int = 16
+    made_up: float = 0.5  # share of edits whose answer is made up while the counterfactual model learns
+
+
+class Reader(nn.Module):
+    """A small causal transformer over the base's frozen embeddings: token ids [B, S] -> states [B, S, width]."""
+
+    def __init__(self, embed: nn.Module, config: SeracConfig, length: int) -> None:
+        super().__init__()
+        self.embed = [embed]  # in a list: not learned, not saved
+        self.enter = nn.Linear(embed.weight.shape[1], config.width)
+        self.position = nn.Parameter(torch.randn(length, config.width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """States of right-padded rows: causal, so padding is seen by nothing."""
+        s = ids.shape[1]
+        at = torch.arange(s, device=ids.device).clamp(max=len(self.position) - 1)
+        x = self.enter(self.embed[0](ids).float()) + self.position[at]
+        mask = nn.Transformer.generate_square_subsequent_mask(s, device=ids.device)
+        return self.norm(self.layers(x, mask=mask, is_causal=True))
+
+
+class Scope(nn.Module):
+    """The scope classifier: an embedding of a question, of its text and, if `seen` > 0, of the base's state [seen]."""
+
+    def __init__(self, embed: nn.Module, config: SeracConfig, length: int, seen: int) -> None:
+        super().__init__()
+        self.reader = Reader(embed, config, length)
+        self.text = nn.Linear(config.width, config.embedding)
+        self.seen = seen
+        if seen:
+            self.picture = nn.Sequential(
+                nn.Linear(seen, 2 * config.width), nn.GELU(), nn.Linear(2 * config.width, config.embedding)
+            )
+            self.register_buffer("mean", torch.zeros(seen))
+            self.register_buffer("std", torch.ones(()))
+        self.bias = nn.Parameter(torch.tensor(2.0))
+        self.log_scale = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, ids: Tensor, lengths: Tensor, states: Tensor | None) -> Tensor:
+        """[B, e] of questions: padded ids [B, S], their lengths [B], the states [B, seen]."""
+        x = self.text(self.reader(ids)[torch.arange(len(ids), device=ids.device), lengths - 1])
+        if self.seen:
+            x = torch.cat([x, self.picture((states.float() - self.mean) / self.std)], dim=-1)
+        return x
+
+    def logit(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of being in scope, of embeddings [..., e]: falls with the squared distance."""
+        return self.bias - self.log_scale.exp() * (a - b).square().mean(dim=-1)
+
+
+class Networks(nn.Module):
+    """Classifier and counterfactual model; the latter's head is the base's own, frozen."""
+
+    def __init__(self, host: Host, config: SeracConfig, seen: int, length: int = 192) -> None:
+        super().__init__()
+        embed = host.embeddings()
+        self.scope = Scope(embed, config, length, seen)
+        self.counter = Reader(embed, config, length)
+        self.leave = nn.Linear(config.width, host.head.weight.shape[1])
+        self.head = [host.head]
+
+    def answer(self, ids: Tensor) -> Tensor:
+        """[B, S, V] the counterfactual model's logits."""
+        return self.head[0](self.leave(self.counter(ids)).to(self.head[0].weight.dtype)).float()
+
+
+@dataclass
+class Stored:
+    """The edits in memory: their texts as token ids (question and answer), and their embeddings [K, e]."""
+
+    texts: list[list[int]]
+    embeddings: Tensor
+
+
+class Serac(Baseline):
+    """The published form: text alone."""
+
+    name = "SERAC"
+    source = "Mitchell et al., ICML 2022; text-only scope as in Cheng et al., EMNLP 2023"
+    trained = True
+    image_aware = False
+
+    networks: Networks | None = None
+    history: Sequence[dict[str, float]] = ()
+
+    @classmethod
+    def trials(cls) -> tuple[SeracConfig, ...]:
+        """Two rates, with and without made-up answers."""
+        return SeracConfig(), SeracConfig(lr=3e-3), SeracConfig(made_up=0.0), SeracConfig(lr=3e-3, made_up=0.8)
+
+    # ------------------------------------------------------------------------------------------------ texts
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens; a picture's place in it is dropped."""
+        tokenizer = self.host.collator.tokenizer
+        token = getattr(self.host.collator.processor, "image_token", None)
+        token = getattr(token, "content", token)
+        return list(tokenizer(text.replace(token, "") if token else text, add_special_tokens=False)["input_ids"])
+
+    def edit_ids(self, sample: Sample) -> list[int]:
+        """An edit as the counterfactual model reads it: question, answer, new line."""
+        return [*self.ids(sample.prompt), *self.answer_ids(sample), *self.ids("\n")]
+
+    def answer_ids(self, sample: Sample) -> list[int]:
+        """The answer's ids as they follow the question."""
+        return self.host.collator.target_ids(sample.prompt, sample.target or "")
+
+    # --------------------------------------------------------------------------------------------- learning
+
+    def fit(
+        self, records: Sequence[Record], *, seed: int = 0, cache: Path | None = None, progress: bool = True
+    ) -> None:
+        """Trains classifier and counterfactual model on training-split edits."""
+        c, host = self.config, self.host
+        told = {"method": self.name, "seed": seed, **asdict(c)}
+        file = None
+        if cache is not None:
+            digest = training.key(host.model, records, told, (base, training, sys.modules[__name__]))
+            file = cache / f"{'serac-image' if self.image_aware else 'serac'}-{digest}.safetensors"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            networks = Networks(host, c, host.width if self.image_aware else 0).to(host.collator.device)
+        with base_only(host.model):
+            states = None
+            if self.image_aware and (file is None or not file.exists()):
+                states = self.states([p.sample for r in records for p in r.probes], progress)
+                networks.scope.mean.copy_(states.mean(dim=0))
+                networks.scope.std.copy_((states - states.mean(dim=0)).norm(dim=1).mean() / states.shape[1] ** 0.5)
+            lesson = Lessons(self, records, states)
+
+            def step(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+                return lesson.losses(networks, generator)
+
+            self.history = training.train(
+                networks, step, c.steps, lr=c.lr, seed=seed, name=self.name, file=file, progress=progress
+            )
+        self.networks = networks.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def states(self, samples: Sequence[Sample], progress: bool = False) -> Tensor:
+        """[N, d] what enters the first edited layer at every question's last token, on the base."""
+        first, out = self.host.layers[:1], torch.zeros(len(samples), self.host.width)
+        asked = [Sample(s.prompt, None, s.image) for s in samples]
+        for batch in tqdm(list_of(self.host, asked), desc="states", mininterval=5, disable=not progress):
+            (case,) = tap_rows(self.host.model, self.host.decoder, first, batch, [batch.case_rows()])
+            out[batch.rows] = case["tap"][first[0]].float().cpu()
+        return out
+
+    # ---------------------------------------------------------------------------------------------- editing
+
+    @torch.no_grad()
+    def edit(self, samples: Sequence[Sample]) -> Stored:
+        """The edits' texts and embeddings; of two that ask the same the later one counts."""
+        if self.networks is None:
+            raise ValueError(f"{self.name} is not trained yet: call fit(records) first")
+        states = self.states(samples) if self.image_aware else None
+        ids, lengths = padded([self.ids(s.prompt) for s in samples], self.host.collator.device)
+        states = None if states is None else states.to(ids.device)
+        return Stored([self.edit_ids(s) for s in samples], self.networks.scope(ids, lengths, states))
+
+    @contextmanager
+    def active(self, state: Stored) -> Iterator[Edited]:
+        """The base's head gives way, row by row, to the counterfactual model."""
+        with Replacing(self, state).on_model() as edited:
+            yield edited
+
+
+class ImageAwareSerac(Serac):
+    """The fair form: the classifier sees the base's state of picture and question."""
+
+    name = "SERAC, image-aware"
+    source = "Mitchell et al., ICML 2022, with a scope classifier that sees the picture"
+    image_aware = True
+
+
+def list_of(host: Host, samples: Sequence[Sample]) -> list[Batch]:
+    """Batches of 64."""
+    return list(host.collator.batches(samples, 64))
+
+
+def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids [B, S] padded right with 0, lengths [B])."""
+    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for r, row in enumerate(rows):
+        out[r, : len(row)] = torch.tensor(row)
+    return out.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+class Lessons:
+    """Batches of training-split edits for both models."""
+
+    def __init__(self, method: Serac, records: Sequence[Record], states: Tensor | None) -> None:
+        self.method, self.config = method, method.config
+        self.records, self.states = list(records), states
+        self.start = [0]
+        for r in records:
+            self.start.append(self.start[-1] + len(r.probes))
+        cached: dict[str, list[int]] = {}
+
+        def ids(prompt: str) -> list[int]:
+            if prompt not in cached:
+                cached[prompt] = method.ids(prompt)
+            return cached[prompt]
+
+        self.questions = [[ids(p.sample.prompt) for p in r.probes] for r in records]
+        self.answers = [method.answer_ids(r.request) for r in records]
+        self.newline, self.eos = method.ids("\n"), method.host.collator.eos
+        special = set(method.host.collator.tokenizer.all_special_ids)
+        vocabulary = method.host.embeddings().weight.shape[0]
+        self.words = torch.tensor([i for i in range(vocabulary) if i not in special])
+
+    def losses(self, networks: Networks, generator: torch.Generator) -> dict[str, Tensor]:
+        """Binary cross-entropy of the scope of every probe, and NLL of the answers to the questions in scope."""
+        c, device = self.config, self.method.host.collator.device
+        picked = torch.randint(len(self.records), (c.batch,), generator=generator).tolist()
+        sequences, targets, asked, whose, wanted = [], [], [], [], []
+        for e, n in enumerate(picked):
+            probes, answer = self.records[n].probes, self.answers[n]
+            if float(torch.rand((), generator=generator)) < c.made_up:
+                length = int(torch.randint(1, 5, (), generator=generator))
+                answer = self.words[torch.randint(len(self.words), (length,), generator=generator)].tolist()
+            near = [i for i, p in enumerate(probes) if p.kind in IN_SCOPE]
+            far = [i for i, p in enumerate(probes) if self._out_of_scope(p.kind)]
+            chosen = [near[i] for i in torch.randint(len(near), (3,), generator=generator).tolist()]
+            for i in chosen[:2]:
+                context = [*self.questions[n][0], *answer, *self.newline, *self.questions[n][i]]
+                end = [] if self.eos is None else [self.eos]
+                sequences.append([*context, *answer, *end])
+                targets.append((len(context), len(answer) + len(end)))
+            others = [far[i] for i in torch.randperm(len(far), generator=generator)[:3].tolist()]
+            for i in chosen + others:
+                asked.append((n, i))
+                whose.append(e)
+                wanted.append(float(i in near))
+        ids, _ = padded(sequences, device)
+        logits = networks.answer(ids)
+        at = torch.zeros_like(ids, dtype=torch.bool)
+        for r, (begin, count) in enumerate(targets):
+            at[r, begin : begin + count] = True
+        predicted, right = logits[:, :-1][at[:, 1:]], ids[:, 1:][at[:, 1:]]
+        nll = nn.functional.cross_entropy(predicted, right)
+        edits = self._embed(networks, [(n, 0) for n in picked])
+        questions = self._embed(networks, asked)
+        logit = networks.scope.logit(edits[torch.tensor(whose)], questions)
+        label = torch.tensor(wanted, device=logit.device)
+        scope = nn.functional.binary_cross_entropy_with_logits(logit, label)
+        return {
+            "loss": nll + scope,
+            "nll": nll,
+            "copied": (predicted.argmax(dim=-1) == right).float().mean(),
+            "scope": scope,
+            "scope_right": ((logit > 0) == (label > 0.5)).float().mean(),
+        }
+
+    def _out_of_scope(self, kind: str) -> bool:
+        """The published text-only form leaves the locality of pictures out of its training."""
+        return kind in LOCAL if self.method.image_aware else kind == "t_loc"
+
+    def _embed(self, networks: Networks, asked: Sequence[tuple[int, int]]) -> Tensor:
+        ids, lengths = padded([self.questions[n][i] for n, i in asked], self.method.host.collator.device)
+        states = None
+        if self.states is not None:
+            states = self.states[[self.start[n] + i for n, i in asked]].to(ids.device)
+        return networks.scope(ids, lengths, states)
+
+
+class Replacing(Edited):
+    """Hooks that follow what the model reads and replace its logits where a question is in scope of an edit."""
+
+    def __init__(self, method: Serac, state: Stored) -> None:
+        self.method, self.host, self.state = method, method.host, state
+        self.ids: Tensor | None = None  # [B, S] what the model has read so far
+        self.read: Tensor | None = None  # [B, S] what the pass that runs reads
+        self.busy = False  # while the counterfactual model uses the base's embeddings and head
+        self.chosen: list[int | None] = []  # the edit whose scope each row's question is in
+
+    def running(self, batch: Batch):
+        """Names the batch, whose prompts decide."""
+        return asking(batch)
+
+    def acting(self) -> list[list[int]] | None:
+        """The edit in whose scope each row's question is."""
+        return [[] if c is None else [c] for c in self.chosen]
+
+    @contextmanager
+    def on_model(self) -> Iterator[Replacing]:
+        """Inside, the model answers with the edits."""
+        host = self.host
+        layer = get_module(host.model, host.decoder.layer_name(host.layers[0]))
+        with host.passes() as now:
+
+            def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                ids = kwargs["input"] if "input" in kwargs else args[0]
+                if ids.dim() == 2 and not self.busy:
+                    self.read = ids.clone()
+
+            def tap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                position = now().case_position
+                self._begin(position is not None)
+                if position is None:
+                    return
+                hidden = args[0] if args else kwargs["hidden_states"]
+                rows = torch.arange(len(position), device=hidden.device)
+                self.busy = True
+                try:
+                    self._decide(hidden[rows, position], position)
+                finally:
+                    self.busy = False
+
+            def answer(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+                if self.busy:
+                    return None
+                self.busy = True
+                try:
+                    return self._replace(output)
+                finally:
+                    self.busy = False
+
+            hooks = [
+                host.embeddings().register_forward_pre_hook(read, with_kwargs=True),
+                layer.register_forward_pre_hook(tap, with_kwargs=True),
+                host.head.register_forward_hook(answer),
+            ]
+            try:
+                yield self
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def _begin(self, fresh: bool) -> None:
+        """Takes what the pass reads: a prompt, or one more column while decoding."""
+        assert self.read is not None  # the embeddings come before the layers
+        self.ids = self.read if fresh or self.ids is None else torch.cat([self.ids, self.read], dim=1)
+
+    @torch.no_grad()
+    def _decide(self, states: Tensor, position: Tensor) -> None:
+        """Which edit each row's question falls under."""
+        collator = self.host.collator
+        skip = {collator.pad, *collator.tokenizer.all_special_ids}
+        prompts = [
+            [i for i in row[: p + 1].tolist() if i not in skip] for row, p in zip(self.ids, position, strict=True)
+        ]
+        ids, lengths = padded([p or [0] for p in prompts], states.device)
+        networks = self.method.networks
+        found = networks.scope(ids, lengths.clamp(min=1), states)
+        logits = networks.scope.logit(found[:, None], self.state.embeddings[None])  # [B, K]
+        best = logits.flip(1).max(dim=1)  # flipped: of equal ones the later edit counts
+        index = logits.shape[1] - 1 - best.indices
+        self.chosen = [int(i) if v > 0 else None for i, v in zip(index, best.values, strict=True)]
+
+    @torch.no_grad()
+    def _replace(self, output: Tensor) -> Tensor:
+        """The last columns of the logits [B, S', V], in scope the counterfactual model's."""
+        hit = [r for r, c in enumerate(self.chosen) if c is not None]
+        if not hit or output.dim() != 3:
+            return output
+        collator, width = self.host.collator, output.shape[1]
+        skip = {collator.pad, *collator.tokenizer.all_special_ids} - {collator.eos}
+        output = output.clone()
+        rows, places = [], []
+        for r in hit:
+            seen = self.ids[r].tolist()
+            keep = [s for s, i in enumerate(seen) if i not in skip]
+            edit = self.state.texts[self.chosen[r]]
+            rows.append([*edit, *(seen[s] for s in keep)])
+            first = len(seen) - width
+            places.append([(s - first, len(edit) + k) for k, s in enumerate(keep) if s >= first])
+        ids, _ = padded(rows, output.device)
+        logits = self.method.networks.answer(ids)
+        for n, r in enumerate(hit):
+            to, of = (list(x) for x in zip(*places[n], strict=True))
+            output[r, to] = logits[n, of].to(output)
+        return output

@@ -1,0 +1,245 @@
+"""The baselines on tiny random models of both decoder families: edits act, go without a trace, and come one by one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+from bench.quality.baselines import METHODS
+from bench.quality.baselines.base import Baseline, asking
+from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.serac import Serac
+from tests.editing_tiny import QUESTIONS, TARGETS, ask, make_processor
+from tests.models_tiny import make_model
+from unike_kernels.editing.inputs import Sample
+from unike_kernels.evaluation.methods import Edited
+from unike_kernels.evaluation.records import Probe, Record
+from unike_kernels.models import UnsupportedModelError
+
+BASES = ("blip2", "llama")
+PAIRS = [(base, name) for base in BASES for name in METHODS]
+_NETWORKS = {"steps": 60, "batch": 4, "lr": 3e-3}
+SMALL = {  # few steps, since nothing here asks how well anything learned
+    "FT": {"steps": 10},
+    "KE": _NETWORKS,
+    "MEND": _NETWORKS,
+    "SERAC": {**_NETWORKS, "width": 32, "heads": 2, "made_up": 0.0},
+    "SERAC, image-aware": {**_NETWORKS, "width": 32, "heads": 2, "made_up": 0.0},
+    "T-Patcher": {"steps": 20},
+    "GRACE": {"lr": 0.3, "steps": 10},
+    "LoRA": {"steps": 10},
+}
+
+
+def question(name: str, n: int, image: int, target: str) -> Sample:
+    asked = ask(name, QUESTIONS[n % 3], image)
+    return Sample(asked["prompt"], target, asked["image"])
+
+
+def training(name: str, n: int = 16) -> list[Record]:
+    """Edits with one probe of every kind."""
+    out = []
+    for i in range(n):
+        target = TARGETS[i % len(TARGETS)]
+        request = question(name, 0, 100 + i, target)
+        probes = (
+            Probe("rel", request),
+            Probe("t_gen", question(name, 1, 100 + i, target)),
+            Probe("m_gen", question(name, 0, 200 + i, target)),
+            Probe("m_loc", question(name, 2, 300 + i, TARGETS[(i + 1) % len(TARGETS)]), "other_concept"),
+            Probe("t_loc", Sample("the old house ? answer :", TARGETS[(i + 2) % len(TARGETS)]), "random"),
+        )
+        out.append(Record(f"r{i}", request, probes))
+    return out
+
+
+def requests(name: str, n: int = 3) -> list[Sample]:
+    return [question(name, 0, i, TARGETS[-1 - i]) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Iterator[Any]:
+    """(base, method's name) -> the fitted method, made once."""
+    made: dict[tuple[str, str], Baseline] = {}
+
+    def get(base: str, name: str) -> Baseline:
+        torch.set_num_threads(1)
+        if (base, name) not in made:
+            cls = METHODS[name]
+            config = dataclasses.replace(cls.trials()[0], **SMALL.get(name, {}))
+            method = cls(make_model(base), make_processor(base), config)
+            method.fit(training(base))
+            made[base, name] = method
+        return made[base, name]
+
+    yield get
+
+
+@torch.no_grad()
+def answers(method: Baseline, samples: Sequence[Sample], edited: Edited | None = None) -> list[Tensor]:
+    """Logits of every row up to its last real token."""
+    told = [edited.prompt(s) for s in samples] if edited else list(samples)
+    out: list[Tensor] = [torch.zeros(0)] * len(told)
+    for batch in method.host.collator.batches(told, 8, eos=False):
+        with edited.running(batch) if edited else asking(batch):
+            logits = batch.model(**batch.inputs).logits
+        for r, row in enumerate(batch.rows):
+            out[row] = logits[r][batch.inputs["attention_mask"][r] != 0]
+    return out
+
+
+def target_loss(method: Baseline, sample: Sample, edited: Edited | None) -> float:
+    told = edited.prompt(sample) if edited else sample
+    batch = method.host.collator.batch([told], [0], eos=False)
+    with edited.running(batch) if edited else asking(batch), torch.no_grad():
+        logits = batch.model(**batch.inputs).logits
+    wanted = torch.where(batch.target_mask, batch.inputs["input_ids"], -100)[:, 1:]
+    return float(nn.functional.cross_entropy(logits[0, :-1].float(), wanted[0]))
+
+
+@pytest.mark.parametrize(("base", "name"), PAIRS)
+def test_an_edit_acts_and_leaves_no_trace(base, name, fitted):
+    method = fitted(base, name)
+    state = copy.deepcopy(method.host.model.state_dict())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in method.host.model.modules())
+    (request,) = requests(base, 1)
+    before, loss = answers(method, [request]), target_loss(method, request, None)
+    with method.apply([request]) as edited:
+        during = target_loss(method, request, edited)
+    after = answers(method, [request])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(v, state[k]) for k, v in method.host.model.state_dict().items())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in method.host.model.modules())
+    if isinstance(method, Ike):  # a random model does not follow demonstrations: that it is asked otherwise is all
+        assert during != loss
+    else:
+        assert during < loss
+
+
+@pytest.mark.parametrize(("base", "name"), PAIRS)
+def test_the_base_comes_back_after_an_error(base, name, fitted):
+    method = fitted(base, name)
+    before = answers(method, requests(base))
+    with pytest.raises(KeyError), method.apply(requests(base, 1)):
+        raise KeyError
+    assert all(torch.equal(a, b) for a, b in zip(before, answers(method, requests(base)), strict=True))
+
+
+@pytest.mark.parametrize(("base", "name"), PAIRS)
+def test_three_edits_on_one_model_are_deterministic(base, name, fitted):
+    method = fitted(base, name)
+    three = requests(base)
+    found = []
+    for _ in range(2):
+        with method.apply(three) as edited:
+            found.append(answers(method, three, edited))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    base_answers = answers(method, three)
+    changed = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(found[0], base_answers, strict=True)]
+    assert any(changed)
+
+
+@pytest.mark.parametrize(("base", "name"), PAIRS)
+def test_one_step_gives_what_apply_gives(base, name, fitted):
+    method = fitted(base, name)
+    three = requests(base)
+    for request, one in zip(three, method.one_step(three), strict=True):
+        with one as edited:
+            many = answers(method, [request], edited)[0]
+        with method.apply([request]) as edited:
+            alone = answers(method, [request], edited)[0]
+        torch.testing.assert_close(many, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_cannot_be_edited_is_refused(name, fitted):
+    with pytest.raises(UnsupportedModelError, match="no decoder of a known family"):
+        METHODS[name](nn.Sequential(nn.Linear(4, 4)), make_processor("llama"))
+    method = fitted("llama", name)
+    with (
+        pytest.raises(ValueError, match="request 1 needs a prompt and a target"),
+        method.apply([requests("llama", 1)[0], Sample("what is this ? answer :", " ")]),
+    ):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize("name", ["KE", "MEND", "SERAC", "T-Patcher", "GRACE", "IKE"])
+def test_what_was_not_fitted_says_so(name):
+    method = METHODS[name](make_model("llama"), make_processor("llama"))
+    with pytest.raises(ValueError, match="fit"), method.apply(requests("llama", 1)):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_many_trials_for_every_method(name):
+    trials = METHODS[name].trials()
+    assert len(trials) == 4 == len(set(trials))
+    assert METHODS[name].source
+
+
+@pytest.mark.parametrize("name", ["MEND", "SERAC"])
+def test_training_resumes_and_is_cached(name, tmp_path, monkeypatch):
+    from bench.quality.baselines import training as t
+
+    cls = METHODS[name]
+    config = dataclasses.replace(cls.trials()[0], **SMALL[name])
+
+    def fit(folder=None):
+        method = cls(make_model("llama"), make_processor("llama"), config)
+        method.fit(training("llama"), cache=folder, progress=False)
+        network = method.networks if isinstance(method, Serac) else method.network
+        return {k: v.clone() for k, v in network.state_dict().items()}
+
+    whole = fit()
+    monkeypatch.setattr(t, "SAVE_EVERY", -1.0)
+    step = t.tqdm.update
+
+    seen = []
+
+    def stop(self, n=1):
+        step(self, n)
+        seen.append(n)
+        if len(seen) == 55:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(t.tqdm, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path)
+    assert [f.suffix for f in tmp_path.iterdir()] == [".partial"]
+    resumed = fit(tmp_path)
+    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
+    assert sorted(f.suffix for f in tmp_path.iterdir()) == [".json", ".safetensors"]
+    monkeypatch.setattr(t.torch.optim, "Adam", None)  # nothing trains any more
+    cached = fit(tmp_path)
+    assert all(torch.equal(v, cached[k]) for k, v in whole.items())
+
+
+@pytest.mark.parametrize("name", ["SERAC, image-aware", "GRACE"])
+def test_generation_is_edited_as_teacher_forcing_is(name, fitted):
+    """The first generated token, and the next ones given it, are those of the teacher-forced pass."""
+    method = fitted("blip2", name)
+    request = requests("blip2", 1)[0]
+    with method.apply([request]) as edited:
+        asked = Sample(request.prompt, None, request.image)
+        batch = method.host.collator.batch([asked, asked], [0, 1], side="left")
+        with edited.running(batch):
+            new = method.host.collator.generate_ids(batch, 3, min_new_tokens=3)
+            assert edited.acting() == [[0], [0]]
+        prompt = batch.inputs["input_ids"]
+        full = method.host.collator.batch([asked], [0])
+        ids = torch.cat([prompt[:1], new[:1]], dim=1)
+        full.inputs = {**full.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with edited.running(full), torch.no_grad():
+            logits = full.model(**full.inputs).logits[0, prompt.shape[1] - 1 : -1]
+    logits[:, method.host.collator.eos] = -torch.inf
+    assert logits.argmax(dim=-1).tolist() == new[0].tolist()
