@@ -87,7 +87,7 @@ def test_inspect_lists_every_edit(tmp_path):
 
 
 def test_help_shows_an_example():
-    for command in ("info", "inspect", "edit", "tune"):
+    for command in ("info", "inspect", "edit", "evaluate", "tune"):
         assert f"Example: unike-kernels {command}" in runner.invoke(app, [command, "--help"]).output
 
 

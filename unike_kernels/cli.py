@@ -1,4 +1,4 @@
-"""`unike-kernels`: info, inspect, edit and tune on the command line."""
+"""`unike-kernels`: info, inspect, edit, evaluate and tune on the command line."""
 
 import json
 import subprocess
@@ -67,15 +67,13 @@ def edit(
 
     Example: unike-kernels edit Salesforce/blip2-opt-2.7b requests.json my-edits --triplets train.json
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from .config import UnikeConfig
     from .editing.editor import Editor
+    from .editing.loading import load
 
     asked, known = _read(requests), _read(triplets)
     settings = UnikeConfig.from_json(json.loads(config.read_text())) if config is not None else None
-    base = AutoModelForImageTextToText.from_pretrained(model)
-    editor = Editor(base, AutoProcessor.from_pretrained(model), settings)
+    editor = Editor(*load(model), settings)
     editor.build_memory(known, cache=cache)
     typer.echo(str(editor.fit()))
     edits = editor.edit(asked)
@@ -84,6 +82,78 @@ def edit(
     typer.echo(
         f"saved to {out}; use them with: unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(out)!r}))"
     )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Model folder or name that transformers can load.")],
+    data: Annotated[list[Path], typer.Option(help="Evaluation file of MMEdit or VLKEB; two for cross-task.")],
+    train_data: Annotated[list[Path], typer.Option(help="Training file, for the memory; may be given again.")],
+    images: Annotated[Path, typer.Option(help="Folder that the files' picture names start from.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on there when stopped.")],
+    protocol: Annotated[str, typer.Option(help="one-step, sequential or cross-task.")] = "one-step",
+    k: Annotated[int | None, typer.Option("-k", help="Edits on the model together; 10 unless one-step.")] = None,
+    routed: Annotated[bool, typer.Option("--routed/--always", help="Routed edits, or the paper's.")] = False,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="auto (MMEdit's own, or the chat template where a model has one), raw, short-answer, caption, answer, "
+            "answer-is, chat, or a template with {}."
+        ),
+    ] = "auto",
+    metrics: Annotated[
+        str, typer.Option(help="By comma, of rel, t_gen, m_gen, t_loc, m_loc, port; without m_gen, COCO is enough.")
+    ] = "rel,t_gen,m_gen,t_loc,m_loc,port",
+    limit: Annotated[int | None, typer.Option(help="At most so many records, drawn by the seed.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the order; may be given again. Default: 0.")] = None,
+    memory: Annotated[int, typer.Option(help="Training records for the memory, at most.")] = 2000,
+    config: Annotated[Path | None, typer.Option(help="JSON of a UnikeConfig; defaults otherwise.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Questions asked together.")] = 16,
+    generate: Annotated[bool, typer.Option(help="Also answer freely, for exact match.")] = True,
+) -> None:
+    """Edits a model with UniKE as a benchmark asks, and measures what changed: every sample to a file, then a table.
+
+    Example: unike-kernels evaluate --model Salesforce/blip2-opt-2.7b --data vqa_eval.json --train-data vqa_train.json
+    --images coco --out runs/vqa
+    """
+    from .config import UnikeConfig
+    from .evaluation.evaluate import Job, run
+    from .evaluation.pictures import MissingPicturesError
+
+    settings = UnikeConfig.from_json(json.loads(config.read_text())) if config is not None else None
+    job = Job(
+        model,
+        data,
+        train_data,
+        images,
+        out,
+        protocol=protocol,
+        k=k,
+        routing="routed" if routed else "always",
+        prompts=prompts,
+        metrics=[m.strip() for m in metrics.split(",")],
+        limit=limit,
+        seeds=seed or [0],
+        memory=memory,
+        config=settings,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        generate=generate,
+    )
+    try:
+        run(job, typer.echo)
+    except MissingPicturesError as error:
+        names = out.with_name(f"{out.name}-missing-pictures.txt")
+        names.parent.mkdir(parents=True, exist_ok=True)
+        names.write_text("\n".join(error.missing) + "\n", encoding="utf-8")
+        typer.echo(f"{error}\nall names: {names}", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """A benchmark's edits with the questions that judge them, whatever file they came from."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..editing.inputs import Sample
 
@@ -37,3 +39,25 @@ class Record:
     def of(self, *kinds: str) -> list[Probe]:
         """The probes of these kinds, in order."""
         return [p for p in self.probes if p.kind in kinds]
+
+
+def without_seen(train: Sequence[Record], evaluation: Sequence[Record]) -> tuple[list[Record], int, int]:
+    """(training records, how many were dropped, how many of their other probes): none asks what `evaluation` asks.
+
+    What is asked is a picture (the same file or the same object) and a prompt. A record whose request is asked goes
+    whole, otherwise only its probes. In MMEdit every evaluation M-Loc question also stands in the training files.
+    """
+    asked = {_asked(p) for r in evaluation for p in r.probes}
+    kept, probes = [], 0
+    for record in train:
+        if _asked(Probe("rel", record.request)) in asked:
+            continue
+        left = tuple(p for p in record.probes if _asked(p) not in asked)
+        probes += len(record.probes) - len(left)
+        kept.append(replace(record, probes=left))
+    return kept, len(train) - len(kept), probes
+
+
+def _asked(probe: Probe) -> tuple[object, str]:
+    image = probe.sample.image
+    return (str(image) if isinstance(image, Path) else id(image)), probe.sample.prompt

@@ -26,15 +26,8 @@ class Run:
         """settings: everything that changes the results, as plain JSON values."""
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
         self.results: list[Result] = []
-        known = self.folder / SETTINGS
-        if known.exists():
-            self._compare(known)
-            self._read()
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run ({SETTINGS}): choose another folder")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(known, json.dumps(self.settings, indent=1, sort_keys=True) + "\n")
+        claim(self.folder, self.settings)
+        self._read()
 
     @property
     def done(self) -> set[str]:
@@ -50,15 +43,6 @@ class Run:
             os.fsync(file.fileno())
         self.results.append(result)
 
-    def _compare(self, path: Path) -> None:
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{path} is damaged: not JSON") from None
-        wrong = list(differences(there, self.settings))
-        if wrong:
-            raise OtherRunError(f"{self.folder} holds another run (there, here): {'; '.join(wrong)}")
-
     def _read(self) -> None:
         """Reads the lines; one that a stop left half-written is cut off, and its record is computed again."""
         path = self.folder / RESULTS
@@ -73,6 +57,31 @@ class Run:
                 raise ValueError(f"{path} is damaged in line {n + 1}") from None
         if len(whole) < len(data):
             write_whole(path, whole)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes `folder` the one of a run with these settings, or finds that it is; errors as in `Run`."""
+    check(folder, settings, whole=True)
+    if not (folder / SETTINGS).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def check(folder: Path, settings: dict[str, Any], *, whole: bool = False) -> None:
+    """Raises as `Run` would, and changes nothing. settings: those known by now, or all (`whole`)."""
+    path = folder / SETTINGS
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty and holds no run ({SETTINGS}): choose another folder")
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is damaged: not JSON") from None
+    here = json.loads(json.dumps(settings))
+    wrong = list(differences(there if whole else {k: v for k, v in there.items() if k in here}, here))
+    if wrong:
+        raise OtherRunError(f"{folder} holds another run (there, here): {'; '.join(wrong)}")
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

@@ -1,17 +1,25 @@
 """UniKE itself as a method: the paper's always-on neurons, or routed edits."""
 
+import hashlib
+import json
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from ..editing.editor import Editor
-from ..editing.inputs import Batch, Sample
+from ..editing.inputs import Batch, Sample, image_digest
 from ..edits import Edits
+from ..edits_schema import EditsError
 from ..patching import PatchHandle, patch
 from .methods import Edited, Method
 from .records import LOCAL, Record
+
+SAVED_EVERY = 32  # edits of a group: what a stop loses
 
 
 class UnikeEdited(Edited):
@@ -50,13 +58,24 @@ class Unike(Method):
     """
 
     def __init__(
-        self, editor: Editor, *, routing: Literal["always", "routed"] = "always", name: str | None = None
+        self,
+        editor: Editor,
+        *,
+        routing: Literal["always", "routed"] = "always",
+        name: str | None = None,
+        cache: str | Path | None = None,
+        progress: bool = False,
     ) -> None:
-        """editor: with its memory and encoders, or one that `fit` is still to be called for."""
+        """editor: with its memory and encoders, or one that `fit` is still to be called for.
+
+        cache: a folder where the edits of a large group are kept while it is made, so that a stopped run goes on.
+        progress: a bar while a group is made.
+        """
         if routing not in ("always", "routed"):
             raise ValueError(f"routing must be 'always' or 'routed', but is {routing!r}")
         self.editor, self.routing = editor, routing
         self.name = name or ("UniKE" if routing == "always" else "UniKE, routed")
+        self.cache, self.progress = None if cache is None else Path(cache), progress
 
     def settings(self) -> dict[str, Any]:
         """The editor's whole config, and the routing."""
@@ -77,7 +96,7 @@ class Unike(Method):
     @contextmanager
     def apply(self, requests: Sequence[Sample]) -> Iterator[Edited]:
         """Makes the edits and patches the model with them."""
-        edits = self._edit(requests, range(len(requests)), independent=self.routing == "routed")
+        edits = self._group(requests)
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, _ids(range(len(requests))))
 
@@ -99,6 +118,29 @@ class Unike(Method):
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, edits.ids)
 
+    def _group(self, requests: Sequence[Sample]) -> Edits:
+        """The edits of a group, made in parts that are kept on disk until all are there."""
+        folder = None
+        if self.cache is not None and len(requests) > SAVED_EVERY:
+            told = [self.name, self.settings(), [(r.prompt, r.target, image_digest(r.image)) for r in requests]]
+            folder = self.cache / f"group-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+        edits, at = _kept(folder)
+        with tqdm(
+            total=len(requests), initial=at, desc="edits", unit="edit", leave=False, disable=not self.progress
+        ) as bar:
+            while at < len(requests):
+                part = range(at, min(at + SAVED_EVERY, len(requests)))
+                some = [requests[i] for i in part]
+                edits = self._edit(some, part, independent=self.routing == "routed", onto=edits)
+                at = part.stop
+                bar.update(len(part))
+                if folder is not None and at < len(requests):
+                    edits.save_pretrained(folder)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        assert edits is not None  # a group has a request
+        return edits
+
     def _many(self, requests: Sequence[Sample]) -> list[Edits]:
         """Edits of one request each; requests that repeat another's picture and prompt are trained apart from it."""
         out: dict[int, Edits] = {}
@@ -110,11 +152,13 @@ class Unike(Method):
             left = [i for i in left if i not in out]
         return [out[i] for i in range(len(requests))]
 
-    def _edit(self, requests: Sequence[Sample], numbers: Sequence[int], *, independent: bool) -> Edits:
+    def _edit(
+        self, requests: Sequence[Sample], numbers: Sequence[int], *, independent: bool, onto: Edits | None = None
+    ) -> Edits:
         asked = [{"id": name, **_request(r)} for name, r in zip(_ids(numbers), requests, strict=True)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "request .* replaces|.* edits miss their target")  # the results tell
-            return self.editor.edit(asked, independent=independent, progress=False)
+            return self.editor.edit(asked, onto=onto, independent=independent, progress=False)
 
 
 def _request(sample: Sample) -> dict[str, Any]:
@@ -123,3 +167,14 @@ def _request(sample: Sample) -> dict[str, Any]:
 
 def _ids(numbers: Sequence[int]) -> list[str]:
     return [str(i) for i in numbers]
+
+
+def _kept(folder: Path | None) -> tuple[Edits | None, int]:
+    """The edits that a stopped run left, and how many of the group's requests they stand for."""
+    if folder is None or not folder.exists():
+        return None, 0
+    try:
+        edits = Edits.from_pretrained(folder)
+    except (EditsError, OSError, ValueError):
+        return None, 0  # not yet saved once
+    return edits, max(int(name) for name in edits.ids) + 1  # the newest of a part is never replaced within it
