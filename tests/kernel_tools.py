@@ -43,7 +43,8 @@ def poisoned(module: Any = launching) -> Iterator[None]:
     """
     before, blocks = module.new, []
 
-    def new(shape: Sequence[int], dtype: torch.dtype, device: Any = None) -> Tensor:
+    def new(shape: Sequence[int], dtype: torch.dtype, where: Any) -> Tensor:
+        device = where.device if isinstance(where, Tensor) else where
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         block = torch.full((size + 2 * GUARD,), PATTERN, dtype=torch.uint8, device=device)

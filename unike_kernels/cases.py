@@ -77,12 +77,15 @@ class Cases:
     state: CaseState
     decided: bool = False  # True: every case was decided before, nothing to retrieve
     fresh: bool = False  # True: every case is decided in this pass, nothing to keep
+    native: bool = (
+        False  # True: few tokens of decided cases on the CPU, which native code may serve past the dispatcher
+    )
 
     @property
     def selected(self) -> Tensor | None:
         """The state's routed edits [C, m], on this pass's device."""
         selected = self.state.selected
-        return None if selected is None else selected.to(self.token_to_case.device)
+        return selected if selected is None or self.native else selected.to(self.token_to_case.device)
 
     def rows(self, positions: str) -> Tensor:
         """[T] int64: token_to_case, with -1 also before the case token where positions is "from_case_token"."""

@@ -81,9 +81,11 @@ class AttentionSite:
     @property
     def query(self) -> Tensor | None:
         """[T, H hd] q_proj's output; None where it was not seen, or has been written to (rotated in place) since."""
-        if self.projected is None or (self.version is not None and self.projected._version != self.version):
-            return None
-        return _rows(self.projected)
+        return _rows(self.projected) if self.projected is not None and self.unwritten() else None
+
+    def unwritten(self) -> bool:
+        """Whether q_proj's output, if it was seen, is still what that made."""
+        return self.projected is None or self.version is None or self.projected._version == self.version
 
     def route(self, tap: Tensor, cases: Cases) -> None:
         """Decides once per case which edits act on it, for all layers and all later tokens."""
@@ -151,6 +153,11 @@ class HeadsHook(OwnHook):
         assert site.shift is not None and site.tap is not None
         heads = args[0]
         cases = site.runtime.cases(site.tap)
+        if cases.native and site.unwritten():
+            mixed = site.shift.mix_natively(heads, site.projected, site.attention, site.projections, cases)
+            if mixed is not None:
+                site.waiting = False
+                return (mixed, *args[1:])
         mixed = site.shift.mix(_rows(heads), _rows(site.tap), site.query, site.attention, site.projections, cases)
         if mixed is None:
             return None
@@ -166,7 +173,8 @@ class AttentionHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         site = self.site
-        query, waiting = site.query, site.waiting
+        waiting = site.waiting
+        query = site.query if waiting else None
         for every in site.queue:
             every.attention = None  # from here on its projections are called by shifts, not by the layer
         site.clear()
@@ -223,11 +231,14 @@ class FfnOutputHook:
             return None
         cases = self.runtime.cases(x)
         selected = cases.selected
-        if selected is not None and all_missing(selected):
-            return None
         # None: always on, every group acts on every token (the paper)
         rows = None if selected is None else cases.rows(self.positions)
-        if _may_write(module, x, output):
+        mine = _may_write(module, x, output)
+        if mine and cases.native and self.neurons.add_natively(output, x, rows, selected):
+            return None
+        if selected is not None and all_missing(selected):
+            return None
+        if mine:
             self.neurons.add_(output, x, rows, selected)
             return None
         return output + self.neurons(x, rows, selected)
@@ -239,8 +250,11 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
         return False
     if not output.is_contiguous() or output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return False
-    around = (module, *module.children())
-    return all(isinstance(hook, FfnOutputHook) for m in around for hook in m._forward_hooks.values())
+    for around in (module, *module._modules.values()):
+        for hook in around._forward_hooks.values() if around is not None else ():
+            if not isinstance(hook, FfnOutputHook):
+                return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------- decoder

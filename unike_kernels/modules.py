@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import cpu_kernels, ops, reference
 from .cases import Cases, LayerDecision, all_missing
 from .config import ShiftConfig
 from .edits import LayerEdits
@@ -101,6 +101,13 @@ class ExtraNeurons(nn.Module):
         """Adds that to y [..., d] in place: one operator, and nothing else touches y. For inference."""
         neurons = (self.keys, self.key_bias, self.values)
         ops.extra_neurons_(y, x, *neurons, **self._options(token_to_case, selected))
+
+    def add_natively(self, y: Tensor, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> bool:
+        """`add_` past torch's dispatcher, where that is `Cases.native` and the tensors suit; whether it was done."""
+        if self._parameters or self.zeta is not None or self.backend not in cpu_kernels.BACKENDS:
+            return False  # an edit is being trained
+        # An attribute of an nn.Module takes as long to look up as the native code runs, so the buffers go as they are.
+        return cpu_kernels.add_neurons(y, x, self._buffers, token_to_case, selected, self.act)
 
     def _options(self, token_to_case: Tensor | None, selected: Tensor | None) -> dict[str, Any]:
         return {
@@ -194,6 +201,33 @@ class KnowledgeShift(nn.Module):
         if config.per == "token":
             self._note(scores, indices, used, cases)
         return mixed
+
+    def mix_natively(
+        self, heads: Tensor, projected: Tensor | None, attention: nn.Module, projections: Projections, cases: Cases
+    ) -> Tensor | None:
+        """`mix` of heads [..., H hv] past torch's dispatcher, where that is `Cases.native`; None: not here.
+
+        projected: q_proj's output [..., H hd].
+        """
+        config, before = self.config, cases.state.layers.get(self.layer)
+        if before is None or projected is None or config.per != "case" or config.attention != "projected":
+            return None
+        if self.backend not in cpu_kernels.BACKENDS:
+            return None
+        q = projected if projections.sites.q_norm is None else projections.query(attention, projected, projected)
+        memory: Any = self._modules["memory"]
+        return cpu_kernels.mix_items(
+            *(
+                heads,
+                q,
+                memory._buffers["keys"],
+                memory._buffers["values"],
+                before.indices,
+                before.alpha,
+                cases.token_to_case,
+            ),
+            *(self.scaling, self.softcap, config.orientation == "input"),
+        )
 
     def shift(
         self,

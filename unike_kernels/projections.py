@@ -24,7 +24,9 @@ class Projections:
         self.below = len(sites.attention) + 1
 
     def _get(self, attention: nn.Module, name: str) -> nn.Module:
-        return attention.get_submodule(name[self.below :])
+        name = name[self.below :]
+        found = attention._modules.get(name)  # ten times as fast as get_submodule, and asked in every layer and token
+        return attention.get_submodule(name) if found is None else found
 
     def query(self, attention: nn.Module, tap: Tensor, projected: Tensor | None = None) -> Tensor:
         """q [T, heads, head_dim] of the tap [T, d], not rotated: a memory has no position.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import cpu_kernels
 from .cases import (
     Cases,
     CaseState,
@@ -46,6 +47,8 @@ class CaseTracker:
         self.version = Version()
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
+        # The maps of the last decoding step on the CPU: (batch, length), token_to_case, case_tokens
+        self._maps: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self._growth = (0, 0, 0)  # batch, length and growing passes so far without a KV cache
         self._warned = False
 
@@ -58,6 +61,7 @@ class CaseTracker:
             "labels": None,
             "several_logits": False,
             "chosen": None,
+            "_maps": None,
         }
         return {**self.__dict__, **of_this_process, "legacy": None}
 
@@ -115,6 +119,8 @@ class CaseTracker:
             if cache and isinstance(cache[0], tuple):
                 self.legacy[cache[0][0]] = state
         elif cache is not None and not isinstance(cache, Tensor):
+            if self.current.native and self.kept(cache) is state:
+                return  # left there by the step before
             if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
                 storages = getattr(cache, STORAGE_ATTRIBUTE, {})
                 setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
@@ -142,15 +148,14 @@ class CaseTracker:
             )
         batch, length = shape
         mask, cache = given.get("attention_mask"), _cache(given)
-        token_to_case = padded_cases(mask, batch, length, device)
         past = self._past(cache)
         if past:
             state = self._continued(cache, batch, length)
             if state is not None:
-                nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
-                return Cases(token_to_case, nowhere, state, decided=True)
+                return self._decided(mask, batch, length, device, state)
         else:
             self._forget(cache)
+        token_to_case = padded_cases(mask, batch, length, device)
         if length > 1:
             refuse_packed(given.get("position_ids"), mask, length, past)
         last = last_attended(mask, batch, length, device, past)
@@ -169,6 +174,24 @@ class CaseTracker:
             self._watch_guesses()
         rows = torch.arange(batch, device=device) * length + last
         return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
+
+    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState) -> Cases:
+        """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
+        native = device.type == "cpu" and batch * length <= cpu_kernels.FEW and cpu_kernels.unwatched()
+        if not native:
+            nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
+            return Cases(padded_cases(mask, batch, length, device), nowhere, state, decided=True)
+        if self._maps is None or self._maps[0] != (batch, length):
+            with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
+                nowhere = torch.full((batch,), -1, dtype=torch.long)
+                self._maps = (batch, length), padded_cases(None, batch, length, device), nowhere
+        _, token_to_case, nowhere = self._maps
+        if isinstance(mask, Tensor):
+            token_to_case = padded_cases(mask, batch, length, device)
+        # A decision from another device would have to be moved: left to those who do.
+        there = all(of.indices.is_cpu for of in state.layers.values())
+        native = there and (state.selected is None or state.selected.is_cpu)
+        return Cases(token_to_case, nowhere, state, decided=True, native=native)
 
     def _named(self, shape: torch.Size, device: torch.device) -> Cases:
         """The cases that were named by hand, for a pass of exactly as many tokens."""
@@ -270,7 +293,8 @@ class CaseTracker:
                 "use `with handle.continuing('keep')`, and handle.set_cases(case_positions=...) where the first pass "
                 "already holds guesses behind the prompt, or `with handle.continuing('new')`"
             )
-        if not state.version.live or (not torch.compiler.is_compiling() and state.version != self.version):
+        same = state.version is self.version or state.version == self.version
+        if not state.version.live or (not torch.compiler.is_compiling() and not same):
             raise ValueError(
                 "the KV cache was prefilled before the edits of this patch changed; prefill it again after a swap"
             )

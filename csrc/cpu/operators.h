@@ -33,7 +33,7 @@ struct NeuronCall {
 
 struct ShiftCall {
     void* out;        // [tokens, heads hv], the dtype of h_input
-    float* used;      // the alpha used, of the shape of alpha
+    float* used;      // the alpha used, of the shape of alpha; null: not wanted
     Array h_input;    // [tokens, heads hv]
     Array q;          // [tokens, heads, hd]
     Array keys;       // [items, kv_heads, hd]

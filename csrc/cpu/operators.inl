@@ -274,13 +274,13 @@ void run(const ShiftCall& c, float* work) {
     const size_t bytes = size_t(width) * (c.h_input.dtype == Dtype::float32 ? 4 : 2);
     float *scores = work, *sums = scores + c.heads * c.slots, *qs = sums + width, *hs = qs + c.heads * c.hd;
     const float untouched = c.alpha_of_input ? 1.0f : 0.0f;
-    for (int64_t i = 0; i < (c.alpha_of_case ? c.cases : c.tokens); ++i) {
+    for (int64_t i = 0; c.used && i < (c.alpha_of_case ? c.cases : c.tokens); ++i) {
         const int64_t row = c.alpha_of_case || !c.token_to_case ? i : c.token_to_case[i];
         c.used[i] = names_an_item(c, row) ? element(c.alpha, i) : untouched;
     }
     for (int64_t t = 0; t < c.tokens; ++t) {
         const int64_t row = c.token_to_case ? c.token_to_case[t] : t;
-        const float alpha = names_an_item(c, row) ? c.used[c.alpha_of_case ? row : t] : untouched;
+        const float alpha = names_an_item(c, row) ? element(c.alpha, c.alpha_of_case ? row : t) : untouched;
         if (alpha == untouched) {  // every bit stays
             std::memcpy(static_cast<char*>(c.out) + size_t(t) * bytes,
                         static_cast<const char*>(c.h_input.data) + size_t(t) * bytes, bytes);
