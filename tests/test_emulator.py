@@ -60,7 +60,7 @@ def test_the_last_block_sees_what_all_wrote_and_a_missing_barrier_shows(library)
             right = int(out) == int(values.sum())
             assert right or forget
             wrong += not right
-    assert wrong == len(SEEDS)
+    assert wrong > len(SEEDS) // 2
 
 
 def test_clusters_read_each_others_shared_memory(library):

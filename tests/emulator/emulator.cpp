@@ -366,8 +366,8 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw(static_cast<uint32_t>(i))]);
     const size_t together = 1 + draw(8);  // clusters that are under way at a time
-    const bool stragglers = draw(2);
-    const Warp* straggler = nullptr;  // does not run while any other can
+    const bool stragglers = draw(2), whole = draw(2);
+    const Warp* straggler = nullptr;  // does not run while any other can, nor (whole) do those of its block
     size_t next = 0;
     std::vector<Warp*> ready;
     while (!failed && (next < order.size() || !running.empty())) {
@@ -393,11 +393,14 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
             complain(where);
             break;
         }
-        const auto late = std::find(ready.begin(), ready.end(), straggler);
-        if (late == ready.end())
+        if (std::find(ready.begin(), ready.end(), straggler) == ready.end()) {
             straggler = stragglers ? ready[draw(static_cast<uint32_t>(ready.size()))] : nullptr;
-        else if (ready.size() > 1)
-            ready.erase(late);
+        }
+        const auto late = [&](const Warp* warp) {
+            return straggler && (warp == straggler || (whole && warp->lanes[0]->block == straggler->lanes[0]->block));
+        };
+        if (!std::all_of(ready.begin(), ready.end(), late))
+            ready.erase(std::remove_if(ready.begin(), ready.end(), late), ready.end());
         // A few turns before the list is made anew; a warp of it may meanwhile have become unable to go on.
         for (size_t turn = 0; turn < 2 * ready.size() && !failed; ++turn) {
             Warp& warp = *ready[draw(static_cast<uint32_t>(ready.size()))];
