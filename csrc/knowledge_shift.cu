@@ -17,6 +17,7 @@ constexpr int kRing = 80 * 1024;      // bytes for them: 40 keys and values of 5
 constexpr int kColumns = 4;           // columns of the knowledge that a thread adds up
 constexpr int kMostColumns = kThreads * kColumns;
 constexpr int kMostCells = 2048;     // rows x columns of a block
+constexpr int kMostItems = 128;
 constexpr float kLowest = -3.4028234663852886e38f;  // the score of a missing item, as in the reference
 
 // Where things lie in a block's shared memory (bytes), and how its threads share the work.
@@ -87,14 +88,25 @@ __device__ inline void meet(int split) {
 // The same address in the shared memory of the cluster's block `rank`.
 __device__ inline float* place_in(float* here, int rank, int split) { return split > 1 ? cluster_ptr(here, rank) : here; }
 
-// The ids of a row that are there, in their order; returns how many. One warp.
-__device__ inline int collect(const int64_t* indices, int64_t row, int items, int64_t* ids) {
+// The ids of a row that are there, in their order; returns how many. One warp. The row that it probably is gets read while it is
+// still unknown which one it is.
+__device__ inline int collect(const int64_t* indices, int64_t guess, int64_t row, int items, int64_t* ids) {
     const int lane = threadIdx.x % 32;
+    int64_t id[kMostItems / 32];
+    const auto load = [&](int64_t from) {
+#pragma unroll
+        for (int i = 0; i < kMostItems / 32; i++) {
+            const int k = 32 * i + lane;
+            id[i] = from >= 0 && k < items ? indices[from * items + k] : -1;
+        }
+    };
+    load(guess);
+    if (row != guess) load(row);
     int found = 0;
-    for (int first = 0; first < items; first += 32) {
-        const int64_t id = row >= 0 && first + lane < items ? indices[row * items + first + lane] : -1;
-        const unsigned there = __ballot_sync(0xffffffffu, id >= 0);
-        if (id >= 0) ids[found + __popc(there & ((1u << lane) - 1))] = id;
+#pragma unroll
+    for (int i = 0; i < kMostItems / 32; i++) {
+        const unsigned there = __ballot_sync(0xffffffffu, id[i] >= 0);
+        if (id[i] >= 0) ids[found + __popc(there & ((1u << lane) - 1))] = id[i];
         found += __popc(there);
     }
     return found;
@@ -205,9 +217,9 @@ __device__ inline void note_cases(const KnowledgeShift& s, int token, float unto
 
 // --------------------------------------------------------------------------------------------------------- kernel
 
-// Grid: split blocks per (token, key head, Rows of its query heads), a cluster; where alpha is computed per case, also per
-// case, for `used` alone, and the second row of a token's cluster is its case token. Bytes: q, h_input and out once, and of
-// each item a head's key and value once per cluster. Sums in float32, in a fixed order; the result is rounded once.
+// Grid (split, key heads x groups of Rows of their query heads, tokens), a cluster along x; where alpha is computed per case,
+// cases behind the tokens, for `used` alone, and the second row of a token's cluster is its case token. Bytes: q, h_input and
+// out once, and of each item a head's key and value once per cluster. Sums in float32, in a fixed order; rounds once.
 template <typename Item, int Rows>
 __global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_cluster(const KnowledgeShift s, const Plan plan) {
     unsigned char* shared = shared_memory();
@@ -221,28 +233,32 @@ __global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_c
     float* totals = reinterpret_cast<float*>(shared + plan.totals);    // [split, 3 Rows]
     unsigned char* ring = shared + plan.ring;                          // kStages pieces, then [parts, Rows, value_width]
 
-    const int split = plan.split, rank = split > 1 ? cluster_rank() : 0;
-    int unit = blockIdx.x / split;
-    const int first_head = unit % plan.groups * Rows;
-    unit /= plan.groups;
-    const int key_head = unit % s.key_heads, token = unit / s.key_heads;
+    const int split = plan.split, rank = static_cast<int>(blockIdx.x), token = static_cast<int>(blockIdx.z);
+    const int key_head = static_cast<int>(blockIdx.y) / plan.groups;
+    const int first_head = (static_cast<int>(blockIdx.y) - key_head * plan.groups) * Rows;
     const bool given = s.alpha != nullptr, per_case = !given && s.case_tokens != nullptr;
     const float untouched = s.input ? 1.0f : 0.0f;
     const bool leads = rank == 0 && key_head == 0 && first_head == 0;
 
     // Whose items, and at which rows of q and h_input: row 0, and with per_case that of the case.
     const bool for_case = token >= s.tokens;
-    int64_t owner = for_case ? (per_case ? token - s.tokens : -1) : token;
-    if (!for_case && s.token_to_case != nullptr) owner = s.token_to_case[token];
-    const int64_t case_at = per_case && owner >= 0 ? s.case_tokens[owner] : -1;
-    const int64_t at = for_case ? case_at : token;
-    const int rows = per_case ? 2 : min(Rows, s.group - first_head);
+    int64_t owner = for_case ? (per_case ? token - s.tokens : -1) : token, guess = owner;
+    if (!for_case && s.token_to_case != nullptr) {
+        owner = s.token_to_case[token];
+        guess = min(token, s.cases - 1);  // while decoding, a case has one token: saves waiting for the memory once
+    }
     if (threadIdx.x < 32) {
-        const int found = collect(s.indices, owner, s.items, ids);
+        const int found = collect(s.indices, guess, owner, s.items, ids);
         if (threadIdx.x == 0) *count = found;
     }
     float a = untouched;
-    if (given && owner >= 0) a = read(s.alpha, s.alpha_per_case ? owner : token, s.alpha_dtype);
+    if (given) {
+        if (guess >= 0) a = read(s.alpha, s.alpha_per_case ? guess : token, s.alpha_dtype);
+        if (s.alpha_per_case && owner != guess && owner >= 0) a = read(s.alpha, owner, s.alpha_dtype);
+    }
+    const int64_t case_at = per_case && owner >= 0 ? s.case_tokens[owner] : -1;
+    const int64_t at = for_case ? case_at : token;
+    const int rows = per_case ? 2 : min(Rows, s.group - first_head);
     __syncthreads();
     const int found = *count;
     if (found == 0) a = untouched;
@@ -437,9 +453,9 @@ Plan plan_of(const KnowledgeShift& s, int split, int rows, int shared_bytes) {
 template <typename Item, int Rows>
 cudaError_t start(const KnowledgeShift& s, const Plan& plan, cudaStream_t stream) {
     const int extra = s.alpha == nullptr && s.case_tokens != nullptr ? s.cases : 0;
-    const int units = std::max(s.tokens + extra, 1) * s.key_heads * plan.groups;
     Launch how;
-    how.grid = units * plan.split, how.block = kThreads, how.cluster = plan.split;
+    how.grid = dim3(plan.split, s.key_heads * plan.groups, std::max(s.tokens + extra, 1));
+    how.block = kThreads, how.cluster = plan.split;
     how.shared_bytes = plan.bytes, how.stream = stream;
     return launch(knowledge_shift_cluster<Item, Rows>, how, s, plan);
 }
@@ -464,7 +480,8 @@ cudaError_t knowledge_shift(const KnowledgeShift& s, int split, int rows, cudaSt
     if (error != cudaSuccess) return error;
     const Plan plan = plan_of(s, split, rows, device.shared_bytes);
     const int widest = std::max(plan.key_width, plan.value_width);
-    if (widest > kMostColumns || rows * widest > kMostCells || s.keys.dtype != s.values.dtype) return cudaErrorInvalidValue;
+    if (widest > kMostColumns || rows * widest > kMostCells || s.keys.dtype != s.values.dtype || s.items > kMostItems)
+        return cudaErrorInvalidValue;
     if (s.alpha == nullptr && s.case_tokens != nullptr && rows != 2) return cudaErrorInvalidValue;
     if ((s.alpha == nullptr || s.rescale) && s.key_heads * s.group != 1) return cudaErrorInvalidValue;
     switch (s.keys.dtype) {
