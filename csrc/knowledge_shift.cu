@@ -131,7 +131,7 @@ __device__ void copy_rows(
     }
 }
 
-// Partial scores of a piece, to every block of the cluster: inbox[rank][row][item].
+// Partial scores of a piece, to every block of the cluster: inbox[rank][row][item]. Threads share the columns as in copy_rows.
 template <int Rows, typename Item>
 __device__ void score(
     const Item* keys, const float* q, int first, int items, int columns, int width, int lanes, float* inbox, int most_items,
@@ -190,9 +190,10 @@ template <int Rows, typename Item>
 __device__ void gather(
     const Item* values, const float* weights, int first, int items, int columns, int width, int across, int most_items,
     float (&know)[Rows][kColumns]) {
-    const int c = threadIdx.x % across * kColumns;
+    const int c = threadIdx.x % across * kColumns, parts = kThreads / across, part = threadIdx.x / across;
     if (c >= columns) return;
-    for (int i = threadIdx.x / across; i < items; i += kThreads / across) {
+    // Item n is of part n % parts, however large the pieces are: the order of the sums is the same on every device.
+    for (int i = (part + parts - first % parts) % parts; i < items; i += parts) {
         float v[kColumns];
         unpack(values + i * width + c, v);
 #pragma unroll
@@ -321,14 +322,12 @@ __global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_c
         else if (threadIdx.x == 0)
             s.used[token] = a;
     }
-    if (split > 1) cluster_sync();  // every block runs: from here on its shared memory can be written
-
+    meet(split);  // q is there, and every block runs: from here on its shared memory can be written
     for (int p = 0; p < pieces; p++) {
-        cp_async_wait<kStages - 1>();
-        __syncthreads();
+        cp_async_wait<kStages - 1>();  // no barrier: a thread multiplies what it has copied itself
         score<Rows>(slot(p), q, first_of(p), items_of(p), key_columns, plan.key_width, plan.key_lanes, inbox, s.items, rank,
                     split);
-        __syncthreads();
+        if (p + kStages >= pieces && p + kStages < 2 * pieces) __syncthreads();  // values go to other threads than keys
         start(p + kStages);
     }
     meet(split);
@@ -340,9 +339,10 @@ __global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_c
         cp_async_wait<kStages - 1>();
         __syncthreads();
         gather(slot(p), weights, first_of(p), items_of(p), value_columns, plan.value_width, plan.across, s.items, part);
-        __syncthreads();
+        if (p + kStages < 2 * pieces) __syncthreads();  // all have read what is copied over now
         start(p + kStages);
     }
+    __syncthreads();
 
     // The parts of the knowledge, added in their order: know [Rows, value_width].
     float* know = reinterpret_cast<float*>(ring);

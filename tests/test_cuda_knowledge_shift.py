@@ -6,49 +6,37 @@ import emulator
 import pytest
 import shift_bodies as bodies
 import torch
-from kernel_tools import DEVICE, DTYPES, poisoned, shifted, strided
+from kernel_tools import DEVICE, DTYPES, launches, on_cuda, poisoned, shifted, strided
 from shift_bodies import SHAPES, case_tokens, ids, inputs, layer, on_cases
 
 import unike_kernels as uk
-from unike_kernels import backends, native
-from unike_kernels.cuda_kernels import knowledge_shift as cuda
+from unike_kernels import native
+from unike_kernels.cuda_kernels import refusal
+from unike_kernels.cuda_kernels.knowledge_shift import KERNEL
 from unike_kernels.triton_kernels import tuning
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SEEDS = range(12)
-check = bodies.checker("cuda", lambda path: {"knowledge_shift_cluster": 1})
+EMULATED = DEVICE.type == "cpu"
+check = bodies.checker("cuda", lambda path: {KERNEL: 1})
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    on_cuda(monkeypatch)
 
 
 def split(blocks, rows):
     """Inside, a cluster has `blocks` blocks and takes `rows` query heads, whatever the table says."""
-    return tuning.trying(lambda row: {"SPLIT": blocks, "ROWS": rows})
+    return tuning.trying(lambda row: {"SPLIT": blocks, "ROWS": rows} if row.kernel == KERNEL else row.choice)
 
 
 @contextmanager
 def emulated(seed, shared_bytes=227 * 1024):
     """Inside, the emulator draws another order, or has less shared memory; a GPU is what it is."""
-    if DEVICE.type == "cpu":
+    if EMULATED:
         emulator.seed(seed)
         emulator.device(shared_bytes=shared_bytes)
     yield
-    if DEVICE.type == "cpu":
-        emulator.seed(0)
-        emulator.device()
-
-
-def kernel(operator, backend, tensors, args):
-    reason = cuda.refusal(args)
-    if reason is not None:
-        raise ValueError(f"backend {backend!r} cannot run {operator}: {reason}")
-    return cuda.knowledge_shift
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """The operator is this kernel, in the emulator where there is no GPU."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(native, "cuda", emulator.module)
-    monkeypatch.setattr(backends, "implementation", kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,15 +115,17 @@ def test_wide_raw_heads(d, blocks, dtype):
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_little_shared_memory_takes_more_pieces(blocks):
+@pytest.mark.parametrize("hv", [600, 220])
+def test_little_shared_memory_takes_more_pieces(hv, blocks):
     """As much as an L4 has, and next to none: the ring of pieces goes round many times."""
-    parts = inputs(2, heads=1, kv_heads=1, hd=600, hv=600, items=130)
+    parts = inputs(2, heads=1, kv_heads=1, hd=600, hv=hv, items=130)
     indices = ids(2, 128, items=130)
     with split(blocks, 1):
-        first = check(parts, indices)
+        first = check(parts, indices, clamp=False)
+        assert not torch.equal(first[0], parts[0])
         for seed in range(12):
             with emulated(seed, shared_bytes=(99 if seed == 0 else 40) * 1024), poisoned():
-                found = uk.ops.knowledge_shift(*parts, indices, backend="cuda")
+                found = uk.ops.knowledge_shift(*parts, indices, clamp=False, backend="cuda")
             assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
@@ -146,11 +136,11 @@ def test_the_same_bits_in_every_order_and_run(form):
         options = {**on_cases(4, k=12, items=20), "alpha": torch.tensor([0.2, 0.9, 0.4], device=DEVICE)}
     else:
         parts = inputs(4, heads=1, kv_heads=1, hd=300, hv=300, items=20)
-        options = on_cases(4, k=12, items=20)
+        options = on_cases(4, k=12, items=20, clamp=False)
         if form == "case":
             options["case_tokens"] = case_tokens(options["token_to_case"], 3)
     first = None
-    for seed in SEEDS:
+    for seed in range(12):
         for _ in range(3 if seed == 0 else 1):
             with split(4, 2), emulated(seed), poisoned():
                 found = uk.ops.knowledge_shift(*parts, backend="cuda", **options)
@@ -177,27 +167,45 @@ def test_offsets_beyond_32_bits():
         ({"out_proj": True}, "there is an output projection, and it projects nothing"),
         ({"alpha": None}, "alpha is to be computed from 4 heads, and it compares one head"),
         ({"alpha": None, "encoder": True}, "alpha is to be computed from an encoder, and it compares one head"),
-        ({"values": torch.float16}, "keys are torch.float32, values torch.float16, and it takes both in one dtype"),
+        ({"values": F16}, "keys are torch.float32, values torch.float16, and it takes both in one dtype"),
     ],
 )
-def test_what_it_does_not_take_is_refused(change, reason):
+def test_triton_takes_what_it_refuses(change, reason):
     tokens, items = change.get("tokens", 2), change.get("items", 5)
-    h, q, keys, values = inputs(tokens, items=max(items, 9))
-    options = {"alpha": change.get("alpha", 0.5)}
-    options |= {"out_proj": layer(64, 64)} if "out_proj" in change else {}
-    options |= {"encoder": [layer(64, 64)]} if "encoder" in change else {}
-    values = values.to(change.get("values", F32))
-    with pytest.raises(ValueError, match=f"backend 'cuda' cannot run knowledge_shift: {reason}"):
-        uk.ops.knowledge_shift(h, q, keys, values, ids(tokens, items, max(items, 9)), backend="cuda", **options)
+    *parts, values = inputs(tokens, items=max(items, 9))
+    parts += [values.to(change.get("values", F32))]
+    indices, alpha = ids(tokens, items, max(items, 9)), change.get("alpha", torch.full((tokens,), 0.5, device=DEVICE))
+    projection, encoder = (layer(64, 64) if name in change else () for name in ("out_proj", "encoder"))
+    arguments = (*parts, indices, alpha, None, None, *(projection or (None, None)), list(encoder))
+    assert refusal("knowledge_shift", arguments) == reason
+    options = {"out_proj": projection} if projection else {}
+    options |= {"encoder": [encoder]} if encoder else {}
+    with launches() as counted:
+        uk.ops.knowledge_shift(*parts, indices, alpha=alpha, backend="cuda", **options)
+    assert KERNEL not in counted and counted["knowledge_shift_attend"] == 1
 
 
 def test_a_head_too_wide_for_a_device_without_clusters_is_refused_by_its_name():
     parts = inputs(1, heads=1, kv_heads=1, hd=1032, hv=1032)
-    indices = ids(1, 5)
-    reason = "1032 columns, and it takes at most 1024 on compute capability 8.0"
-    with tuning.pretend(80), pytest.raises(ValueError, match=reason):
-        uk.ops.knowledge_shift(*parts, indices, backend="cuda")
-    check(parts, indices)
+    arguments = (*parts, ids(1, 5), None, None, None, None, None, [])
+    with tuning.pretend(80):
+        reason = "a head has 1032 columns, and it takes at most 1024 on compute capability 8.0"
+        assert refusal("knowledge_shift", arguments) == reason
+    assert refusal("knowledge_shift", arguments) is None
+
+
+def test_the_module_refuses_what_it_cannot_do():
+    place, sizes = (16, 8, 8, "float32"), (1, 1, 5, 1, 1, 8, 8)
+    places, rest = [place] * 4, (16, 0, 0, 16, "float32", False, 16, 16, *sizes, 1.0, 0.0, False, True, False)
+    for change, said in (
+        ({"blocks": 3}, "launching knowledge_shift"),
+        ({"rows": 3}, "launching knowledge_shift"),
+        ({"places": [(16, 8, 8, "float64"), *places[1:]]}, "but got float64"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=said):
+            native.cuda().knowledge_shift(
+                *change.get("places", places), *rest, change.get("blocks", 1), change.get("rows", 1), 0
+            )
 
 
 def test_an_encoder_that_a_given_alpha_leaves_out_is_no_reason_to_refuse():

@@ -153,6 +153,8 @@ namespace {
 Context scheduler;
 Fiber* current = nullptr;
 bool failed = false;
+bool stragglers = false;  // in this launch, some warp does not run while any other can
+bool released = false;    // a barrier was just passed: whoever is held back stays where it is
 int shared_size = 0;
 std::vector<char*> stacks;  // not in use
 std::vector<std::unique_ptr<Cluster>> running;
@@ -178,7 +180,7 @@ void block_on(Barrier& barrier, const char* what) {
     leave();
 }
 
-void arrive(Barrier& barrier, int expected, const char* what) {
+void arrive(Barrier& barrier, int expected, const char* what, bool of_block = true) {
     if (++barrier.arrived < expected) return block_on(barrier, what);
     barrier.arrived = 0;
     for (Fiber* fiber : barrier.waiting) {
@@ -186,7 +188,8 @@ void arrive(Barrier& barrier, int expected, const char* what) {
         fiber->waits_for = nullptr;
     }
     barrier.waiting.clear();
-    yield(false);  // the last to arrive is not always the first to go on
+    released = of_block && stragglers;
+    yield(released);  // the last to arrive is not always the first to go on
 }
 
 void perform(const Copy& copy) {
@@ -322,7 +325,7 @@ const unsigned char* meet(uint32_t mask, const char* what, const void* left, siz
     unsigned char* slots = meeting.left[meeting.turn];
     if (bytes) std::memcpy(slots + 64 * lane, left, bytes);
     if (meeting.barrier.arrived + 1 == __builtin_popcount(mask)) meeting.turn ^= 1;
-    arrive(meeting.barrier, __builtin_popcount(mask), what);
+    arrive(meeting.barrier, __builtin_popcount(mask), what, false);
     return slots;
 }
 
@@ -366,8 +369,9 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw(static_cast<uint32_t>(i))]);
     const size_t together = 1 + draw(8);  // clusters that are under way at a time
-    const bool stragglers = draw(2), whole = draw(2);
-    const Warp* straggler = nullptr;  // does not run while any other can, nor (whole) do those of its block
+    stragglers = draw(2), released = false;
+    const bool whole = draw(2);  // nor do the others of its block
+    const Warp* straggler = nullptr;
     size_t next = 0;
     std::vector<Warp*> ready;
     while (!failed && (next < order.size() || !running.empty())) {
@@ -402,10 +406,11 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
         if (!std::all_of(ready.begin(), ready.end(), late))
             ready.erase(std::remove_if(ready.begin(), ready.end(), late), ready.end());
         // A few turns before the list is made anew; a warp of it may meanwhile have become unable to go on.
-        for (size_t turn = 0; turn < 2 * ready.size() && !failed; ++turn) {
+        released = false;
+        for (size_t turn = 0; turn < 2 * ready.size() && !failed && !released; ++turn) {
             Warp& warp = *ready[draw(static_cast<uint32_t>(ready.size()))];
             const uint32_t offset = draw(32);
-            for (uint32_t i = 0; i < 32 && !failed; ++i) {
+            for (uint32_t i = 0; i < 32 && !failed && !released; ++i) {
                 const uint32_t lane = (i + offset) % 32;
                 if (warp.ready >> lane & 1) resume(*warp.lanes[lane]);
             }

@@ -1,16 +1,16 @@
 """Launcher of `knowledge_shift` for few tokens: one launch, a cluster of blocks per token and key head."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import native
-from ..triton_kernels import launching, tuning
+from ..triton_kernels import launching as allocating
+from ..triton_kernels import tuning
 from ..triton_kernels.knowledge_shift_arguments import Shift, arguments
 from ..triton_kernels.tuning import Row
+from .launching import address, launch, name_of
 
 KERNEL = "knowledge_shift_cluster"
 MOST_TOKENS = 16  # more fill the device without clusters
@@ -80,35 +80,22 @@ def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     s = arguments(*args)
     tokens, d = s.h_input.shape
     cases, items = s.indices.shape
-    out = launching.new((tokens, d), s.h_input.dtype, s.h_input.device)
-    used = launching.new((cases if s.alpha_per_case else tokens,), torch.float32, s.h_input.device)
+    out = allocating.new((tokens, d), s.h_input.dtype, s.h_input.device)
+    used = allocating.new((cases if s.alpha_per_case else tokens,), torch.float32, s.h_input.device)
     if tokens == 0 and used.shape[0] == 0:
         return out, used
     key_heads, hv = s.item_values.shape[1:]
-    launching.LAUNCHES[KERNEL] += 1
-    # The module starts kernels on the current device, wherever the tensors are.
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-        native.cuda().knowledge_shift(
-            *(_place(t, t.stride(1)) for t in (s.q, s.item_keys, s.item_values)), _place(s.h_input, hv),
-            s.indices.data_ptr(), _address(s.token_to_case), _address(s.case_tokens if s.mode == "case" else None),
-            _address(s.alpha), _dtype(s.h_input if s.alpha is None else s.alpha), s.alpha_per_case, out.data_ptr(),
-            used.data_ptr(), tokens, cases, items, key_heads, s.q.shape[1] // key_heads, s.q.shape[2], hv, s.scaling,
-            s.softcap or 0.0, s.orientation == "input", s.clamp, s.rescale, *choose(s), _stream(out),
-        )  # fmt: skip
+    launch(
+        "knowledge_shift", out.device, (KERNEL,),
+        *(_place(t, t.stride(1)) for t in (s.q, s.item_keys, s.item_values)), _place(s.h_input, hv),
+        address(s.indices), address(s.token_to_case), address(s.case_tokens if s.mode == "case" else None),
+        address(s.alpha), name_of((s.h_input if s.alpha is None else s.alpha).dtype), s.alpha_per_case, address(out),
+        address(used), tokens, cases, items, key_heads, s.q.shape[1] // key_heads, s.q.shape[2], hv, s.scaling,
+        s.softcap or 0.0, s.orientation == "input", s.clamp, s.rescale, *choose(s),
+    )  # fmt: skip
     return out, used
 
 
 def _place(t: Tensor, head: int) -> tuple[int, int, int, str]:
-    return t.data_ptr(), t.stride(0), head, _dtype(t)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def _stream(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    """As the module takes a tensor: address, strides of rows and of heads, dtype."""
+    return address(t), t.stride(0), head, name_of(t.dtype)
