@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.latency import goals, run, stack
-from bench.latency.cases import OURS, cases, routed_neurons, search
+from bench.latency.cases import OURS, cases, raw_shift, routed_neurons, search, shift
 from bench.latency.gate import verdict
 from bench.latency.shapes import SHAPES, hidden
 from bench.latency.timing import compare
@@ -61,6 +61,9 @@ def test_moved_and_flops_by_hand():
     assert search(shape, 1, 10_000).moved == 10_000 * 4096 + 4096
     assert search(shape, 2, 10_000).flops == 2 * 2 * 10_000 * 4096
     assert routed_neurons(shape, 1, 100).moved == 30 * 4096 + 2 * 4096  # ten neurons of three rows, one in, one out
+    items = 2 * 16 * 40 * 4096  # keys and values; with several key heads as many elements, with four of 28 a seventh
+    assert raw_shift(shape, 16, CPU).moved == shift(shape, 16, CPU).moved == items + 3 * 16 * 4096
+    assert shift(SHAPES["qwen2.5-vl-7b"], 1, CPU).moved == 2 * 40 * 512 + 3 * 3584
 
 
 def test_rivals_take_turns():

@@ -20,6 +20,7 @@ from unike_kernels import native, ops, reference
 Inputs = dict[str, Any]
 OURS = "unike"
 INDEXED = "unike, int8 index"
+CUDA = "unike, backend cuda"  # timed beside "auto" until it is known which is faster
 NEURONS = 10  # of one edit at one layer, as the editor makes them
 K = 40  # items retrieved
 
@@ -248,7 +249,7 @@ def search(shape: Shape, queries: int, items: int, on_cpu: bool = False) -> Case
 # ----------------------------------------------------------------------------------------------------------- shift
 
 
-def shift(shape: Shape, tokens: int) -> Case:
+def shift(shape: Shape, tokens: int, device: torch.device) -> Case:
     """One decoding step's shift: attention over 40 items of each token, mixed before the output projection."""
     items = 10_000
     width = shape.heads * shape.head_dim
@@ -273,19 +274,71 @@ def shift(shape: Shape, tokens: int) -> Case:
         h = F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=shape.kv_heads != shape.heads)
         return torch.lerp(h_input, h.flatten(1), alpha[:, None].to(h.dtype)), alpha
 
-    providers = {OURS: ops.knowledge_shift, "gather + sdpa": gather_sdpa}
-    providers |= {"gather + sdpa, compiled": compiled(gather_sdpa), "reference": reference.knowledge_shift}
     return Case(
         "knowledge_shift",
         shape.name,
         {"T": tokens, "K": K},
         make,
         reference.knowledge_shift,
-        providers,
+        _shifts(gather_sdpa, "gather + sdpa", device),
         moved=tokens * (2 * K * shape.kv_heads * shape.head_dim + 3 * width),
         flops=4 * tokens * K * width,
-        capturable={OURS, "gather + sdpa", "gather + sdpa, compiled"},
+        capturable={OURS, CUDA, "gather + sdpa", "gather + sdpa, compiled"},
     )
+
+
+def raw_shift(shape: Shape, tokens: int, device: torch.device) -> Case:
+    """The shift of the published code: one head as wide as the hidden state, alpha computed for each token."""
+    items = 10_000
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
+        rows = partial(hidden, generator, dtype=dtype, device=device)
+        permuted = partial(torch.randperm, generator=generator, device=generator.device)
+        states = rows(items, shape.d)
+        indices = torch.stack([permuted(items)[:K] for _ in range(tokens)]).to(device)
+        known = states[indices].mean(1)  # as hidden states do, those of a prompt resemble what is stored about it
+        return {
+            "h_input": known + rows(tokens, shape.d),
+            "q": known,
+            "item_keys": states,
+            "item_values": states,
+            "indices": indices,
+        }
+
+    def gather_softmax(
+        h_input: Tensor, q: Tensor, item_keys: Tensor, item_values: Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a user would write: gather, two batched products, torch's cosine, a weighted sum."""
+        scores = torch.einsum("td,tkd->tk", q, item_keys[indices]).float() * shape.d**-0.5
+        known = torch.einsum("tk,tkd->td", scores.softmax(-1), item_values[indices].float())
+        h = h_input.float()
+        alpha = F.cosine_similarity(known, h).clamp(0, 1)
+        known = known * (h.norm(dim=1, keepdim=True) / known.norm(dim=1, keepdim=True))
+        return torch.lerp(h, known, alpha[:, None]).to(h_input.dtype), alpha
+
+    return Case(
+        "knowledge_shift, raw",
+        shape.name,
+        {"T": tokens, "K": K},
+        make,
+        reference.knowledge_shift,
+        _shifts(gather_softmax, "gather + softmax", device),
+        moved=tokens * (2 * K + 3) * shape.d,
+        flops=4 * tokens * K * shape.d,
+        capturable={OURS, CUDA, "gather + softmax", "gather + softmax, compiled"},
+    )
+
+
+def _shifts(rival: Callable[..., Any], name: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Who computes a shift on this device."""
+    native_too = device.type == "cuda" and native.no_cuda() is None
+    return {
+        OURS: ops.knowledge_shift,
+        **({CUDA: partial(ops.knowledge_shift, backend="cuda")} if native_too else {}),
+        name: rival,
+        f"{name}, compiled": compiled(rival),
+        "reference": reference.knowledge_shift,
+    }
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,4 +363,5 @@ def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
             yield from (routed_neurons(shape, count, number) for number in edits)
             yield from (augmented_ffn(shape, count, extra) for extra in ((20,) if quick else (20, 1_000)))
             yield from (search(shape, count, number, device.type == "cpu") for number in items)
-            yield shift(shape, count)
+            yield shift(shape, count, device)
+            yield raw_shift(shape, count, device)
