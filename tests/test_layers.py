@@ -24,6 +24,7 @@ LAYERS = {
     "triton_kernels": 1,
     "ops": 2,
     "cases": 3,
+    "choosing": 3,
     "edits": 3,
     "edits_io": 3,
     "edits_schema": 3,

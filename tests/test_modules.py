@@ -1,5 +1,7 @@
 """What every site adds, against a straightforward recomputation from the specification."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import accelerate
@@ -8,7 +10,7 @@ import torch
 
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, HEADS, ROUTED, edits_for, inputs_for, make_model, row_of
-from unike_kernels import reference
+from unike_kernels import backends, reference
 from unike_kernels.config import RoutingConfig, UnikeConfig
 from unike_kernels.edits import Calibration
 from unike_kernels.models import find_decoder, get_module
@@ -583,3 +585,32 @@ def test_heads_are_what_the_families_promise():
         "qwen3": (HEADS, 2, 6),
         "olmo2": (HEADS, 2, 4),
     }
+
+
+def test_backend_is_chosen_once_and_anew_where_the_tensors_move(monkeypatch):
+    """No call asks which backend runs; a patch made before the model moved follows it."""
+    asked = []
+    resolve = backends.resolve
+
+    def noting(backend, device, dtype):
+        asked.append(dtype)
+        return resolve(backend, device, dtype)
+
+    monkeypatch.setattr(backends, "resolve", noting)
+    model = make_model("opt")
+    inputs = inputs_for(model, (5, 4))
+    handle = uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
+    layers = handle.record.layers
+    chosen = [m for layer in layers for m in (layer.neurons, layer.shift, layer.shift.memory, layer.router) if m]
+    assert {m.backend for m in chosen} == {s.backend for s in uk.status(model)} == {"reference"}
+    assert {m.asked for m in chosen} == {"auto"}
+    asked.clear()
+    with torch.no_grad():
+        model(**inputs)
+    assert not asked
+    model.double()
+    assert asked.count(torch.float64) >= 3 * len(layers)
+    moved = pickle.loads(pickle.dumps(layers[0].neurons))
+    assert moved.backend == "reference" and moved.asked == "auto"
+    monkeypatch.setattr(backends, "resolve", lambda *args: "triton")
+    assert copy.deepcopy(layers[0].neurons).backend == "triton"  # as if its tensors were on a GPU now

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import native, ops
+from .choosing import ChoosesBackend
 from .reference import compute_dtype
+from .triton_kernels import MAX_K
 
 
-class ExternalMemory(nn.Module):
+class ExternalMemory(ChoosesBackend):
     """Items (h_sem, h_pos) of one self-attention site, with what the shift needs of each precomputed.
 
     Storage holds `capacity` items; the first `shared` are the memory, the next `own` belong to one edit each.
@@ -35,7 +37,6 @@ class ExternalMemory(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.backend = backend
         self._index = native.KeptIndex()
         capacity = len(sem) if capacity is None else capacity
         for name, rows in (("sem", sem), ("keys", keys), ("values", values)):
@@ -44,6 +45,7 @@ class ExternalMemory(nn.Module):
         self.register_buffer("sem_norm", norm, persistent=False)
         # [shared, shared + own]: read on the device, so that a captured graph follows a swap
         self.register_buffer("counts", torch.zeros(2, dtype=torch.long, device=sem.device), persistent=False)
+        self.choose(backend)
         self.load(sem, keys, values, shared)
 
     @property
@@ -87,13 +89,12 @@ class ExternalMemory(nn.Module):
         start = torch.zeros((), dtype=torch.long, device=q.device)
         end = self.counts[1] if selected is None else self.counts[0]
         ranges = torch.stack([start, end]).expand(len(q), 2)
-        index = self._index.of(q, self.sem, self.sem_norm) if self.backend == "auto" else None
+        index = self._index.of(q, self.sem, self.sem_norm) if self.asked == "auto" else None
         if index is not None:  # the CPU, few queries, many items
             scores, indices = index.search(q, k, ranges)
         else:
-            scores, indices = ops.cosine_topk(
-                q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=self.backend
-            )
+            backend = self.backend if k <= MAX_K else self.asked  # for more, "auto" looks for one that has room
+            scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=backend)
         if selected is None or self.capacity == 0:
             return scores, indices
         own = torch.where(selected >= 0, selected + self.counts[0], -1)  # [T, m]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import cpu_kernels, ops, reference
 from .cases import Cases, LayerDecision, all_missing
+from .choosing import ChoosesBackend
 from .config import ShiftConfig
 from .edits import LayerEdits
 from .memory import ExternalMemory
@@ -21,7 +22,7 @@ from .routing import Router
 __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
 
 
-class ExtraNeurons(nn.Module):
+class ExtraNeurons(ChoosesBackend):
     """The extra neurons of every edit at one FFN (equations 3 and 6), in CSR groups, one group per edit.
 
     keys, values [n, d]; key_bias [n]; up [n, d] and up_bias [n] in a gated FFN; group_ptr [G + 1]. beta * zeta' is
@@ -48,7 +49,7 @@ class ExtraNeurons(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.act, self.beta, self.backend = act, beta, backend
+        self.act, self.beta = act, beta
         d = edits.keys.shape[1]
         empty = {"keys": (max_neurons, d), "key_bias": (max_neurons,), "values": (max_neurons, d)}
         if edits.up is not None:
@@ -60,6 +61,7 @@ class ExtraNeurons(nn.Module):
         pointers = torch.zeros(max_groups + 1, dtype=torch.long, device=like.device)
         self.register_buffer("group_ptr", pointers, persistent=False)
         self.zeta = None
+        self.choose(backend)
         self.load(edits)
 
     @property
@@ -126,7 +128,7 @@ class ExtraNeurons(nn.Module):
         return f"max_neurons={len(self.keys)}, max_groups={self.max_groups}, act={self.act}"
 
 
-class KnowledgeShift(nn.Module):
+class KnowledgeShift(ChoosesBackend):
     """The shift of one self-attention output towards the memory's knowledge (equations 2, 7 and 8).
 
     encoder_weight_i [d, d], encoder_bias_i [d]: Enc_sem's layers.
@@ -144,13 +146,14 @@ class KnowledgeShift(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.layer, self.encoder_act, self.backend = config, layer, encoder_act, backend
+        self.config, self.layer, self.encoder_act = config, layer, encoder_act
         self.scaling, self.softcap = sites.scaling, sites.softcap
         self.memory = memory
         self.depth = len(encoder)
         for i, (weight, bias) in enumerate(encoder):
             self.register_buffer(f"encoder_weight_{i}", weight.to(like), persistent=False)
             self.register_buffer(f"encoder_bias_{i}", bias.to(like), persistent=False)
+        self.choose(backend)
 
     @property
     def encoder(self) -> list[tuple[Tensor, Tensor]]:

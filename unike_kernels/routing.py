@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .choosing import ChoosesBackend
 from .config import RoutingConfig
 from .edits import Calibration
 
 SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.998, other pictures of one thing 0.7
 
 
-class Router(nn.Module):
+class Router(ChoosesBackend):
     """Which edits act on a case: the nearest by centred cosine at the first edited layer, if near enough twice over.
 
     Above `threshold` [] fp32: the score that a share `false_accept_rate` of the training-split cases exceeds for *some*
@@ -33,7 +34,7 @@ class Router(nn.Module):
         self, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto", *, max_cases: int = 0
     ) -> None:
         super().__init__()
-        self.config, self.backend = config, backend
+        self.config = config
         d = like.shape[-1]
         # fp32 whatever the model computes in: the threshold lies in the third digit of a cosine
         self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
@@ -42,6 +43,7 @@ class Router(nn.Module):
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
+        self.choose(backend)
 
     @torch.no_grad()
     def load(self, h_sem: Tensor, calibration: Calibration) -> None:

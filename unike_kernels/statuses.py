@@ -65,7 +65,7 @@ def status(model: nn.Module) -> Status:
                         dtype=str(main.dtype).removeprefix("torch."),
                         device=str(main.device),
                         bytes=sum(t.numel() * t.element_size() for t in module.buffers()),
-                        backend=record.backend,
+                        backend=module.backend,
                         mode=record.mode,
                     )
                 )

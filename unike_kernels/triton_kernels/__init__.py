@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+MOST_ITEMS = 1024  # of one token, for knowledge_shift: all its scores lie in one tile
 MAX_K = 128  # items that cosine_topk keeps for a query: more would not stay in registers
 
 # Operator -> file of this folder; the launcher in it has the operator's name.
@@ -32,6 +33,11 @@ def refusal(name: str, args: Sequence[Any]) -> str | None:
             return f"k is {k}, and it finds at most {MAX_K} items"
         if keys.shape[0] >= 2**31:
             return f"there are {keys.shape[0]} keys, and it takes fewer than {2**31}"
+    if name.startswith("knowledge_shift"):
+        after = int(name.endswith("_backward"))  # the gradients come first
+        item_keys, indices = args[2 + after], args[4 + after]
+        if item_keys.shape[0] and indices.shape[1] > MOST_ITEMS:
+            return f"a token has {indices.shape[1]} items, and it takes up to {MOST_ITEMS} items"
     return None
 
 

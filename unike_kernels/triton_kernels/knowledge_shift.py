@@ -12,7 +12,6 @@ from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
 from .tuning import Row
 
-MOST_ITEMS = 1024  # of one token: all its scores lie in one tile
 FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
 
 # Tiles hold BLOCK_R x BLOCK_K scores in float32; BLOCK_D, BLOCK_V: the columns of keys and values read at once.
@@ -44,17 +43,9 @@ tuning.ROWS += [
 ]
 
 
-def prepare(*args: Any) -> Shift:
-    """The operator's arguments as `Shift`."""
-    s = arguments(*args)
-    if s.indices.shape[1] > MOST_ITEMS:
-        raise ValueError(f"the Triton kernel takes up to {MOST_ITEMS} items per token, not {s.indices.shape[1]}")
-    return s
-
-
 def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     """h [T, d], dtype of h_input, and the alpha used, float32: see `ops.knowledge_shift`."""
-    s = prepare(*args)
+    s = arguments(*args)
     tokens, d = s.h_input.shape
     count = s.indices.shape[0] if s.alpha_per_case else tokens
     out = launching.new((tokens, d), s.h_input.dtype, s.h_input.device)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import launching, tuning
-from .knowledge_shift import FEW_TOKENS, attend_options, knowledge, linear, prepare
-from .knowledge_shift_arguments import Shift, block
+from .knowledge_shift import FEW_TOKENS, attend_options, knowledge, linear
+from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_backward_kernels import (
     knowledge_shift_activation_grad,
     knowledge_shift_alpha_grad,
@@ -46,7 +46,7 @@ tuning.ROWS += [
 def knowledge_shift_backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     """The gradients of the leaves that `needs`, the last argument, asks for, in their order, shape and dtype."""
     *args, needs = rest
-    s, leaves = prepare(*args), [*args[:10], *args[10]]
+    s, leaves = arguments(*args), [*args[:10], *args[10]]
     wants = list(needs[: len(leaves)])
     grad, grad_used = grads[0].contiguous(), grads[1].contiguous()
     know, encoded, (heads, inputs) = knowledge(s)

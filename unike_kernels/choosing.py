@@ -1,0 +1,37 @@
+"""A module's backend: chosen when the module is made, and anew only where its tensors move; never by a call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import backends
+
+
+class ChoosesBackend(nn.Module):
+    """asked: "auto" or a name, as given to `patch`; backend: what that means for the module's tensors."""
+
+    asked: str
+    backend: str
+
+    def choose(self, asked: str) -> None:
+        """Takes the backend for the tensors as they are. ValueError where one that is named cannot run."""
+        self.asked, self.backend = asked, asked
+        for tensor in self.buffers():
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                self.backend = backends.resolve(asked, tensor.device, tensor.dtype)
+                break
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        done = super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
+        self._choose_again()
+        return done
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_again()  # a pickle may come back on another device
+
+    def _choose_again(self) -> None:
+        """Only what was left to us: a name that cannot run where the tensors are now is refused at the next call."""
+        if getattr(self, "asked", None) == "auto":
+            self.choose("auto")
