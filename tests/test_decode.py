@@ -258,3 +258,62 @@ def test_cuda_graph_follows_swaps_and_new_cases(config):
                     wanted = other.step()
                     graph.replay()
                     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["all", "from_case_token"])
+@pytest.mark.parametrize("alpha", [None, 0.3], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("attention", ["projected", "raw"])
+def test_decoding_tokens_retrieve_by_themselves(attention, alpha, positions, monkeypatch):
+    """In few launches as with masks over what was found; a row that decodes padding is left alone."""
+    shift = replace(ALWAYS.shift, per="token", attention=attention, alpha=alpha, positions=positions)
+    model, inputs, handle = patched("llama", replace(ALWAYS, shift=shift))
+    mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [1], [0]])], dim=1)
+    token = torch.full((3, 1), 7)
+
+    def step():
+        cache = model(**inputs, use_cache=True).past_key_values
+        return model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad():
+        found = step()
+        monkeypatch.setattr("unike_kernels.modules.FEW_TOKENS", 0)
+        torch.testing.assert_close(found, step(), rtol=1e-9, atol=1e-9)
+        with handle.disabled():
+            assert (found - step())[:2].abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_recorded_step_with_retrieval_per_token_follows_swaps():
+    shift = replace(ALWAYS.shift, per="token", alpha=0.3)
+    model, inputs, handle = patched("llama", replace(ALWAYS, shift=shift))
+    second = edits_for(model, handle.record.config, prompts={k: v[:2] for k, v in inputs.items()}, seed=5)
+    with torch.no_grad():
+        run = Stepping(model)
+        run.prefill(row_of(inputs, 0))
+        with as_if_capturing(), Recorder() as recorder:
+            logits = run.step()
+        for edits in (handle.edits, second):
+            handle.swap(edits)
+            expected = eager(model, row_of(inputs, 1), (9, 8))
+            run.prefill(row_of(inputs, 1))
+            for token, wanted in zip((9, 8), expected, strict=True):
+                run.token.fill_(token)
+                recorder.replay()
+                torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_named_cases_that_were_overwritten_are_looked_at_again():
+    shift = replace(ALWAYS.shift, per="token", alpha=0.3)
+    model, inputs, handle = patched("llama", replace(ALWAYS, shift=shift))
+    row = row_of(inputs, 0)
+    tokens = row["input_ids"].shape[1]
+    owner, at = torch.zeros(tokens, dtype=torch.long), torch.tensor([tokens - 1])
+    with torch.no_grad():
+        handle.set_cases(owner, at)
+        model(**row, use_cache=False)
+        handle.set_cases(owner, torch.tensor([-1]))  # goes on
+        acting = model(**row, use_cache=False).logits
+        owner.fill_(-1)
+        idle = model(**row, use_cache=False).logits
+        handle.set_cases(owner.clone(), torch.tensor([-1]))
+        torch.testing.assert_close(model(**row, use_cache=False).logits, idle, rtol=1e-9, atol=1e-9)
+    assert (idle - acting).abs().max() > 1e-3

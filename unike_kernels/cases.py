@@ -5,9 +5,10 @@ an explicit tensor, so that padded batches, packed rows and inputs without any b
 """
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class Cases:
     native: bool = (
         False  # True: few tokens of decided cases on the CPU, which native code may serve past the dispatcher
     )
+    once: dict[Any, Tensor] = field(default_factory=dict)  # what is the same for all layers of the pass
 
     @property
     def selected(self) -> Tensor | None:
@@ -94,6 +96,27 @@ class Cases:
         case = self.token_to_case.clamp(min=0)
         row = torch.arange(case.shape[0], device=case.device)
         return torch.where(row >= self.case_tokens[case], self.token_to_case, -1)
+
+    def own(self, positions: str) -> Tensor:
+        """[T] int64: every acting token as a case of its own, its number; -1 for those of which `rows` says so."""
+
+        def found() -> Tensor:
+            rows = self.rows(positions)
+            return torch.where(rows >= 0, torch.arange(len(rows), device=rows.device), -1)
+
+        return self._once(positions, found)
+
+    def filled(self, value: float, like: Tensor) -> Tensor:
+        """[T] of one number, in the dtype and on the device of `like`."""
+        return self._once((value, like.dtype), lambda: like.new_full(self.token_to_case.shape, value))
+
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """make(), by the first layer of a pass that asks; a compiler finds by itself what is computed twice."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self.once:
+            self.once[key] = make()
+        return self.once[key]
 
     def keep_decided(self, new: Tensor, old: Tensor, fill: float) -> Tensor:
         """`new` for the cases of this pass, `old` for those decided before: both [C, ...], columns padded with fill."""

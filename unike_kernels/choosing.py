@@ -9,7 +9,10 @@ from . import backends
 
 
 class ChoosesBackend(nn.Module):
-    """asked: "auto" or a name, as given to `patch`; backend: what that means for the module's tensors."""
+    """asked: "auto" or a name, as given to `patch`; backend: what that means for the module's tensors.
+
+    On a CPU "auto" stays "auto": there the sizes of each call say whether native code or the reference is the faster.
+    """
 
     asked: str
     backend: str
@@ -19,7 +22,8 @@ class ChoosesBackend(nn.Module):
         self.asked, self.backend = asked, asked
         for tensor in self.buffers():
             if tensor.is_floating_point() and tensor.device.type != "meta":
-                self.backend = backends.resolve(asked, tensor.device, tensor.dtype)
+                chosen = backends.resolve(asked, tensor.device, tensor.dtype)
+                self.backend = asked if chosen == "cpu" else chosen
                 break
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ class ExternalMemory(ChoosesBackend):
     sem_norm: Tensor
     keys: Tensor
     values: Tensor
-    counts: Tensor
+    spans: Tensor
 
     def __init__(
         self,
@@ -43,10 +43,15 @@ class ExternalMemory(ChoosesBackend):
             self.register_buffer(name, rows.new_zeros((capacity, *rows.shape[1:])), persistent=False)
         norm = torch.zeros(capacity, dtype=compute_dtype(sem), device=sem.device)
         self.register_buffer("sem_norm", norm, persistent=False)
-        # [shared, shared + own]: read on the device, so that a captured graph follows a swap
-        self.register_buffer("counts", torch.zeros(2, dtype=torch.long, device=sem.device), persistent=False)
+        # Rows of the memory, and of memory and own items: read on the device, so that a captured graph follows a swap
+        self.register_buffer("spans", torch.zeros(2, 2, dtype=torch.long, device=sem.device), persistent=False)
         self.choose(backend)
         self.load(sem, keys, values, shared)
+
+    @property
+    def counts(self) -> Tensor:
+        """[2] int64: how many items are of no single edit, and how many there are."""
+        return self.spans[:, 1]
 
     @property
     def capacity(self) -> int:
@@ -66,7 +71,7 @@ class ExternalMemory(ChoosesBackend):
             for rows, new in ((self.sem, sem), (self.keys, keys), (self.values, values)):
                 rows[:n].copy_(new)
                 rows[n:].zero_()
-            self.counts.copy_(torch.tensor([shared, n]))
+            self.spans.copy_(torch.tensor([[0, shared], [0, n]]))
             self._measure()
 
     def _measure(self) -> None:
@@ -86,9 +91,7 @@ class ExternalMemory(ChoosesBackend):
         Over all items; or, with `selected` [T, m] (the edits routed to each query, -1 padded), over the memory and
         those edits' own items only, so that what a routed case retrieves does not depend on the other edits.
         """
-        start = torch.zeros((), dtype=torch.long, device=q.device)
-        end = self.counts[1] if selected is None else self.counts[0]
-        ranges = torch.stack([start, end]).expand(len(q), 2)
+        ranges = self.spans[1 if selected is None else 0].expand(len(q), 2)
         index = self._index.of(q, self.sem, self.sem_norm) if self.asked == "auto" else None
         if index is not None:  # the CPU, few queries, many items
             scores, indices = index.search(q, k, ranges)

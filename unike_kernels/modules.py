@@ -19,6 +19,8 @@ from .models import LayerSites
 from .projections import Projections
 from .routing import Router
 
+FEW_TOKENS = 64  # up to here a decode step
+
 __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
 
 
@@ -183,10 +185,11 @@ class KnowledgeShift(ChoosesBackend):
         token_to_case: Tensor | None = cases.rows(config.positions)
         alpha: Tensor | float | None = config.alpha
         if config.per == "token":
-            if alpha is None:
+            if config.alpha is None:
                 return None
-            scores, indices = self._items_of_tokens(tap, token_to_case, cases)
-            token_to_case = None
+            scores, indices, token_to_case = self._items_of_tokens(tap, token_to_case, cases)
+            if token_to_case is not None:
+                alpha = cases.filled(config.alpha, scores)
         else:
             if alpha is None and not (cases.decided and self.layer in cases.state.layers):
                 return None
@@ -252,8 +255,10 @@ class KnowledgeShift(ChoosesBackend):
         token_to_case: Tensor | None = cases.rows(self.config.positions)
         alpha: Tensor | float | None
         if self.config.per == "token":
-            scores, indices = self._items_of_tokens(tap, token_to_case, cases)
-            alpha, token_to_case = self.config.alpha, None
+            scores, indices, token_to_case = self._items_of_tokens(tap, token_to_case, cases)
+            alpha = fixed = self.config.alpha
+            if fixed is not None and token_to_case is not None:
+                alpha = cases.filled(fixed, scores)
         else:
             decision = self._decide(tap, h_att, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
@@ -315,13 +320,19 @@ class KnowledgeShift(ChoosesBackend):
         cases.state.layers[self.layer] = decision
         return decision
 
-    def _items_of_tokens(self, tap: Tensor, rows: Tensor, cases: Cases) -> tuple[Tensor, Tensor]:
-        """(scores, indices) [T, K] of every token by itself; nothing for tokens of no case, or of an unrouted one."""
+    def _items_of_tokens(self, tap: Tensor, rows: Tensor, cases: Cases) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(scores, indices) [T, K] of every token by itself; nothing for tokens of no case, or of an unrouted one.
+
+        While always-on edits decode, a launch costs more than to search for such tokens too: then also, as
+        knowledge_shift's token_to_case, which tokens act.
+        """
         selected = cases.selected
+        if selected is None and cases.decided and len(tap) <= FEW_TOKENS:
+            return (*self._search(tap, None), cases.own(self.config.positions))
         of_token = None if selected is None else selected[cases.token_to_case.clamp(min=0)]
         scores, indices = self._search(tap, of_token)
         idle = (rows < 0)[:, None]
-        return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1)
+        return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1), None
 
     def _search(self, q: Tensor, selected: Tensor | None) -> tuple[Tensor, Tensor]:
         """(scores, indices) [T, K] for q [T, d]; nothing where edits are routed but none is: selected [T, m] all -1."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .backends import resolve
 from .records import records
 
 
@@ -65,7 +66,7 @@ def status(model: nn.Module) -> Status:
                         dtype=str(main.dtype).removeprefix("torch."),
                         device=str(main.device),
                         bytes=sum(t.numel() * t.element_size() for t in module.buffers()),
-                        backend=module.backend,
+                        backend=resolve(module.backend, main.device, main.dtype) if module.backend == "auto" else module.backend,
                         mode=record.mode,
                     )
                 )

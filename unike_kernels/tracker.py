@@ -202,6 +202,8 @@ class CaseTracker:
                 f"set_cases named the cases of {tokens} tokens, but this pass has {' x '.join(map(str, shape))} = "
                 f"{shape.numel()}; call set_cases() to find cases automatically again"
             )
+        if named.once:  # of an earlier pass, whose token_to_case may have been overwritten since
+            named.once.clear()
         state = named.state
         if named.fresh:  # a state of its own for every pass: the same cases may be asked again
             named.state = CaseState(self.version, state.size)

@@ -39,9 +39,12 @@ class Step:
 def steps() -> list[Step]:
     """Everything that only a GPU can tell, the most telling first."""
     python = sys.executable
-    spread = ("-n", "8") if find_spec("xdist") else ()  # each process compiles its variants
+    # Each process compiles its variants, and leaves them in a cache that all of them share.
+    spread = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread)
     files = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")))
+    ignored = tuple(f"--ignore={file}" for file in files)
+    interpreted = (("TRITON_INTERPRET", "1"),)
     sanitizer = shutil.which("compute-sanitizer")
     without = None if sanitizer else "compute-sanitizer is not on the PATH"
     sanitize = (sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all")
@@ -64,6 +67,8 @@ def steps() -> list[Step]:
         Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 90, without, environment=apart),
         Step("latency", (*time_it, "--out", str(latency)), 120, report=latency),
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
+        # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
+        Step("all other tests", (*pytest, "-m", "not gpu", *ignored, "tests"), 240, environment=interpreted),
     ]
 
 

@@ -70,5 +70,6 @@ CASES: dict[str, Callable[[], None]] = {
     "qwen-fp16-t64": case(64, n=256, dtype=FP16, **QWEN),
     "odd-bf16-t5-gelu": case(5, 1000, 3001, 37, gated=False, act="gelu", biases=True),
     "odd-fp16-t33-gelu-tanh": case(33, 999, 3001, 37, gated=True, act="gelu_tanh", dtype=FP16, biases=True),
+    "ones": case(1, 1, 1, 1, gated=True, act="silu", dtype=FP32, biases=True, zeta=True),  # constants to the compiler
     "wide-bf16-t64-identity": case(64, 16384, 16, 1, gated=False, act="identity"),  # one split: nothing to add up
 }

@@ -36,4 +36,5 @@ CASES = {
     "fp32": case(1, 10_000, 2560, 40, torch.float32),
     "k = 128": case(1, 10_000, 4096, 128),
     "odd size": case(1, 10_000, 999, 16),
+    "ones": case(1, 1, 1, 1, torch.float32),  # constants to the compiler
 }

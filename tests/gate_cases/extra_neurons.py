@@ -29,8 +29,8 @@ def arguments(tokens, d, n, dtype, gated, routing, groups, zeta):
         empty(n, d) if gated else None,
         empty(n) if gated else None,
         {"none": None, "shared": empty(d), "group": empty(groups, d)}[zeta],
-        empty(rows, groups) if "r" in routing else None,
-        ids(groups + 1),
+        empty(rows, groups or 1) if "r" in routing else None,
+        ids(groups + 1) if groups else None,
         ids(tokens) if "c" in routing else None,
         ids(rows, 2) if "s" in routing else None,
         "silu" if gated else "relu",
@@ -77,3 +77,9 @@ CASES |= {
     "vicuna-backward-always-512": partial(backward, 512, 4096, 4000, BF16, True, zeta="none"),
     "odd-backward-src-100": partial(backward, 100, 1001, 1003, FP32, True, "src"),
 }
+# Sizes of 1 are constants to the compiler, and no group_ptr is one group of all: what small tests run on a GPU.
+for _routing in ("", "rc", "src"):
+    CASES[f"one-{_routing}-forward"] = partial(forward, 1, 1, 1, FP32, True, _routing, 1, "group")
+    CASES[f"one-{_routing}-backward"] = partial(backward, 1, 1, 1, FP32, True, _routing, 1, "group")
+    CASES[f"no-groups-{_routing}-forward"] = partial(in_place, 70, 24, 17, FP16, False, _routing, 0, "shared")
+    CASES[f"no-groups-{_routing}-backward"] = partial(backward, 70, 24, 17, BF16, True, _routing, 0, "shared")

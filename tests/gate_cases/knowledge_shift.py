@@ -11,6 +11,7 @@ from unike_kernels.triton_kernels import launcher
 
 # Query heads, key heads, head size: OPT-2.7B, Vicuna-7B, Qwen2.5-VL-7B, the raw form of d = 4096.
 MODELS = {"opt": (32, 32, 80), "vicuna": (32, 32, 128), "qwen": (28, 4, 128), "raw": (1, 1, 4096)}
+SMALL = {"one": (1, 1, 1), "odd": (6, 3, 5)}  # sizes of 1 are constants to the compiler
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Case = Callable[[], None]
 
@@ -25,7 +26,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """The operator's arguments. form: "token" (items and alpha per token, alpha given), "case" (both per case, alpha
     given), "cosine" (alpha computed, items per token), "case cosine" (items per case, alpha at the case token)."""
-    heads, kv_heads, hd = MODELS[model]
+    heads, kv_heads, hd = (MODELS | SMALL)[model]
     d, cases = heads * hd, tokens if tokens <= 64 else 4
     on_cases = form.startswith("case")
     rows = cases if on_cases else tokens
@@ -94,6 +95,12 @@ def _cases() -> dict[str, Case]:
     add("qwen", 256, 40, "bf16", "case", run=backward)
     add("opt", 256, 40, "fp16", "case cosine", projected=True, act="silu", run=backward)
     add("vicuna", 256, 40, "fp32", "case cosine", projected=True, act="silu", run=backward)
+    for run in (forward, backward):
+        add("one", 1, 1, "fp32", "cosine", run=run)
+        add("one", 1, 1, "fp32", "token", run=run)
+        add("one", 1, 1, "fp32", "case cosine", projected=True, act="gelu", run=run)
+        add("odd", 66, 5, "bf16", "case cosine", projected=True, act="gelu", run=run)
+        add("odd", 3, 0, "fp16", "token", run=run)
     return cases
 
 

@@ -39,7 +39,7 @@ def cosine_topk_scan(
     q,  # [T, d]
     keys,  # [N, d]
     key_norm,  # [N] or None
-    ranges,  # [T, 2] int64 or None
+    ranges,  # [T, 2] int64, rows maybe all the same one, or None
     found,  # [T, KP, P] int64, out: the best of this program's rows for each query, the best of all programs first
     T,
     N,
@@ -47,6 +47,7 @@ def cosine_topk_scan(
     q_stride,
     key_stride,
     norm_stride,
+    range_stride,
     WIDE: tl.constexpr,  # products in float32 instead of on tensor cores
     EVEN: tl.constexpr,  # d is a multiple of BLOCK_D
     KP: tl.constexpr,
@@ -63,8 +64,8 @@ def cosine_topk_scan(
     of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_query = of_tile < T
     if ranges is not None:
-        start = tl.load(ranges + 2 * of_tile, mask=is_query, other=0)
-        end = tl.load(ranges + 2 * of_tile + 1, mask=is_query, other=0)
+        start = tl.load(ranges + range_stride * of_tile, mask=is_query, other=0)
+        end = tl.load(ranges + range_stride * of_tile + 1, mask=is_query, other=0)
         first = tl.maximum(tl.min(tl.where(is_query & (start < end), start, N)), 0)
         last = tl.minimum(tl.max(tl.where(is_query & (start < end), end, 0)), N)
     else:
@@ -192,7 +193,7 @@ def cosine_topk(
     q = q.reshape(-1, d)
     q = q if q.stride(1) == 1 or d == 1 else q.contiguous()
     keys = keys if keys.stride(1) == 1 or d == 1 else keys.contiguous()
-    ranges = None if ranges is None else ranges.contiguous()
+    ranges = ranges if ranges is None or ranges.stride(1) == 1 else ranges.contiguous()
     tokens = q.shape[0]
     scores = launching.new((tokens, k), torch.float32, q.device)
     indices = launching.new((tokens, k), torch.int64, q.device)
@@ -229,6 +230,7 @@ def _launch(
         q.stride(0),
         keys.stride(0),
         0 if key_norm is None else key_norm.stride(0),
+        0 if ranges is None else ranges.stride(0),
         WIDE=wide,
         EVEN=d % choice["BLOCK_D"] == 0,
         KP=kp,

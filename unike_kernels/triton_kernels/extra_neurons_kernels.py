@@ -208,7 +208,7 @@ def acting_end(group_ptr, groups, n):
     if group_ptr is not None:
         return tl.load(group_ptr + groups).to(tl.int64)
     else:
-        return groups.to(tl.int64) * 0 + n
+        return tl.zeros([], tl.int64) + n  # a 1 is a plain int for the compiler: it has no .to
 
 
 @triton.jit

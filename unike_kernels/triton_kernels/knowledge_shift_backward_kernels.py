@@ -192,7 +192,7 @@ def _attend_case_grad(
             GROUP, HD, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         g_row = grad + (rows * HEADS + kv * GROUP + head) * HV
-        v_row = values + ids * v_n + kv.to(tl.int64) * v_h
+        v_row = values + kv.to(tl.int64) * v_h + ids * v_n
         dp = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         for start in range(0, HV, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
@@ -201,7 +201,7 @@ def _attend_case_grad(
             dp = dot_right(g, tl.trans(v), dp)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * slope * scaling
         ds = tl.where(there[None, :], ds, 0.0)
-        k_row = keys + ids * k_n + kv.to(tl.int64) * k_h
+        k_row = keys + kv.to(tl.int64) * k_h + ids * k_n
         for start in range(0, HD, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             y = tl.load(k_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HD)[None, :], other=0.0)

@@ -70,7 +70,7 @@ def attention(
     """Softmax weights p [BLOCK_R, BLOCK_K] of rows (token, head) over items ids, and d score / d (scaling q . k)."""
     s = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     q_row = q + token.to(tl.int64) * q_t + (kv * GROUP + head) * q_h
-    k_row = keys + ids * k_n + kv.to(tl.int64) * k_h  # heads may be the outer dimension of a large memory
+    k_row = keys + kv.to(tl.int64) * k_h + ids * k_n  # heads may be the outer dimension of a large memory
     for start in range(0, HD, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         x = tl.load(q_row[:, None] + cols[None, :], mask=mine[:, None] & (cols < HD)[None, :], other=0.0)
@@ -141,7 +141,7 @@ def _attend_case(
             q, q_t, q_h, keys, k_n, k_h, token, head, mine, ids, there, kv, K, scaling, cap,
             GROUP, HD, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        v_row = values + ids * v_n + kv.to(tl.int64) * v_h
+        v_row = values + kv.to(tl.int64) * v_h + ids * v_n
         grow = tl.full((BLOCK_R,), 1.0, tl.float32)
         if COS or RESCALE:  # one head as wide as h: its norm and its product with h first
             ee = tl.zeros((BLOCK_R,), tl.float32)
