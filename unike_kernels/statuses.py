@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .backends import resolve
 from .records import records
@@ -41,6 +41,10 @@ class Status(list[SiteStatus]):
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells)
 
 
+def _backend(chosen: str, tensor: Tensor) -> str:
+    return resolve(chosen, tensor.device, tensor.dtype) if chosen == "auto" else chosen
+
+
 def status(model: nn.Module) -> Status:
     """What sits where on `model`: one SiteStatus per site and patch, in layer order; empty for a clean model."""
     out = Status()
@@ -66,7 +70,9 @@ def status(model: nn.Module) -> Status:
                         dtype=str(main.dtype).removeprefix("torch."),
                         device=str(main.device),
                         bytes=sum(t.numel() * t.element_size() for t in module.buffers()),
-                        backend=resolve(module.backend, main.device, main.dtype) if module.backend == "auto" else module.backend,
+                        backend=resolve(module.backend, main.device, main.dtype)
+                        if module.backend == "auto"
+                        else module.backend,
                         mode=record.mode,
                     )
                 )
