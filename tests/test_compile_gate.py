@@ -65,6 +65,21 @@ def test_every_start_in_the_package_has_a_case() -> None:
     assert started <= built
 
 
+def test_every_kernel_says_what_it_takes_what_it_moves_and_where_it_rounds() -> None:
+    trees = [ast.parse(path.read_text()) for path in sorted(KERNELS.glob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    starts = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", None) == "launch"]
+    started = {n.args[0].id for n in starts if isinstance(n.args[0], ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and node.name in started:
+            text = (ast.get_docstring(node) or "").lower()
+            assert any(word in text for word in ("byte", "reads", "is read")), f"{node.name}: what does it move?"
+            assert "round" in text, f"{node.name}: where does it round?"
+            assert any(word in text for word in ("float", "int", "dtype")), f"{node.name}: which dtypes?"
+            started.discard(node.name)
+    assert not started
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder with one good case, and its table."""

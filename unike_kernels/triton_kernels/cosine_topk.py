@@ -55,7 +55,8 @@ def cosine_topk_scan(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (p, t): the KP best of row blocks p, p + P, ... for a tile of queries. Moves N d (keys, once per tile).
+    """Program (p, t): the KP best of row blocks p, p + P, ... for a tile of queries. q and keys: float16, bfloat16 or
+    float32, each on its own. Bytes: the keys once per tile of queries, the queries per block (L1), 8 KP a list out.
 
     Dot of keys [BLOCK_N, BLOCK_D] and queries [BLOCK_D, BLOCK_T]: keys on the left, so that few queries waste little.
     Accumulates in float32; nothing is rounded after that but the two divisions.
@@ -135,7 +136,8 @@ def cosine_topk_merge(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,  # at least KP
 ):
-    """Program t: the K best of what all programs found for query t. Moves 8 P KP bytes.
+    """Program t: the K best of what all programs found for query t. Reads 8 P KP bytes of int64, writes 12 K. Rounds
+    nothing.
 
     Every program's best come first, so that a chunk or two hold the result and the others are not sorted.
     """

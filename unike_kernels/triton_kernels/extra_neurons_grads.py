@@ -15,7 +15,10 @@ from .extra_neurons_kernels import acting_end, tile_products, weights
 
 @triton.jit
 def route_of_selected(out, selected, route, groups, slots, stride_s, stride_r, BG: tl.constexpr):
-    """out[row, g] float32 = the route weight (1 without a route) where row selects g, else 0. Grid (rows, G / BG)."""
+    """out[row, g] float32 = the route weight (1 without a route) where row selects g, else 0. Grid (rows, G / BG).
+
+    Bytes: selected once per BG groups, selected weights of the route, 4 per entry written. Rounds nothing.
+    """
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1).to(tl.int64) * BG + tl.arange(0, BG)
     chosen = tl.zeros([BG], tl.int32)
@@ -114,7 +117,7 @@ def rows_grads(
 
 @triton.jit
 def bias_grads(out, m, tokens, count, first_row, stride_m, BT: tl.constexpr, BN: tl.constexpr):
-    """out[first_row + i] = sum over tokens of m[t, i]. Grid (count / BN); m is read once."""
+    """out[first_row + i] = sum over tokens of m[t, i] float32. Grid (count / BN); m is read once, out rounded once."""
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     sums = tl.zeros([BN], tl.float32)
     for first in range(0, tokens, BT):
@@ -157,7 +160,8 @@ def zeta_grads(
 ):  # fmt: skip
     """out[g, d_out] float32 (+)= beta sum over tokens of (sum over neurons of g of rh) dy. Grid (G or 1, d_out / BD).
 
-    Bytes: rh once per BD columns, dy once per group that acts; tokens on which g does not act are not read.
+    Bytes: rh once per BD columns, dy once per group that acts; tokens on which g does not act are not read. All in
+    float32: the launcher rounds once, at the end.
     """
     g = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -185,7 +189,8 @@ def route_grads(
 ):  # fmt: skip
     """out[row, g] float32 (+)= sum over tokens of the row and neurons of g of he. Grid (G, rows / BR). BT == BR.
 
-    Bytes: he once per BR rows. Without token_to_case a row is a token, and only its own are read.
+    Bytes: he once per BR rows. Without token_to_case a row is a token, and only its own are read. All in float32: the
+    launcher rounds once, at the end.
     """
     g = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)

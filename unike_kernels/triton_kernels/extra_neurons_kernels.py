@@ -1,5 +1,6 @@
 """The kernels of extra_neurons' forward; `extra_neurons.py` starts them and says when which.
 
+Each tensor is float16, bfloat16 or float32 on its own; ids, cases and pointers are int64.
 Names: T tokens, n neurons, m rows of `route` and `selected` (one per case, or per token). A dot takes DOT operands
 (float16 or bfloat16 where all tensors of the operator have that dtype, else float32 without TF32) and sums in float32.
 Offsets of rows are int64: 200,000 neurons of 4096 are more than 2^29 elements, and int32 bytes end there.
@@ -130,7 +131,7 @@ def selected_tiles(
     """y[BT tokens, BD columns] where tokens of a case lie together: a group's rows are read once per tile and case.
 
     Grid (T / BT, d_out / BD). Walks over the distinct cases of the tile in rising order, then over their slots. The
-    activations are rounded to DOT before they meet the values, as an FFN rounds its own; y is rounded once. Bytes:
+    activations, float32, are rounded to DOT before they meet the values, as an FFN rounds its own; y once. Bytes:
     x once per BD columns (from L2 but for the first), y once, rows of groups once per tile and BD columns.
     """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -175,7 +176,7 @@ def selected_tiles(
 def neuron_groups(group_of, group_ptr, groups, n, STEPS: tl.constexpr, BN: tl.constexpr):
     """group_of [n] int32: the group of each neuron, -1 for spare ones. Grid (n / BN). 4 n bytes written.
 
-    Bisects group_ptr [groups + 1] in STEPS = bit length of groups steps.
+    Bisects group_ptr [groups + 1] int64 in STEPS = bit length of groups steps. Integers only, nothing is rounded.
     """
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     low = tl.zeros([BN], tl.int64)

@@ -20,6 +20,7 @@ def knowledge_shift_alpha_grad(
 
     grad, h_input [T, D], any dtype, know float32 [T, D]; the rest as in `knowledge_shift_mix`. Grid (T,). A row that
     is kept has no gradient to its alpha. Bytes: grad, h_input and know once, encoded and h_input for the cosine.
+    Rounds nowhere below float32.
     """
     pid = tl.program_id(0).to(tl.int64)
     owner = pid
@@ -50,7 +51,10 @@ def knowledge_shift_alpha_grad(
 
 @triton.jit(do_not_specialize=["T", "C"])
 def knowledge_shift_case_sum(x, token_to_case, out, T, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """out[c] = sum of x over the tokens of case c, in the order of the tokens. x [T], out [C] float32; grid over C."""
+    """out[c] = sum of x over the tokens of case c, in the order of the tokens. x [T], out [C] float32; grid over C.
+
+    Bytes: 12 T once per BLOCK_C cases. Rounds nowhere below float32.
+    """
     case = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C, BLOCK), tl.float32)
     for start in range(0, T, BLOCK):
@@ -71,7 +75,8 @@ def knowledge_shift_cosine_grad(
 
     grad_used, grad_alpha [M]: the gradients of the alpha that was returned and of the mix; their sum goes, where alpha
     is given, into slopes [M] (0 where it is not used), else through clamp and cosine into grad_encoded float32 [M, D]
-    and slopes [M], d loss / d cosine. OWN_ITEMS: row m of indices is that of alpha m. Grid (M,).
+    and slopes [M], d loss / d cosine. OWN_ITEMS: row m of indices is that of alpha m. Grid (M,). Bytes: rows of encoded
+    and h_input twice, grad_encoded once. Rounds nowhere below float32.
     """
     m = tl.program_id(0).to(tl.int64)
     owner = m
@@ -108,7 +113,8 @@ def knowledge_shift_mix_grad(
     """Per token: grad_input [T, D], dtype of h_input, rounded once, and grad_know float32 [T, D].
 
     weights [T], slopes: as stored by the two kernels above; through float32 [M, D]: the gradient of h_know by way of
-    the encoder (MODE "case": of the row of the case token). Grid (T,).
+    the encoder (MODE "case": of the row of the case token). Grid (T,). Bytes: grad once (RESCALE: twice), grad_input
+    and grad_know once; h_input, know and encoded where an alpha or a norm depends on them; through at rows of an alpha.
     """
     pid = tl.program_id(0).to(tl.int64)
     owner = pid
@@ -167,7 +173,9 @@ def knowledge_shift_mix_grad(
 
 @triton.jit
 def knowledge_shift_activation_grad(x, grad, width, ACT: tl.constexpr, BLOCK: tl.constexpr):
-    """grad *= act'(x), in place. Both float32 [M, width]; grid (M, ceil(width / BLOCK))."""
+    """grad *= act'(x), in place. Both float32 [M, width]; grid (M, ceil(width / BLOCK)). Bytes: x once, grad once in
+    and once out. Rounds nowhere below float32.
+    """
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * width + cols
     slope = activate_grad(tl.load(x + at, mask=cols < width, other=0.0), ACT)
@@ -230,6 +238,8 @@ def knowledge_shift_attend_grad(
     """From the gradient of the heads, float32 [T, HEADS HV]: grad_q [T, HEADS, HD], dtype of q, and for the items
     p_out and s_out, float32 [T, HEADS, K]: the softmax weights and the gradients of q . k_i. Rows of tokens without
     items stay unwritten there. Inputs, grid and tiles as in `knowledge_shift_attend`; the weights are computed again.
+    Bytes: q, grad and the outputs once, keys of items twice and values once per program and case. Everything between is
+    float32; grad_q is rounded once.
     """
     tile, kv = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
@@ -297,7 +307,8 @@ def knowledge_shift_outer(
 
     grad float32 [M, N]; x float32 [*, K]; out [N, K] or (BIAS) [N], rounded once. SOME: rows where slopes [M] is 0
     have no gradient and are not read. Grid (ceil(N / BLOCK_N), ceil(K / BLOCK_K)), BIAS: one column
-    of programs. Products in float32, without TF32.
+    of programs. Products in float32, without TF32. Bytes: grad once per BLOCK_K columns
+    of x, x once per BLOCK_N columns of grad.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
