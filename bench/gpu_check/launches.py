@@ -30,6 +30,7 @@ def count(step: Step) -> int:
     """Kernels that one decoding step starts on the GPU, copies and fills included."""
     for _ in range(3):
         step()
+        step.reset()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()

@@ -5,39 +5,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.latency.cases import Case, Inputs
+from bench.latency.case import OURS, Case, Inputs
 from bench.tolerance import assert_close_to_reference, error
 
 ROUNDS_MORE = 0.05  # of the largest value: a rival may round between its steps, but not compute something else
+TILE = 2**16  # rows of a memory that are held in float64 at once
 
 
-def verdict(case: Case, provider: str, inputs: Inputs) -> str:
-    """What may be timed: "exact" (the tests' tolerance), "rounds more" (within 5 %), "floor"; else what is wrong."""
-    if provider == case.floor:
-        return "floor"
-    result = _first(case.providers[provider](**inputs))
-    wide = {name: _double(value) for name, value in inputs.items()}
-    truth = _first(case.specification(**wide))
+def verdicts(case: Case, inputs: Inputs) -> dict[str, str]:
+    """For each provider "exact" (the tests' tolerance), "rounds more" (within 5 %) or "floor": timed; or why it is not.
+
+    A rival that does not run here is no reason to time nothing: its error is its verdict.
+    """
+    judge = _search_judge(case, inputs) if case.operator == "cosine_topk" else _judge(case, inputs)
+    words: dict[str, str] = {}
+    for name, run in case.providers.items():
+        if name == case.floor:
+            words[name] = "floor"
+            continue
+        try:
+            words[name] = judge(run(**inputs))
+        except Exception as failed:
+            if name == OURS:
+                raise
+            words[name] = f"does not run: {type(failed).__name__}: {failed}"[:300]
+    return words
+
+
+def _judge(case: Case, inputs: Inputs) -> Any:
+    truth = _first(case.specification(**{name: _double(value) for name, value in inputs.items()}))
     same_dtype = _first(case.specification(**inputs))
-    if case.operator == "cosine_topk":
-        return _verdict_of_search(case, provider, inputs, wide, truth)
-    try:
-        assert_close_to_reference(result, truth, same_dtype, 2)
-    except AssertionError as wrong:
-        off = error(result, truth) if result.shape == truth.shape else float("inf")
-        return "rounds more" if off <= ROUNDS_MORE * truth.abs().max().item() else str(wrong)
-    return "exact"
 
-
-def _verdict_of_search(case: Case, provider: str, inputs: Inputs, wide: Inputs, truth: Tensor) -> str:
-    """The items found are judged by their scores in float64: equal ones may stand in for each other."""
-    _, indices = case.providers[provider](**inputs)
-    unit = torch.nn.functional.normalize(wide["q"], dim=1)
-    found = (unit[:, None] * wide["keys"][indices]).sum(-1) / wide["key_norm"][indices]
-    short = (truth.sort(dim=1).values - found.sort(dim=1).values).max().item()
-    if short <= 4 * torch.finfo(torch.float32).eps:
+    def word(result: Any) -> str:
+        result = _first(result)
+        try:
+            assert_close_to_reference(result, truth, same_dtype, 2)
+        except AssertionError as wrong:
+            off = error(result, truth) if result.shape == truth.shape else float("inf")
+            return "rounds more" if off <= ROUNDS_MORE * truth.abs().max().item() else str(wrong)
         return "exact"
-    return "rounds more" if short <= ROUNDS_MORE else f"the items found score up to {short:.3g} less than the best"
+
+    return word
+
+
+def _search_judge(case: Case, inputs: Inputs) -> Any:
+    """The items found are judged by their scores in float64: equal ones may stand in for each other.
+
+    The truth is the reference's, tile by tile: a million keys in float64 would not fit beside the rest.
+    """
+    q, keys, norm, k, ranges = (inputs.get(name) for name in ("q", "keys", "key_norm", "k", "ranges"))
+    assert q is not None and keys is not None and norm is not None and k is not None
+    unit = torch.nn.functional.normalize(q.double(), dim=1)
+    best, start = [], 0
+    for rows, norms in zip(keys.split(TILE), norm.split(TILE), strict=True):
+        of_tile = inputs | {"q": q.double(), "keys": rows.double(), "key_norm": norms.double()}
+        if ranges is not None:
+            of_tile["ranges"] = (ranges - start).clamp(0, len(rows))
+        best.append(_first(case.specification(**of_tile)))
+        start += len(rows)
+    truth = torch.cat(best, dim=1).topk(k).values
+
+    def word(result: Any) -> str:
+        indices = result[1]
+        here = indices >= 0
+        if ranges is not None:
+            here &= (indices >= ranges[:, :1]) & (indices < ranges[:, 1:])
+        if indices.shape != truth.shape or not bool((here == truth.isfinite()).all()):
+            return "the items found are too few, too many, or not of the query's own range"
+        if any(row.unique().numel() < row.numel() for row in (of[ok] for of, ok in zip(indices, here, strict=True))):
+            return "one item was found twice"
+        at = indices.clamp(min=0)
+        found = (unit[:, None] * keys[at].double()).sum(-1) / norm[at].double()
+        short = (truth - found.masked_fill(~here, -torch.inf).sort(dim=1, descending=True).values).nan_to_num(0.0)
+        if short.max().item() <= 4 * torch.finfo(torch.float32).eps:
+            return "exact"
+        wrong = f"the items found score up to {short.max().item():.3g} less than the best"
+        return "rounds more" if short.max().item() <= ROUNDS_MORE else wrong
+
+    return word
 
 
 def _first(result: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Time the operators and whole decoders: `python -m bench.latency.run`, on the GPU if there is one, else on the CPU.
 
 Every provider passes a correctness gate first. Results go to bench/latency/results/<device>.json, finished cases are
-kept, and `--show` prints them again.
+kept, so that a run that was stopped, or whose minutes were over, goes on where it was; `--show` prints them again, and
+`--plots` draws them (matplotlib). Example: python -m bench.latency.run --only "cosine_topk llama-100m"
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +21,38 @@ from rich.table import Table
 from tqdm import tqdm
 
 from bench.latency import stack as stacks
-from bench.latency.cases import OURS, Case, Inputs, cases
-from bench.latency.gate import verdict
-from bench.latency.goals import goals
+from bench.latency.case import OURS, Case, Inputs
+from bench.latency.cases import cases
+from bench.latency.gate import verdicts
+from bench.latency.goals import goals, ratio
 from bench.latency.timing import compare, copy_bandwidth, environment, matrix_rate
 
 RESULTS = Path(__file__).parent / "results"
 SETS = 4  # input sets in rotation
 CACHE = 3 * 60e6  # bytes that the sets have to exceed together: three times an H200's L2
-MOST = 2**31  # bytes of inputs in all
+MOST = {"cuda": 2**31, "cpu": 2**30}  # bytes of inputs in all
+MINUTES = {"cuda": 8.5, "cpu": 60.0}  # after which nothing new is begun
+SECONDS = {"cuda": 0.4, "cpu": 1.0}  # of measurement for each case
 
 
 def time_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     """The verdict and the timing of every provider of one case."""
+    dtype = case.dtype or dtype
     generator = torch.Generator(device).manual_seed(0)  # a million items take a CPU longer than all the rest
     sets: list[Inputs] = [case.make(generator, dtype, device)]
     size = sum(t.nbytes for t in sets[0].values() if isinstance(t, torch.Tensor))
     wanted = SETS if size * SETS >= CACHE else int(-(-CACHE // max(size, 1)))
-    for _ in range(max(1, min(wanted, 16, int(MOST // max(size, 1)))) - 1):
+    for _ in range(max(1, min(wanted, 16, int(MOST[device.type] // max(size, 1)))) - 1):
         sets.append(case.make(generator, dtype, device))
     with torch.inference_mode():
-        verdicts = {name: verdict(case, name, sets[0]) for name in case.providers}
-        if verdicts[OURS] != "exact":
-            raise AssertionError(f"{case.name}: {OURS} is not timed, it is wrong: {verdicts[OURS]}")
-        fit = [name for name, word in verdicts.items() if word in ("exact", "rounds more", "floor")]
-        rivals = {
-            name: [lambda inputs=inputs, run=case.providers[name]: run(**inputs) for inputs in sets] for name in fit
-        }
+        words = verdicts(case, sets[0])
+        if words[OURS] != "exact":
+            raise AssertionError(f"{case.name}: {OURS} is not timed, it is wrong: {words[OURS]}")
+        fit = {name: case.providers[name] for name, word in words.items() if word in ("exact", "rounds more", "floor")}
+        if device.type == "cuda" and case.eager in fit:  # once more as Python calls it, without a graph
+            fit[f"{case.eager}, eager"] = fit[case.eager]
+            words[f"{case.eager}, eager"] = words[case.eager]
+        rivals = {name: [lambda inputs=inputs, run=run: run(**inputs) for inputs in sets] for name, run in fit.items()}
         timings = compare(rivals, device, seconds=seconds, capturable=case.capturable)
     return {
         "operator": case.operator,
@@ -55,13 +62,19 @@ def time_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: flo
         "moved_bytes": case.moved * dtype.itemsize,
         "flops": case.flops,
         "sets": len(sets),
-        "verdicts": verdicts,
+        "verdicts": words,
         "timings": {name: timing.to_dict() for name, timing in timings.items()},
     }
 
 
-def run(device: torch.device, file: Path, *, quick: bool, only: str | None, seconds: float) -> dict[str, Any]:
-    """Times everything that `file` does not hold yet, and writes it after every case."""
+def run(
+    device: torch.device, file: Path, *, quick: bool, only: str | None, seconds: float, minutes: float = 1e9
+) -> dict[str, Any]:
+    """Times everything that `file` does not hold yet, the decoders first, and writes it after every case.
+
+    After `minutes` nothing new is begun; `results["left"]` counts what is still to come.
+    """
+    end = time.monotonic() + 60 * minutes
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     here = {**environment(device), "commit": commit()}
@@ -69,17 +82,21 @@ def run(device: torch.device, file: Path, *, quick: bool, only: str | None, seco
         results = {"environment": here, "cases": {}, "stacks": {}}
         results["date"] = datetime.date.today().isoformat()
         results["copy_bandwidth"], results["matrix_rate"] = copy_bandwidth(device), matrix_rate(device, dtype)
-    todo: list[Any] = [*cases(device, quick), *stacks.stacks(device, quick)]
+    todo: list[Any] = [*stacks.stacks(device, quick), *cases(device, quick)]
     todo = [item for item in todo if only is None or only in item.name]
-    for item in tqdm(todo, desc=device.type, disable=not sys.stderr.isatty()):
+    todo = [item for item in todo if item.name not in results["cases" if isinstance(item, Case) else "stacks"]]
+    models = stacks.Models()
+    for done, item in enumerate(tqdm(todo, desc=device.type, disable=not sys.stderr.isatty())):
+        results["left"] = len(todo) - done
+        if time.monotonic() > end:
+            break
         kind = "cases" if isinstance(item, Case) else "stacks"
-        if item.name in results[kind]:
-            continue
         if isinstance(item, Case):
+            models.model = models.shape = None  # makes room
             results[kind][item.name] = time_case(item, device, dtype, seconds)
         else:
-            timings = stacks.time_stack(item, device, dtype, 4 * seconds)
-            results[kind][item.name] = {name: timing.to_dict() for name, timing in timings.items()}
+            results[kind][item.name] = stacks.time_stack(item, device, dtype, 4 * seconds, models)
+        results["left"] = len(todo) - done - 1
         write(file, results)
         torch._dynamo.reset()  # compiled rivals of one case are of no use to the next
     return results
@@ -128,21 +145,31 @@ def show(results: dict[str, Any], console: Console) -> None:
             done = case["flops"] / (ours * 1e-6) / rate
             table.add_row(f"{case['shape']} {sizes}", *cells, f"{moved:.0%}", f"{done:.0%}")
         console.print(table)
-    table = Table(title="one decoding step of a whole decoder, microseconds (median)")
+    device = "cuda" if "cuda" in where else "cpu"
+    which = "median" if device == "cuda" else "fastest"
+    table = Table(title=f"one decoding step, or one prefill, of a whole decoder: microseconds ({which})")
     for head in ("decoder", "unpatched", "patched", "ratio"):
         table.add_column(head, justify="left" if head == "decoder" else "right")
-    for name, timings in results["stacks"].items():
-        base, patched = (timings[kind]["median"] for kind in ("unpatched", "patched"))
-        table.add_row(name, f"{base:.0f}", f"{patched:.0f}", f"{patched / base:.3f}")
+    for name, stack in results["stacks"].items():
+        if "left_out" in stack:
+            table.add_row(name, "", "", f"left out: {stack['left_out']}")
+            continue
+        base, patched = (stack["timings"][kind] for kind in ("unpatched", "patched"))
+        why = base.get("why") or patched.get("why")
+        said = f"not captured: {why}" if why else f"{ratio(stack, device):.3f}"
+        table.add_row(name, f"{base[which]:.0f}", f"{patched[which]:.0f}", said)
     if results["stacks"]:
         console.print(table)
     for line in goals(results):
-        console.print(line)
+        console.print(line, markup=False)
+    if results.get("left"):
+        console.print(f"{results['left']} cases are left: the same command goes on with them")
 
 
 def _cell(case: dict[str, Any], provider: str, ours: float) -> str:
     if provider not in case["timings"]:
-        return "wrong" if provider in case["verdicts"] else ""
+        word = case["verdicts"].get(provider, "")
+        return word if not word else "does not run" if word.startswith("does not run") else "wrong"
     time = case["timings"][provider]["fastest"]
     mark = "*" if case["verdicts"][provider] == "rounds more" else ""
     return f"{time:.1f}{mark}" if provider == OURS else f"{time:.1f}{mark} ({time / ours:.2f}x)"
@@ -154,7 +181,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one small case of every operator, one decoder")
     parser.add_argument("--only", help="cases and decoders whose name contains this, such as 'cosine_topk opt'")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measurement for each case")
+    parser.add_argument("--seconds", type=float, help="of measurement for each case (1 on a CPU, 0.4 on a GPU)")
+    parser.add_argument("--minutes", type=float, help="after which nothing new is begun (60 on a CPU, 8.5 on a GPU)")
+    parser.add_argument("--plots", action="store_true", help="draw the results beside the results file, as PNG")
     parser.add_argument("--show", action="store_true", help="print what was measured before")
     parser.add_argument("--out", type=Path, help="the results file")
     args = parser.parse_args()
@@ -163,10 +192,18 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # two threads on two shared cores give times in steps of the scheduler's
     if not args.show:
-        run(device, file, quick=args.quick, only=args.only, seconds=args.seconds)
+        seconds = SECONDS[args.device] if args.seconds is None else args.seconds
+        minutes = MINUTES[args.device] if args.minutes is None else args.minutes
+        run(device, file, quick=args.quick, only=args.only, seconds=seconds, minutes=minutes)
     elif not file.exists():
         sys.exit(f"there are no results yet: {file}")
-    show(json.loads(file.read_text(encoding="utf-8")), Console(width=200 if not sys.stdout.isatty() else None))
+    results = json.loads(file.read_text(encoding="utf-8"))
+    show(results, Console(width=200 if not sys.stdout.isatty() else None))
+    if args.plots:
+        from bench.latency.plots import draw
+
+        for path in draw(results, file.with_suffix("")):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median, fastest, and the middle half's spread; host: until the call returns (GPU)."""
+    """Microseconds of one call: median, fastest, and the middle half's spread; host: until the call returns (GPU).
+
+    captured: replayed from a CUDA graph; `why` it was not, where it should have been.
+    """
 
     median: float
     fastest: float
@@ -26,6 +29,7 @@ class Timing:
     runs: int
     captured: bool = False
     host: float | None = None
+    why: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -34,20 +38,26 @@ class Timing:
 def compare(
     rivals: dict[str, Sequence[Run]], device: torch.device, *, seconds: float, capturable: set[str]
 ) -> dict[str, Timing]:
-    """Times all rivals in turns for about `seconds` in all; a rival is one closure for each of its input sets."""
+    """Times all rivals in turns for about `seconds` in all; a rival is one closure for each of its input sets.
+
+    The order of the turns rotates, so that nobody always runs behind the same one. A closure's `reset`, if it has one,
+    is called after each of its runs, outside the time.
+    """
     if device.type == "cuda":
         return _compare_on_gpu(rivals, seconds=seconds, capturable=capturable)
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     for runs in rivals.values():  # compiles, allocates, fills caches
         for run in runs:
             run()
+            _reset(run)
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 5:
-        for name, runs in rivals.items():
-            run = runs[turn % len(runs)]
+        for name in _rotated(list(rivals), turn):
+            run = rivals[name][turn % len(rivals[name])]
             start = time.perf_counter()
             run()
             samples[name].append((time.perf_counter() - start) * 1e6)
+            _reset(run)
         turn += 1
     return {name: _summary(values) for name, values in samples.items()}
 
@@ -57,33 +67,59 @@ def _summary(values: list[float], **more: Any) -> Timing:
     return Timing(median, min(values), three - quarter, len(values), **more)
 
 
+def _rotated(names: list[str], turn: int) -> list[str]:
+    at = turn % len(names)
+    return names[at:] + names[:at]
+
+
+def _reset(run: Run) -> None:
+    getattr(run, "reset", lambda: None)()
+
+
 def _compare_on_gpu(rivals: dict[str, Sequence[Run]], *, seconds: float, capturable: set[str]) -> dict[str, Timing]:
     ready: dict[str, list[Run]] = {}
     host: dict[str, float] = {}
+    why: dict[str, str] = {}
     for name, runs in rivals.items():
         for _ in range(3):
             for run in runs:
                 run()
+                _reset(run)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for run in runs:
             run()
         host[name] = (time.perf_counter() - start) / len(runs) * 1e6
         torch.cuda.synchronize()
-        ready[name] = [_captured(run) for run in runs] if name in capturable else list(runs)
+        for run in runs:
+            _reset(run)
+        ready[name] = list(runs)
+        if name in capturable:
+            try:
+                ready[name] = [_captured(run) for run in runs]
+            except Exception as failed:  # told in the results: such a figure says nothing about the kernels
+                why[name] = f"{type(failed).__name__}: {failed}"[:300]
+                torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or turn < 20:
-        for name, runs in ready.items():
+    while time.perf_counter() < end or turn < 50:
+        for name in _rotated(list(ready), turn):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            for run in runs:  # all sets in one go: one event pair costs about as much as one small kernel
+            for run in ready[name]:  # all sets in one go: one event pair costs about as much as one small kernel
                 run()
             last.record()
             last.synchronize()
-            samples[name].append(first.elapsed_time(last) * 1e3 / len(runs))
+            samples[name].append(first.elapsed_time(last) * 1e3 / len(ready[name]))
+            for run in rivals[name]:
+                _reset(run)
         turn += 1
-    return {name: _summary(values, captured=name in capturable, host=host[name]) for name, values in samples.items()}
+        if time.perf_counter() > end + 4 * seconds and turn >= 5:  # slow rivals do not get fifty turns
+            break
+    return {
+        name: _summary(values, captured=name in capturable and name not in why, host=host[name], why=why.get(name))
+        for name, values in samples.items()
+    }
 
 
 def _captured(run: Run) -> Run:
@@ -91,10 +127,12 @@ def _captured(run: Run) -> Run:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()  # on the capturing stream once before, as CUDA graphs want it
+        _reset(run)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()  # the outputs live as long as the graph
+    _reset(run)  # capturing ran nothing, but the host may have counted
 
     def replay(kept: Any = kept) -> None:
         graph.replay()

@@ -1,0 +1,108 @@
+"""What a user could put together instead, where several cases use it."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unike_kernels import reference
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile, compiled at its first call for the shapes it sees."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- search
+
+
+def mm_topk(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+    """The usual way: keys normalised beforehand, one product, torch's top-K."""
+    scores, indices = (F.normalize(q.float(), dim=1).to(q.dtype) @ unit.T).topk(k)
+    return scores.float(), indices
+
+
+def cosine_similarity(q: Tensor, keys: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+    """torch's own function for it, which lays out [T, N, d]."""
+    scores, indices = F.cosine_similarity(q[:, None], keys[None], dim=-1).topk(k)
+    return scores.float(), indices
+
+
+def faiss_knn(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+    """faiss-cpu's brute force."""
+    import faiss
+
+    queries = F.normalize(q, dim=1).numpy()
+    scores, indices = faiss.knn(queries, unit.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(scores), torch.from_numpy(indices)
+
+
+def usearch_exact(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+    """usearch's brute force."""
+    from usearch.index import MetricKind, search
+
+    found = search(unit.numpy(), F.normalize(q, dim=1).numpy(), k, MetricKind.IP, exact=True)
+    shape = (len(q), k)  # one query comes back without its dimension
+    scores, indices = 1 - found.distances.reshape(shape), found.keys.reshape(shape).astype("int64")
+    return torch.from_numpy(scores), torch.from_numpy(indices)
+
+
+def flashinfer_topk(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
+    """One product, FlashInfer's selection."""
+    import flashinfer
+
+    return flashinfer.top_k((F.normalize(q.float(), dim=1).to(q.dtype) @ unit.T).float(), k, sorted=True)
+
+
+def beside(on_cpu: bool) -> dict[str, Callable[..., Any]]:
+    """The search libraries that are installed here."""
+    known = {"faiss": ("faiss", faiss_knn), "usearch": ("usearch", usearch_exact)}
+    if not on_cpu:
+        known = {"mm + flashinfer top_k": ("flashinfer", flashinfer_topk)}
+    return {name: run for name, (package, run) in known.items() if find_spec(package)}
+
+
+# --------------------------------------------------------------------------------------------------------- neurons
+
+
+def loop_over_requests(x: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, **rest: Any) -> Tensor:
+    """One request after the other, its own neurons alone. `sizes`: of the groups, on the host."""
+    act, out, start = reference.activation(rest["act"]), [], 0
+    for row, size in enumerate(rest["sizes"]):
+        of = slice(start, start + size)
+        o = act(F.linear(x[row], keys[of], key_bias[of]))
+        if "up" in rest:
+            o = o * F.linear(x[row], rest["up"][of], rest["up_bias"][of])
+        out.append(o @ values[of])
+        start += size
+    return torch.stack(out)
+
+
+def padded_bmm(x: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, **rest: Any) -> Tensor:
+    """Every request's neurons gathered and padded to the most that one has; batched products."""
+    rows, there = rest["padded"]  # [T, most] row ids, and which of them are no padding
+    o = reference.activation(rest["act"])(torch.einsum("td,tnd->tn", x, keys[rows]) + key_bias[rows])
+    if "up" in rest:
+        o = o * (torch.einsum("td,tnd->tn", x, rest["up"][rows]) + rest["up_bias"][rows])
+    return torch.einsum("tn,tnd->td", o * there, values[rows])
+
+
+def vllm_lora(x: Tensor, key_bias: Tensor, **rest: Any) -> Tensor:
+    """vLLM's kernels for many LoRAs, padded to one rank: an edit is an adapter with an activation in its middle."""
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+    rows, there = rest["padded"]
+    tokens, most = rows.shape
+    meta = LoRAKernelMeta.make(max_loras=tokens, max_num_tokens=tokens, device=x.device)
+    meta.prepare_tensors(torch.arange(tokens, device=x.device))
+    shrunk = torch.zeros(len(rest["lora_a"]), tokens, most, device=x.device)
+    lora_shrink(x, rest["lora_a"], shrunk, *meta.meta_args(tokens), 1.0)
+    o = reference.activation(rest["act"])(shrunk[0] + key_bias[rows])
+    if "up" in rest:
+        o = o * (shrunk[1] + rest["up_bias"][rows])
+    out = torch.zeros_like(x)
+    lora_expand((o * there)[None].to(x.dtype), rest["lora_b"], out, *meta.meta_args(tokens), add_inputs=False)
+    return out
