@@ -14,7 +14,6 @@ from bench.latency.searches import has_cuda_kernels
 from bench.latency.shapes import Shape, hidden
 from unike_kernels import ops, reference
 
-
 ITEMS = 10_000
 
 
