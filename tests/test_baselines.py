@@ -32,8 +32,8 @@ SMALL = {  # few steps, since nothing here asks how well anything learned
     "FT": {"steps": 10},
     "KE": _NETWORKS,
     "MEND": _NETWORKS,
-    "SERAC": {**_NETWORKS, "width": 32, "heads": 2, "made_up": 0.0},
-    "SERAC, image-aware": {**_NETWORKS, "width": 32, "heads": 2, "made_up": 0.0},
+    "SERAC": {**_NETWORKS, "answer_steps": 60, "width": 32, "heads": 2},
+    "SERAC, image-aware": {**_NETWORKS, "answer_steps": 60, "width": 32, "heads": 2},
     "T-Patcher": {"steps": 20},
     "GRACE": {"lr": 0.3, "steps": 10},
     "LoRA": {"steps": 10},
@@ -196,7 +196,7 @@ def test_training_resumes_and_is_cached(name, tmp_path, monkeypatch):
     def fit(folder=None):
         method = cls(make_model("llama"), make_processor("llama"), config)
         method.fit(training("llama"), cache=folder, progress=False)
-        network = method.networks if isinstance(method, Serac) else method.network
+        network = method.answers if isinstance(method, Serac) else method.network
         return {k: v.clone() for k, v in network.state_dict().items()}
 
     whole = fit()
@@ -218,7 +218,7 @@ def test_training_resumes_and_is_cached(name, tmp_path, monkeypatch):
     assert [f.suffix for f in tmp_path.iterdir()] == [".partial"]
     resumed = fit(tmp_path)
     assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
-    assert sorted(f.suffix for f in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
     monkeypatch.setattr(t.torch.optim, "Adam", None)  # nothing trains any more
     cached = fit(tmp_path)
     assert all(torch.equal(v, cached[k]) for k, v in whole.items())
@@ -243,3 +243,82 @@ def test_generation_is_edited_as_teacher_forcing_is(name, fitted):
             logits = full.model(**full.inputs).logits[0, prompt.shape[1] - 1 : -1]
     logits[:, method.host.collator.eos] = -torch.inf
     assert logits.argmax(dim=-1).tolist() == new[0].tolist()
+
+
+def test_the_training_split_shows_nothing_that_is_edited_or_compared():
+    from bench.quality.baselines.training_split import benchmark_records, members, training_records
+    from bench.quality.emoji import data, records
+    from bench.quality.world import picture
+
+    found = training_records(200)
+    assert len({r.id for r in found}) == 200 and {r.task for r in found} == {"name", "rename", "other name", "caption"}
+    shown = {id(p.sample.image) for r in found for p in r.probes}
+    ids = {c.id for c in members()}
+    for split in ("development", "reported"):
+        for task in records.TASKS:
+            assert not ids & {c.id for c in records.edited(split, task)}
+        for record in benchmark_records(split, "name", 60):
+            assert record.probes[0].kind == "rel" and record.request == record.probes[0].sample
+            compared = {id(p.sample.image) for p in record.probes if p.sample.image is not None}
+            assert not compared & shown
+    allowed = {id(picture(c.image(artist))) for c in members() for artist in c.artists}
+    assert shown <= allowed | {id(None)}
+    names = {c.name for c in data.concepts()} - {c.name for c in members()}
+    assert not names & {r.request.target for r in found}
+    for record in found:
+        kinds = {p.kind for p in record.probes}
+        assert kinds == {"rel", "t_gen", "m_gen", "t_loc", "m_loc"}
+        parts = {p.part for p in record.probes if p.kind == "m_loc"}
+        assert parts == {"other_concept", "same_subgroup", "same_picture", "other_question"}
+
+
+def test_what_is_learned_is_kept_under_all_that_it_depends_on():
+    from bench.quality.baselines import mend
+    from bench.quality.baselines import training as t
+
+    model, records = make_model("llama"), training("llama", 4)
+    told = {"steps": 3}
+    first = t.key(model, records, told, [mend])
+    assert first == t.key(make_model("llama"), training("llama", 4), told, [mend])
+    others = [
+        t.key(make_model("llama", seed=1), records, told, [mend]),
+        t.key(model, records[:3], told, [mend]),
+        t.key(model, records, {"steps": 4}, [mend]),
+        t.key(model, records, told, [mend, t]),
+    ]
+    assert len({first, *others}) == 5
+    assert t._meaning('"""a"""\nx = 1  # b\n') == t._meaning("x = 1\n") != t._meaning("x = 2\n")
+
+
+def test_ike_asks_behind_the_nearest_fact_within_the_context(fitted):
+    method = fitted("llama", "IKE")
+    first, second = requests("llama", 2)
+    other = dataclasses.replace(second, prompt="the big fish", target="moon")
+    with method.apply([first, other]) as edited:
+        asked = edited.prompt(Sample("the big fish", "red dog"))
+    assert asked.prompt.endswith("New Fact: the big fish moon\nPrompt: the big fish") and asked.target == "red dog"
+    ids = method.host.collator.tokenizer(asked.prompt, add_special_tokens=False)["input_ids"]
+    assert len(ids) + 3 <= method.host.model.config.max_position_embeddings
+    assert "Prompt:" in asked.prompt[: -len("Prompt: the big fish")]  # at least one demonstration found room
+
+
+def test_of_two_edits_that_ask_the_same_the_later_one_counts(fitted):
+    for name in ("GRACE", "SERAC", "SERAC, image-aware"):
+        method = fitted("blip2", name)
+        (request,) = requests("blip2", 1)
+        with method.apply([dataclasses.replace(request, target="green cat"), request]) as edited:
+            batch = method.host.collator.batch([request], [0], eos=False)
+            with edited.running(batch), torch.no_grad():
+                batch.model(**batch.inputs)
+                assert edited.acting() == [[1]]
+
+
+def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
+    from bench.quality.baselines.__main__ import table
+
+    five = dict.fromkeys(("rel", "t_gen", "m_gen", "t_loc", "m_loc", "mean"), 50.0)
+    local = {"t_loc": 99.0, "m_loc": 98.0}
+    shown = {"after": five, "locality_b": local, "exact": {"rel": 10.0}, "seconds": 0.5, "training_rel": 91.25}
+    lines = table({"IKE": {"in_context": 0.2, "without": 0.25}, "FT": shown}).splitlines()
+    assert lines[2].startswith("| IKE (in-context accuracy 20.0, without 25.0) | n/a | n/a |")
+    assert lines[3] == "| FT | 91.2 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 99.0 | 98.0 | 10.0 | 0.50 |"

@@ -88,6 +88,17 @@ class Host:
                 continue
         raise ValueError(f"no token embeddings around {self.decoder.name!r} in {type(self.model).__name__}")
 
+    def silent(self) -> set[int]:
+        """Token ids that are no text: padding, special tokens and a picture's place."""
+        collator, config = self.collator, getattr(self.model, "config", None)
+        ids = {collator.pad, *collator.tokenizer.all_special_ids}
+        for owner in (self.model, config, collator.processor):
+            for name in ("image_token_id", "image_token_index"):
+                found = getattr(owner, name, None)
+                if isinstance(found, int):
+                    ids.add(found)
+        return ids
+
     def prefix(self, batch: Batch, first: int) -> Prefix:
         """What enters layer `first`: the layers below do not depend on an edit, so they run once."""
         return run_prefix(self.model, self.decoder, batch, first)

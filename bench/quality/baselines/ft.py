@@ -23,7 +23,7 @@ from .base import Baseline, Change, changed, descend, summed
 class FtConfig:
     """lr: of Adam; steps: at most; enough: the loss to stop at."""
 
-    lr: float = 2e-3
+    lr: float = 3e-3
     steps: int = 50
     enough: float = 1e-2
 
@@ -37,7 +37,7 @@ class FineTuning(Baseline):
     @classmethod
     def trials(cls) -> tuple[FtConfig, ...]:
         """Four rates."""
-        return tuple(FtConfig(lr=lr) for lr in (2e-3, 1e-3, 3e-3, 5e-3))
+        return tuple(FtConfig(lr=lr) for lr in (3e-3, 1e-3, 2e-3, 5e-3))
 
     def edit(self, samples: Sequence[Sample]) -> Change:
         """The sum of what every edit added to the two maps, [1, out, in] each."""

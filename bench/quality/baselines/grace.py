@@ -5,9 +5,12 @@ the chosen module at the last prompt token, compared by Euclidean distance; with
 token is replaced by the key's value; the value is trained on the edit's NLL by Adam at 1.0 for 100 steps from a
 random start; a new edit near a key of another answer halves both radii to their distance, one of the same answer
 widens the key's.
-What differs: the module is a whole FFN (published: one map in it), so the key is its input. Radii are given as a
-share of the median distance between training-split keys, since a fixed 1.0 means nothing at another width; the share
-and the layer are searched.
+What differs: the module is a whole FFN (published: one map in it), so the key is its input. Radii are given as a share
+of the median distance between training-split keys, since a fixed 1.0 means nothing at another width; the rate, the
+radius and the layer are searched.
+Why Rel stays below 90 on the emoji models: the value stands at one token, so it decides the first token of the answer
+(right in 20 of 20 training-split edits), but later ones only through attention to that token (15 % of 47 right). Names
+have 3.4 tokens on average. Replacing the whole prompt's outputs instead gave less (Rel 27 to 40 on 16 edits).
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from .base import Baseline, asking, descend
 class GraceConfig:
     """layer: which of the last four; radius: a key's first one, as a share of the keys' median distance."""
 
-    layer: int = 0
+    layer: int = 2
     radius: float = 0.5
-    lr: float = 1.0
+    lr: float = 0.1
     steps: int = 100
     enough: float = 1e-2
     seed: int = 0
@@ -75,8 +78,8 @@ class Grace(Baseline):
 
     @classmethod
     def trials(cls) -> tuple[GraceConfig, ...]:
-        """Two layers, two radii."""
-        return GraceConfig(), GraceConfig(radius=0.75), GraceConfig(layer=1), GraceConfig(layer=1, radius=0.75)
+        """The published rate, a lower layer, a wider radius."""
+        return GraceConfig(), GraceConfig(lr=1.0), GraceConfig(layer=0), GraceConfig(radius=0.75)
 
     @property
     def layer(self) -> int:

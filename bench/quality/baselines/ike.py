@@ -65,6 +65,12 @@ class Ike(Baseline):
 
     demonstrations: list[str]  # in the order of their records and kinds
     follows: float  # share of answer tokens right with the answer in the prompt, measured by `fit`
+    without: float  # the same without anything in the prompt
+
+    @property
+    def followed(self) -> bool:
+        """Whether the base follows demonstrations, so that the row says something."""
+        return self.follows >= FOLLOWS and self.follows > self.without
 
     @classmethod
     def trials(cls) -> tuple[IkeConfig, ...]:

@@ -8,7 +8,7 @@ and its rephrasings under the constraint KL <= m on other questions, with a Lagr
 lowered from 0.1 to 0.001 by a factor of 0.8 whenever nine tenths of the edits succeed.
 What differs: the model's answer is its teacher-forced one; the maps are MEND's (FFNs of the last three layers), where
 published code edits every matrix; gradients are divided by their mean norm over training edits, and the rows' softmax
-is multiplied by their number, so that one scale fits all maps; the condition is 128 wide (1024); 1200 steps of 8
+is multiplied by their number, so that one scale fits all maps; the condition is 128 wide (1024); 800 steps of 8
 edits.
 As in MMEdit, the condition is text alone; what is on the picture comes in through the gradient.
 """
@@ -40,7 +40,7 @@ class KeConfig:
     max_scale: float = 1.0
     lr: float = 3e-3
     lr_multiplier: float = 1e-1
-    steps: int = 1200
+    steps: int = 800
     batch: int = 8
 
 

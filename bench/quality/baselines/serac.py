@@ -12,8 +12,8 @@ cannot tell one picture's question from another's that is asked in the same word
 first edited layer begins, and is trained on all locality probes.
 What differs: published SERAC fine-tunes pretrained models (DistilBERT; OPT-125M or a copy of the base's language
 model with its last layer trained). Nothing of that size exists beside a small base, so both are small transformers
-from scratch on the base's frozen embeddings; the counterfactual model also learns on made-up answers, words drawn
-from the vocabulary, without which it learns the training split's names by heart instead of copying.
+from scratch on the base's frozen embeddings. A pretrained model can copy; ours can point at a token that it read (See
+et al., ACL 2017), and also learns on made-up answers, words drawn from the vocabulary.
 """
 
 from __future__ import annotations
@@ -40,18 +40,20 @@ from . import base, training
 from .base import Baseline, Host, asking
 
 IN_SCOPE = ("rel", "t_gen", "m_gen")
+LENGTH = 192  # tokens that the small models tell apart by position
 
 
 @dataclass(frozen=True)
 class SeracConfig:
-    """Widths and depths of both models, and their training."""
+    """Widths and depths of both models, and their training: `steps` of the scope, `answer_steps` of the answers."""
 
     width: int = 128
     depth: int = 2
     heads: int = 4
     embedding: int = 64  # of the classifier
     lr: float = 1e-3
-    steps: int = 2500
+    steps: int = 400
+    answer_steps: int = 1000
     batch: int = 16
     made_up: float = 0.5  # share of edits whose answer is made up while the counterfactual model learns
 
@@ -108,20 +110,31 @@ class Scope(nn.Module):
         return self.bias - self.log_scale.exp() * (a - b).square().mean(dim=-1)
 
 
-class Networks(nn.Module):
-    """Classifier and counterfactual model; the latter's head is the base's own, frozen."""
+class Counterfactual(nn.Module):
+    """Reads "edit's question and answer, question" and continues, from the vocabulary or by pointing back."""
 
-    def __init__(self, host: Host, config: SeracConfig, seen: int, length: int = 192) -> None:
+    def __init__(self, host: Host, config: SeracConfig, length: int = LENGTH) -> None:
         super().__init__()
-        embed = host.embeddings()
-        self.scope = Scope(embed, config, length, seen)
-        self.counter = Reader(embed, config, length)
+        self.reader = Reader(host.embeddings(), config, length)
         self.leave = nn.Linear(config.width, host.head.weight.shape[1])
-        self.head = [host.head]
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.width, config.width)
+        self.gate = nn.Linear(config.width, 1)
+        self.head = [host.head]  # the base's own, frozen
 
-    def answer(self, ids: Tensor) -> Tensor:
-        """[B, S, V] the counterfactual model's logits."""
-        return self.head[0](self.leave(self.counter(ids)).to(self.head[0].weight.dtype)).float()
+    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+        """[N, V] log-probabilities of what follows each of the positions at [B, S] bool, row by row."""
+        b, s = ids.shape
+        states = self.reader(ids)
+        row, place = at.nonzero(as_tuple=True)
+        here = states[row, place]  # [N, width]
+        vocabulary = self.head[0](self.leave(here).to(self.head[0].weight.dtype)).float().softmax(dim=-1)
+        score = (self.query(here)[:, None] * self.key(states)[row]).sum(dim=-1) / states.shape[-1] ** 0.5  # [N, S]
+        later = torch.arange(s, device=ids.device)[None] > place[:, None]
+        pointer = score.masked_fill(later, -torch.inf).softmax(dim=-1)
+        copied = torch.zeros_like(vocabulary).scatter_add(1, ids[row], pointer)
+        share = self.gate(here).sigmoid()
+        return (share * vocabulary + (1 - share) * copied).clamp(min=1e-12).log()
 
 
 @dataclass
@@ -132,6 +145,9 @@ class Stored:
     embeddings: Tensor
 
 
+CODE = (base, training, sys.modules[__name__])
+
+
 class Serac(Baseline):
     """The published form: text alone."""
 
@@ -139,14 +155,16 @@ class Serac(Baseline):
     source = "Mitchell et al., ICML 2022; text-only scope as in Cheng et al., EMNLP 2023"
     trained = True
     image_aware = False
+    out_of_scope: tuple[str, ...] = ("t_loc",)  # what the classifier learns to leave alone: not pictures, as published
 
-    networks: Networks | None = None
+    scope: Scope | None = None
+    answers: Counterfactual | None = None
     history: Sequence[dict[str, float]] = ()
 
     @classmethod
     def trials(cls) -> tuple[SeracConfig, ...]:
-        """Two rates, with and without made-up answers."""
-        return SeracConfig(), SeracConfig(lr=3e-3), SeracConfig(made_up=0.0), SeracConfig(lr=3e-3, made_up=0.8)
+        """Two rates, two depths, with and without made-up answers."""
+        return SeracConfig(), SeracConfig(lr=3e-3), SeracConfig(made_up=0.0), SeracConfig(depth=3)
 
     # ------------------------------------------------------------------------------------------------ texts
 
@@ -157,9 +175,14 @@ class Serac(Baseline):
         token = getattr(token, "content", token)
         return list(tokenizer(text.replace(token, "") if token else text, add_special_tokens=False)["input_ids"])
 
-    def edit_ids(self, sample: Sample) -> list[int]:
-        """An edit as the counterfactual model reads it: question, answer, new line."""
-        return [*self.ids(sample.prompt), *self.answer_ids(sample), *self.ids("\n")]
+    def edit_ids(self, prompt: list[int], answer: list[int]) -> list[int]:
+        """An edit as the counterfactual model reads it: question, answer, its end, new line."""
+        return [*prompt, *answer, *self.end(), *self.ids("\n")]
+
+    def end(self) -> list[int]:
+        """The end of an answer; nothing where the tokenizer has none."""
+        eos = self.host.collator.eos
+        return [] if eos is None else [eos]
 
     def answer_ids(self, sample: Sample) -> list[int]:
         """The answer's ids as they follow the question."""
@@ -170,31 +193,41 @@ class Serac(Baseline):
     def fit(
         self, records: Sequence[Record], *, seed: int = 0, cache: Path | None = None, progress: bool = True
     ) -> None:
-        """Trains classifier and counterfactual model on training-split edits."""
+        """Trains the counterfactual model and the classifier on training-split edits."""
         c, host = self.config, self.host
-        told = {"method": self.name, "seed": seed, **asdict(c)}
-        file = None
-        if cache is not None:
-            digest = training.key(host.model, records, told, (base, training, sys.modules[__name__]))
-            file = cache / f"{'serac-image' if self.image_aware else 'serac'}-{digest}.safetensors"
+        device = host.collator.device
+
+        def file(part: str) -> Path | None:
+            if cache is None:
+                return None
+            told = {"part": part, "seed": seed, **asdict(c)}
+            return cache / f"serac-{part}-{training.key(host.model, records, told, CODE)}.safetensors"
+
+        def learn(module: nn.Module, losses, steps: int, part: str) -> list[dict[str, float]]:
+            def step(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+                return losses(module, generator)
+
+            name, at = f"{self.name}: {part}", file(part)
+            return training.train(module, step, steps, lr=c.lr, seed=seed, name=name, file=at, progress=progress)
+
+        scope_part = "scope-image" if self.image_aware else "scope"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            networks = Networks(host, c, host.width if self.image_aware else 0).to(host.collator.device)
+            answers = Counterfactual(host, c).to(device)
+            scope = Scope(host.embeddings(), c, LENGTH, host.width if self.image_aware else 0).to(device)
         with base_only(host.model):
-            states = None
-            if self.image_aware and (file is None or not file.exists()):
+            states, kept = None, file(scope_part)
+            if self.image_aware and (kept is None or not kept.exists()):
                 states = self.states([p.sample for r in records for p in r.probes], progress)
-                networks.scope.mean.copy_(states.mean(dim=0))
-                networks.scope.std.copy_((states - states.mean(dim=0)).norm(dim=1).mean() / states.shape[1] ** 0.5)
-            lesson = Lessons(self, records, states)
-
-            def step(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-                return lesson.losses(networks, generator)
-
-            self.history = training.train(
-                networks, step, c.steps, lr=c.lr, seed=seed, name=self.name, file=file, progress=progress
-            )
-        self.networks = networks.eval().requires_grad_(False)
+                scope.mean.copy_(states.mean(dim=0))
+                scope.std.copy_((states - states.mean(dim=0)).norm(dim=1).mean() / states.shape[1] ** 0.5)
+            lessons = Lessons(self, records, states)
+            self.history = [
+                *learn(answers, lessons.answering, c.answer_steps, "answers"),
+                *learn(scope, lessons.scoping, c.steps, scope_part),
+            ]
+        self.answers = answers.eval().requires_grad_(False)
+        self.scope = scope.eval().requires_grad_(False)
 
     @torch.no_grad()
     def states(self, samples: Sequence[Sample], progress: bool = False) -> Tensor:
@@ -211,12 +244,13 @@ class Serac(Baseline):
     @torch.no_grad()
     def edit(self, samples: Sequence[Sample]) -> Stored:
         """The edits' texts and embeddings; of two that ask the same the later one counts."""
-        if self.networks is None:
+        if self.scope is None or self.answers is None:
             raise ValueError(f"{self.name} is not trained yet: call fit(records) first")
         states = self.states(samples) if self.image_aware else None
         ids, lengths = padded([self.ids(s.prompt) for s in samples], self.host.collator.device)
         states = None if states is None else states.to(ids.device)
-        return Stored([self.edit_ids(s) for s in samples], self.networks.scope(ids, lengths, states))
+        texts = [self.edit_ids(self.ids(s.prompt), self.answer_ids(s)) for s in samples]
+        return Stored(texts, self.scope(ids, lengths, states))
 
     @contextmanager
     def active(self, state: Stored) -> Iterator[Edited]:
@@ -231,6 +265,7 @@ class ImageAwareSerac(Serac):
     name = "SERAC, image-aware"
     source = "Mitchell et al., ICML 2022, with a scope classifier that sees the picture"
     image_aware = True
+    out_of_scope = LOCAL
 
 
 def list_of(host: Host, samples: Sequence[Sample]) -> list[Batch]:
@@ -264,64 +299,59 @@ class Lessons:
 
         self.questions = [[ids(p.sample.prompt) for p in r.probes] for r in records]
         self.answers = [method.answer_ids(r.request) for r in records]
-        self.newline, self.eos = method.ids("\n"), method.host.collator.eos
-        special = set(method.host.collator.tokenizer.all_special_ids)
+        special = method.host.silent()
         vocabulary = method.host.embeddings().weight.shape[0]
         self.words = torch.tensor([i for i in range(vocabulary) if i not in special])
 
-    def losses(self, networks: Networks, generator: torch.Generator) -> dict[str, Tensor]:
-        """Binary cross-entropy of the scope of every probe, and NLL of the answers to the questions in scope."""
-        c, device = self.config, self.method.host.collator.device
-        picked = torch.randint(len(self.records), (c.batch,), generator=generator).tolist()
-        sequences, targets, asked, whose, wanted = [], [], [], [], []
-        for e, n in enumerate(picked):
+    def answering(self, model: Counterfactual, generator: torch.Generator) -> dict[str, Tensor]:
+        """NLL of the answers to questions in scope, the edit before them."""
+        c, end = self.config, self.method.end()
+        rows, targets = [], []
+        for n in self._draw(generator):
             probes, answer = self.records[n].probes, self.answers[n]
             if float(torch.rand((), generator=generator)) < c.made_up:
                 length = int(torch.randint(1, 5, (), generator=generator))
                 answer = self.words[torch.randint(len(self.words), (length,), generator=generator)].tolist()
             near = [i for i, p in enumerate(probes) if p.kind in IN_SCOPE]
-            far = [i for i, p in enumerate(probes) if self._out_of_scope(p.kind)]
-            chosen = [near[i] for i in torch.randint(len(near), (3,), generator=generator).tolist()]
-            for i in chosen[:2]:
-                context = [*self.questions[n][0], *answer, *self.newline, *self.questions[n][i]]
-                end = [] if self.eos is None else [self.eos]
-                sequences.append([*context, *answer, *end])
-                targets.append((len(context), len(answer) + len(end)))
-            others = [far[i] for i in torch.randperm(len(far), generator=generator)[:3].tolist()]
-            for i in chosen + others:
-                asked.append((n, i))
-                whose.append(e)
-                wanted.append(float(i in near))
-        ids, _ = padded(sequences, device)
-        logits = networks.answer(ids)
+            for i in torch.randint(len(near), (2,), generator=generator).tolist():
+                context = [*self.method.edit_ids(self.questions[n][0], answer), *self.questions[n][near[i]]]
+                rows.append([*context, *answer, *end])
+                targets.append((len(context) - 1, len(answer) + len(end)))
+        ids, _ = padded(rows, self.method.host.collator.device)
         at = torch.zeros_like(ids, dtype=torch.bool)
         for r, (begin, count) in enumerate(targets):
             at[r, begin : begin + count] = True
-        predicted, right = logits[:, :-1][at[:, 1:]], ids[:, 1:][at[:, 1:]]
-        nll = nn.functional.cross_entropy(predicted, right)
-        edits = self._embed(networks, [(n, 0) for n in picked])
-        questions = self._embed(networks, asked)
-        logit = networks.scope.logit(edits[torch.tensor(whose)], questions)
+        found, right = model(ids, at), ids[:, 1:][at[:, :-1]]
+        nll = nn.functional.nll_loss(found, right)
+        return {"loss": nll, "copied": (found.argmax(dim=-1) == right).float().mean()}
+
+    def scoping(self, model: Scope, generator: torch.Generator) -> dict[str, Tensor]:
+        """Binary cross-entropy of questions in and out of an edit's scope."""
+        asked, whose, wanted = [], [], []
+        picked = self._draw(generator)
+        for e, n in enumerate(picked):
+            probes = self.records[n].probes
+            for kinds in (IN_SCOPE, self.method.out_of_scope):
+                some = [i for i, p in enumerate(probes) if p.kind in kinds]
+                for i in torch.randperm(len(some), generator=generator)[:3].tolist():
+                    asked.append((n, some[i]))
+                    whose.append(e)
+                    wanted.append(float(kinds is IN_SCOPE))
+        edits = self._embed(model, [(n, 0) for n in picked])
+        logit = model.logit(edits[torch.tensor(whose)], self._embed(model, asked))
         label = torch.tensor(wanted, device=logit.device)
-        scope = nn.functional.binary_cross_entropy_with_logits(logit, label)
-        return {
-            "loss": nll + scope,
-            "nll": nll,
-            "copied": (predicted.argmax(dim=-1) == right).float().mean(),
-            "scope": scope,
-            "scope_right": ((logit > 0) == (label > 0.5)).float().mean(),
-        }
+        loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
+        return {"loss": loss, "right": ((logit > 0) == (label > 0.5)).float().mean()}
 
-    def _out_of_scope(self, kind: str) -> bool:
-        """The published text-only form leaves the locality of pictures out of its training."""
-        return kind in LOCAL if self.method.image_aware else kind == "t_loc"
+    def _draw(self, generator: torch.Generator) -> list[int]:
+        return torch.randint(len(self.records), (self.config.batch,), generator=generator).tolist()
 
-    def _embed(self, networks: Networks, asked: Sequence[tuple[int, int]]) -> Tensor:
+    def _embed(self, model: Scope, asked: Sequence[tuple[int, int]]) -> Tensor:
         ids, lengths = padded([self.questions[n][i] for n, i in asked], self.method.host.collator.device)
         states = None
         if self.states is not None:
             states = self.states[[self.start[n] + i for n, i in asked]].to(ids.device)
-        return networks.scope(ids, lengths, states)
+        return model(ids, lengths, states)
 
 
 class Replacing(Edited):
@@ -395,15 +425,14 @@ class Replacing(Edited):
     @torch.no_grad()
     def _decide(self, states: Tensor, position: Tensor) -> None:
         """Which edit each row's question falls under."""
-        collator = self.host.collator
-        skip = {collator.pad, *collator.tokenizer.all_special_ids}
+        skip = self.host.silent()
         prompts = [
             [i for i in row[: p + 1].tolist() if i not in skip] for row, p in zip(self.ids, position, strict=True)
         ]
         ids, lengths = padded([p or [0] for p in prompts], states.device)
-        networks = self.method.networks
-        found = networks.scope(ids, lengths.clamp(min=1), states)
-        logits = networks.scope.logit(found[:, None], self.state.embeddings[None])  # [B, K]
+        scope = self.method.scope
+        found = scope(ids, lengths, states)
+        logits = scope.logit(found[:, None], self.state.embeddings[None])  # [B, K]
         best = logits.flip(1).max(dim=1)  # flipped: of equal ones the later edit counts
         index = logits.shape[1] - 1 - best.indices
         self.chosen = [int(i) if v > 0 else None for i, v in zip(index, best.values, strict=True)]
@@ -414,20 +443,21 @@ class Replacing(Edited):
         hit = [r for r, c in enumerate(self.chosen) if c is not None]
         if not hit or output.dim() != 3:
             return output
-        collator, width = self.host.collator, output.shape[1]
-        skip = {collator.pad, *collator.tokenizer.all_special_ids} - {collator.eos}
-        output = output.clone()
+        width, skip = output.shape[1], self.host.silent() - {self.host.collator.eos}
         rows, places = [], []
         for r in hit:
             seen = self.ids[r].tolist()
             keep = [s for s, i in enumerate(seen) if i not in skip]
             edit = self.state.texts[self.chosen[r]]
             rows.append([*edit, *(seen[s] for s in keep)])
-            first = len(seen) - width
+            first = len(seen) - width  # a decoding step asks for the last column alone
             places.append([(s - first, len(edit) + k) for k, s in enumerate(keep) if s >= first])
         ids, _ = padded(rows, output.device)
-        logits = self.method.networks.answer(ids)
-        for n, r in enumerate(hit):
-            to, of = (list(x) for x in zip(*places[n], strict=True))
-            output[r, to] = logits[n, of].to(output)
+        at = torch.zeros_like(ids, dtype=torch.bool)
+        for n, pairs in enumerate(places):
+            at[n, [of for _, of in pairs]] = True
+        to_row = [r for r, pairs in zip(hit, places, strict=True) for _ in pairs]
+        to_column = [to for pairs in places for to, _ in pairs]
+        output = output.clone()
+        output[to_row, to_column] = self.method.answers(ids, at).to(output)
         return output

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from bench.quality.emoji import data, records
 from bench.quality.emoji.data import Concept
-from bench.quality.world import sample
+from bench.quality.world import probes, sample
 from unike_kernels.evaluation.records import Probe, Record
 
 # of the training edits; "other name": a triplet concept gets a name that is not its own, so that nothing is learned by
@@ -62,3 +62,12 @@ def _record(name: str, task: str, concept: Concept, target: str, rng: random.Ran
     for part, about in (("random", rng.choice(rest)), ("own", concept)):
         probes.append(Probe("t_loc", sample(*rng.choice(data.facts(about))), part))
     return Record(name, request, tuple(probes), task, concept.id)
+
+
+def benchmark_records(split: str, task: str, n: int) -> list[Record]:
+    """`n` edits of the benchmark with all their probes; split: "development" or "reported"."""
+    items = records.records(split, task, n)
+    found: list[list[Probe]] = [[] for _ in items]
+    for p in probes(items):
+        found[p.edit].append(Probe(p.kind, p.sample, p.part))
+    return [Record(r["id"], ps[0].sample, tuple(ps), task, r["concept"]) for r, ps in zip(items, found, strict=True)]

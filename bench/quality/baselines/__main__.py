@@ -1,0 +1,233 @@
+"""Trains every baseline and measures it on development edits: `python -m bench.quality.baselines`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from tqdm import tqdm
+
+from bench.quality.ablation import write
+from bench.quality.baselines import METHODS
+from bench.quality.baselines.base import Baseline
+from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.training_split import benchmark_records, training_records
+from bench.quality.emoji import model
+from bench.quality.rows import default_config
+from bench.quality.run import RESULTS, environment
+from bench.quality.tables import HEADS, markdown, number
+from bench.quality.world import CACHE, prepared
+from unike_kernels.editing.inputs import Collator, Sample
+from unike_kernels.evaluation import protocols
+from unike_kernels.evaluation.examiner import Examiner
+from unike_kernels.evaluation.methods import Edited, Method
+from unike_kernels.evaluation.records import KINDS, Record
+from unike_kernels.evaluation.summary import Summary
+from unike_kernels.evaluation.unike import Unike
+
+TRAINING = 800  # training-split edits that are learned from
+BRIEF = 4  # a trial trains for a quarter of the steps
+app = typer.Typer(add_completion=False)
+
+
+class Timed(Method):
+    """A method with a clock on the making of its edits; the questions do not count."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.name, self.seconds = method, method.name, 0.0
+
+    def apply(self, requests: Sequence[Sample]) -> AbstractContextManager[Edited]:
+        """The method's, timed."""
+        return self._timed(self.method.apply(requests))
+
+    def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Edited]]:
+        """The method's, timed."""
+        edits = self.method.one_step(requests)
+        while True:
+            started = time.perf_counter()
+            edit = next(edits, None)
+            self.seconds += time.perf_counter() - started
+            if edit is None:
+                return
+            yield self._timed(edit)
+
+    @contextmanager
+    def _timed(self, edit: AbstractContextManager[Edited]) -> Iterator[Edited]:
+        started = time.perf_counter()
+        with edit as edited:
+            self.seconds += time.perf_counter() - started
+            yield edited
+
+
+def one_step(method: Method, records: Sequence[Record], examiner: Examiner, *, generate: bool = True) -> dict[str, Any]:
+    """Every record on its own: what `table` shows, and seconds per edit."""
+    timed = Timed(method)
+    plan = protocols.plan("one-step", [records])
+    found = protocols.run(plan, timed, examiner, generate=generate)
+    results = list(tqdm(found, total=len(records), desc=method.name, unit="edit", mininterval=5))
+    summary = Summary.of(results)
+    return {
+        "after": {k: i.mean for k, i in summary.after.items()},
+        "before": summary.before,
+        "locality_b": summary.locality_b,
+        "exact": summary.exact,
+        "acts": summary.own,
+        "seconds": timed.seconds / len(records),
+    }
+
+
+def only_rel(records: Sequence[Record]) -> list[Record]:
+    """The records with the edit itself as their only probe."""
+    return [replace(r, probes=r.probes[:1]) for r in records]
+
+
+class Bench:
+    """One base model with what is learned from and what is measured."""
+
+    def __init__(self, seed: int, edits: int, training: int) -> None:
+        self.seed = seed
+        self.model, self.processor = model.load(seed)
+        self.training = training_records(training)
+        # other draws of the training concepts than those that are learned from
+        self.seen = only_rel(training_records(edits, seed=1, tasks=("name",)))
+        self.development = benchmark_records("development", "name", edits)
+        self.examiner = Examiner(Collator(self.model, self.processor))
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """What a kept result depends on."""
+        counts = {"edits": len(self.development), "training": len(self.training)}
+        return json.loads(json.dumps({"base": self.seed, "settings": method.settings(), **counts}))
+
+    def measured(self, method: Method, *, fit: bool = True, whole: bool = True) -> dict[str, Any]:
+        """The method's row; whole: with the training split and exact match."""
+        started = time.perf_counter()
+        if fit:
+            method.fit(self.training, seed=self.seed, cache=CACHE / "baselines")
+        out: dict[str, Any] = {"fit_seconds": time.perf_counter() - started}
+        if isinstance(method, Ike):
+            out |= {"in_context": method.follows, "without": method.without, "shown": method.followed}
+            if not method.followed:
+                return out
+        if whole:
+            out["training_rel"] = one_step(method, self.seen, self.examiner, generate=False)["after"]["rel"]
+        return out | one_step(method, self.development, self.examiner, generate=whole)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Saved rows as markdown."""
+    head = [
+        "method",
+        "Rel, training split",
+        *(HEADS[k] for k in KINDS),
+        "mean",
+        "T-Loc B",
+        "M-Loc B",
+        "exact",
+        "s / edit",
+    ]
+    lines = []
+    for name, row in rows.items():
+        if "after" not in row:
+            told = f"{name} (in-context accuracy {100 * row['in_context']:.1f}, without {100 * row['without']:.1f})"
+            lines.append([told, *["n/a"] * (len(head) - 1)])
+            continue
+        lines.append(
+            [
+                name,
+                number(row.get("training_rel")),
+                *(number(row["after"][k]) for k in (*KINDS, "mean")),
+                *(number(row["locality_b"][k]) for k in ("t_loc", "m_loc")),
+                number(row["exact"]["rel"]),
+                f"{row['seconds']:.2f}",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """A saved file's rows, or none."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+
+def save(path: Path, name: str, row: dict[str, Any]) -> None:
+    """Adds a row to a saved file, or replaces it; the file is read anew, as another process may have added to it."""
+    found = kept(path)
+    found["rows"][name] = row
+    write(path, found | {"environment": environment()})
+
+
+def brief(config: Any) -> Any:
+    """A trained method's config for a trial: fewer steps."""
+    steps = {name: v // BRIEF for name, v in asdict(config).items() if name in ("steps", "answer_steps")}
+    return replace(config, **steps)
+
+
+def search(bench: Bench, names: Sequence[str], console: Console) -> None:
+    """Every method's four trials on the development split; the mean of the five metrics decides."""
+    path = RESULTS / "baselines-search.json"
+    for name in names:
+        for config in METHODS[name].trials():
+            method = METHODS[name](bench.model, bench.processor, brief(config) if METHODS[name].trained else config)
+            label = f"{name}: {json.dumps(asdict(config), sort_keys=True)}"
+            if kept(path)["rows"].get(label, {}).get("of") == bench.settings(method):
+                continue
+            row = bench.measured(method, whole=False) | {"of": bench.settings(method)}
+            save(path, label, row)
+            after = {k: round(v, 1) for k, v in row.get("after", {}).items()}
+            console.print(f"{label}\n  {after}", soft_wrap=True)
+
+
+def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> None:
+    """Every method as chosen, beside UniKE always on and routed; finished rows are kept."""
+    path = RESULTS / f"baselines-development-seed{seed}.json"
+    methods: list[Method] = [METHODS[name](bench.model, bench.processor) for name in names if name in METHODS]
+    if any(name.startswith("UniKE") for name in names):
+        editor = prepared(seed, default_config())
+        methods += [Unike(editor), Unike(editor, routing="routed")]
+    for method in methods:
+        of = bench.settings(method)
+        if kept(path)["rows"].get(method.name, {}).get("of") != of:
+            save(path, method.name, bench.measured(method, fit=isinstance(method, Baseline)) | {"of": of})
+    rows = kept(path)["rows"]
+    order = [*METHODS, "UniKE", "UniKE, routed"]
+    console.print(Markdown(table({name: rows[name] for name in order if name in rows})))
+
+
+@app.command()
+def main(
+    seeds: Annotated[str, typer.Option(help="Base models, by training seed.")] = "0,1",
+    methods: Annotated[str, typer.Option(help="Some of them, divided by a semicolon.")] = ";".join([*METHODS, "UniKE"]),
+    edits: Annotated[int, typer.Option(help="Development edits.")] = 50,
+    training: Annotated[int, typer.Option(help="Training-split edits to learn from.")] = TRAINING,
+    trials: Annotated[bool, typer.Option("--search", help="Measure every method's four settings instead.")] = False,
+) -> None:
+    """Trains every baseline and measures one-step edits; what was trained or measured before is kept.
+
+    Example: python -m bench.quality.baselines --seeds 0 --methods "FT;MEND"
+    """
+    torch.set_num_threads(1)
+    console = Console()
+    names = [name.strip() for name in methods.split(";")]
+    unknown = [name for name in names if name not in (*METHODS, "UniKE")]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {'; '.join([*METHODS, 'UniKE'])}")
+    for seed in (int(s) for s in seeds.split(",")):
+        bench = Bench(seed, edits, training)
+        if trials:
+            search(bench, [name for name in names if name in METHODS], console)
+        else:
+            console.rule(f"base model {seed}: {edits} development edits, one-step, percent")
+            compare(seed, bench, names, console)
+
+
+if __name__ == "__main__":
+    app()
