@@ -210,3 +210,28 @@ def test_the_module_refuses_what_it_cannot_do():
 
 def test_an_encoder_that_a_given_alpha_leaves_out_is_no_reason_to_refuse():
     check(inputs(2), ids(2, 5), alpha=0.3, encoder=[layer(64, 64)])
+
+
+def test_a_clamped_alpha_keeps_the_input_bit_for_bit():
+    """Knowledge that points away: alpha is 0, and neither an infinity in it nor a negative zero is touched."""
+    h, q, keys, values = inputs(2, heads=1, kv_heads=1, hd=40, hv=40)
+    values.copy_(-h[:1]).add_(0.01 * torch.randn_like(values))
+    h[1] = h[0]
+    h[0, 0] = -0.0
+    values[:, 0], values[:, 1] = 1.0, 1e30
+    h[:, 1] = -1.0
+    indices = torch.tensor([[1, 2], [3, -1]], device=DEVICE)
+    out, used = check([h, q, keys, values], indices)
+    assert used.eq(0).all() and torch.equal(out, h) and out[0, 0].signbit()
+    out, used = check([h, q, keys, values], indices, rescale=False, orientation="input")
+    assert used.eq(0).all() and not torch.equal(out, h)
+
+
+def test_scores_that_overflow_leave_the_weight_to_what_is_missing():
+    h, q, keys, values = inputs(1, heads=2, kv_heads=2)
+    q.fill_(1e30)
+    keys.fill_(-1e30)
+    indices = torch.tensor([[1, -1, 2]], device=DEVICE)
+    out, _ = uk.ops.knowledge_shift(h, q, keys, values, indices, alpha=0.5, backend="cuda")
+    expected, _ = uk.reference.knowledge_shift(h, q, keys, values, indices, alpha=0.5)
+    assert out.isfinite().all() and torch.equal(out, expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_tools import DEVICE, INTERPRETED
+from kernel_tools import DEVICE, INTERPRETED, on_cuda
 
 from bench.gpu_check import small, steps, twins
 from bench.latency.shapes import SHAPES
@@ -64,7 +64,9 @@ def test_every_command_names_something_that_is_there():
                 assert (ROOT / (word.replace(".", "/") + ".py")).exists(), word
             if word.startswith("tests/"):
                 assert (ROOT / word).exists(), word
-    assert sum(word.startswith("tests/test_triton_") for word in found[1].command) >= 6
+    kernels = next(step.command for step in found if step.name == "kernel tests")
+    assert sum(word.startswith("tests/test_triton_") for word in kernels) >= 6
+    assert "tests/test_cuda_knowledge_shift.py" in kernels
 
 
 def test_small_cases_are_right_and_can_fail(monkeypatch):
@@ -72,6 +74,14 @@ def test_small_cases_are_right_and_can_fail(monkeypatch):
     monkeypatch.setattr(small.reference, "extra_neurons", lambda x, *_, **options: 1.01 * torch.zeros_like(x) + x)
     with pytest.raises((AssertionError, RuntimeError)):
         small.check(DEVICE, torch.float32, 3)
+
+
+def test_small_cases_of_the_cuda_kernel_are_right_and_can_fail(monkeypatch):
+    on_cuda(monkeypatch)
+    small.check_cuda(DEVICE, torch.bfloat16, 3)
+    monkeypatch.setattr(small.ops, "knowledge_shift", lambda h_input, **options: (1.1 * h_input, torch.ones(3)))
+    with pytest.raises((AssertionError, RuntimeError)):
+        small.check_cuda(DEVICE, torch.bfloat16, 3)
 
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16

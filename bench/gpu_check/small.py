@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.tolerance import assert_close_to_reference
-from unike_kernels import ops, reference
+from unike_kernels import native, ops, reference
 
 
 def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
@@ -56,10 +56,43 @@ def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     hold("knowledge_shift", heads, indices=indices, clamp=False)
 
 
+def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    """The CUDA C++ kernel of the shift, at most 16 tokens: one block per head, clusters of 8, items of cases."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def hold(leaves: dict[str, Tensor], **options: object) -> None:
+        found = ops.knowledge_shift(**leaves, **options, backend="cuda")
+        same = reference.knowledge_shift(**leaves, **options)
+        wide = {key: leaf.double() for key, leaf in leaves.items()}
+        for mine, right, rounded in zip(found, reference.knowledge_shift(**wide, **options), same, strict=True):
+            assert_close_to_reference(mine, right, rounded, 2)
+
+    indices = torch.stack([torch.randperm(130, generator=generator)[:40] for _ in range(tokens)]).to(device)
+    indices[:, 3] = -1
+    heads = {"h_input": rand(tokens, 1120), "q": rand(tokens, 14, 80)}
+    heads |= {"item_keys": rand(130, 2, 80), "item_values": rand(130, 2, 80)}
+    hold(heads, indices=indices, alpha=torch.linspace(0, 1, tokens, device=device))
+    cases, last = torch.arange(tokens, device=device) % 2, torch.tensor([tokens - 2 + tokens % 2, -1], device=device)
+    hold(heads, indices=indices[:1].expand(2, -1), token_to_case=cases, alpha=torch.tensor([0.4, 0.8], device=device))
+    raw = {"h_input": rand(tokens, 1030), "q": rand(tokens, 1030)}
+    raw |= {"item_keys": rand(130, 1030), "item_values": rand(130, 1030)}
+    hold(raw, indices=indices, clamp=False)
+    hold(raw, indices=indices[:1].expand(2, -1), token_to_case=cases, case_tokens=last, orientation="input")
+
+
 def main() -> None:
     """All dtypes, few and many tokens."""
     device = torch.device("cuda")
+    without = native.no_cuda()
+    print("CUDA C++ kernels: " + (without or "checked too"))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens in (1, 16) if without is None else ():
+            check_cuda(device, dtype, tokens)
+            torch.cuda.synchronize()
+            print(f"{dtype}, {tokens} tokens, backend cuda: right")
         for tokens in (1, 17, 70):
             check(device, dtype, tokens)
             torch.cuda.synchronize()

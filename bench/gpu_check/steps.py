@@ -37,12 +37,14 @@ class Step:
 
 
 def steps() -> list[Step]:
-    """Everything that only a GPU can tell, the most telling first."""
+    """Everything that only a GPU can tell: after the build, which the CUDA kernels need, the most telling first."""
     python = sys.executable
     # Each process compiles its variants, and leaves them in a cache that all of them share.
     spread = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread)
-    files = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")))
+    files = tuple(
+        sorted(str(path.relative_to(ROOT)) for of in ("triton", "cuda") for path in ROOT.glob(f"tests/test_{of}_*.py"))
+    )
     ignored = tuple(f"--ignore={file}" for file in files)
     interpreted = (("TRITON_INTERPRET", "1"),)
     sanitizer = shutil.which("compute-sanitizer")
@@ -54,10 +56,11 @@ def steps() -> list[Step]:
     folder = Path(tempfile.mkdtemp())
     latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
     time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--only", "vicuna-7b T=1 ", "--seconds", "0.3")
-    # One architecture: this machine's. The kernels' tests and the sanitizer do not need the native modules.
+    # One architecture: this machine's.
     arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
     return [
+        Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
         Step("small cases", small, 90),
         Step("kernel tests", (*pytest, *files), 200),
         Step("tests marked gpu", (*pytest, "-m", "gpu", "tests"), 90),
@@ -66,7 +69,6 @@ def steps() -> list[Step]:
         Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 90, without, environment=apart),
         Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 90, without, environment=apart),
         Step("latency", (*time_it, "--out", str(latency)), 120, report=latency),
-        Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
         Step("all other tests", (*pytest, "-m", "not gpu", *ignored, "tests"), 240, environment=interpreted),
     ]
