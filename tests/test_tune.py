@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.kernel_tools import DEVICE
+from tests.kernel_tools import DEVICE, on_cuda
 from unike_kernels.triton_kernels import launching, tune, tuning
 
 TINY = {"tiny": tune.Model(d=64, width=64, heads=2, gated=True, act="silu", n=40, items=50, k=8)}
@@ -18,6 +18,8 @@ def test_neighbours_differ_in_one_entry():
     assert all(sum(choice.get(name) != value for name, value in other.items()) == 1 for other in found)
     assert all(other["BN"] >= 16 for other in found)
     assert len(found) == 1 + 2 + 1 + 2  # 32; 32 and 128; 8; 2 and 4
+    in_cuda = list(tune.neighbours({"SPLIT": 1, "ROWS": 8}))
+    assert {"SPLIT": 4, "ROWS": 8} in in_cuda and {"SPLIT": 1, "ROWS": 2} in in_cuda and len(in_cuda) == 6
 
 
 def test_same_allows_another_order_of_summation_only():
@@ -32,8 +34,11 @@ def test_same_allows_another_order_of_summation_only():
 
 @pytest.fixture(scope="module")
 def ready():
-    """Every operator, forward and backward, small."""
-    return tune.cases(DEVICE, TINY, tokens=(1, 17, 65), dtypes=(torch.float32,))
+    """Every operator, forward and backward, small; the CUDA C++ kernels in the emulator where there is no GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            on_cuda(patch)
+        yield tune.cases(DEVICE, TINY, tokens=(1, 17, 65), dtypes=(torch.float32,))
 
 
 def test_cases_use_every_kernel_that_has_rows(ready):

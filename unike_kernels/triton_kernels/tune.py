@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cuda_kernels, native
 from . import launcher, tuning
 
 GAIN = 0.97  # a choice wins if it takes at most so much of the time: less is noise
@@ -43,7 +44,13 @@ def key(row: tuning.Row) -> Key:
 
 
 def neighbours(choice: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Choices that differ in one entry: warps, stages, or a block (also a number of programs) halved or doubled."""
+    """Choices that differ in one entry: warps, stages, or a block (also a number of programs) halved or doubled; of a
+    CUDA C++ kernel (SPLIT, ROWS) all that it is built for.
+    """
+    if "SPLIT" in choice:
+        for name in choice:
+            yield from ({**choice, name: option} for option in (1, 2, 4, 8) if option != choice[name])
+        return
     for name, options in (("num_warps", (4, 8)), ("num_stages", (2, 3, 4))):
         for option in options:
             if choice.get(name) != option:
@@ -189,8 +196,9 @@ def cases(
     tokens: Sequence[int] = (1, 16, 64, 512),
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
 ) -> dict[str, Run]:
-    """Every operator at the sizes of real models; backward at the largest number of tokens."""
+    """Every operator at the sizes of real models, in CUDA C++ too; backward at the largest number of tokens."""
     found: dict[str, Run] = {}
+    in_cuda = cuda_kernels.launcher("knowledge_shift") if native.no_cuda() is None else None
     for model_name, m in models.items():
         for dtype in dtypes:
             make = partial(_random, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
@@ -209,6 +217,10 @@ def cases(
                 for form in ("given", "computed"):
                     shift = _shift(make, m, x, form)
                     found[f"knowledge_shift {form} {at}"] = partial(_run, "knowledge_shift", *shift)
+                for form in ("given", "raw"):
+                    shift = _shift(make, m, x, form)
+                    if in_cuda is not None and cuda_kernels.refusal("knowledge_shift", shift) is None:
+                        found[f"knowledge_shift cuda {form} {at}"] = partial(in_cuda, *shift)
             for routing in ("route", "selected"):
                 args = _neurons(make, m, x, routing)
                 run = partial(_run, "extra_neurons_backward", [make(t, m.d)], *args, _needs(args))
@@ -262,12 +274,17 @@ def _neurons(make: Callable[..., Tensor], m: Model, x: Tensor, routing: str) -> 
 
 
 def _shift(make: Callable[..., Tensor], m: Model, x: Tensor, form: str) -> tuple[Any, ...]:
-    """Knowledge_shift: items per token and alpha given; or items of a case, alpha computed, projections."""
+    """Knowledge_shift: items per token and alpha given, or (raw) computed from one head; or items of a case, alpha
+    computed, projections.
+    """
     t, hd, device = len(x), m.d // m.heads, x.device
-    q, keys, values = make(t, m.heads, hd), make(m.items, m.heads, hd), make(m.items, m.heads, hd)
-    rows = t if form == "given" else min(t, 4)
+    head = (m.d,) if form == "raw" else (m.heads, hd)
+    q, keys, values = make(t, *head), make(m.items, *head), make(m.items, *head)
+    rows = min(t, 4) if form == "computed" else t
     indices = (torch.arange(rows * m.k, device=device) * 7919 % m.items).view(rows, m.k)
     rest = ("knowledge", True, None, None, True)
+    if form == "raw":
+        return (x, q, keys, values, indices, None, None, None, None, None, [], "identity", *rest)
     if form == "given":
         alpha = make(rows).float().abs().clamp(max=1.0)
         return (x, q, keys, values, indices, alpha, None, None, None, None, [], "identity", *rest)
