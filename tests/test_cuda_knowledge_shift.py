@@ -10,6 +10,7 @@ from kernel_tools import DEVICE, DTYPES, launches, on_cuda, poisoned, shifted, s
 from shift_bodies import SHAPES, case_tokens, ids, inputs, layer, on_cases
 
 import unike_kernels as uk
+from tests.models_tiny import ALWAYS, edits_for, inputs_for, make_model
 from unike_kernels import native
 from unike_kernels.cuda_kernels import refusal
 from unike_kernels.cuda_kernels.knowledge_shift import KERNEL
@@ -46,7 +47,7 @@ def test_given_alpha(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 15, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16])
 def test_items_of_a_case(tokens, dtype):
     bodies.items_of_a_case(check, tokens, dtype)
 
@@ -235,3 +236,21 @@ def test_scores_that_overflow_leave_the_weight_to_what_is_missing():
     out, _ = uk.ops.knowledge_shift(h, q, keys, values, indices, alpha=0.5, backend="cuda")
     expected, _ = uk.reference.knowledge_shift(h, q, keys, values, indices, alpha=0.5)
     assert out.isfinite().all() and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_patched_model_decodes_with_it(name):
+    """Once a case's alpha is decided, every step and layer is one start; the answer is that of the reference."""
+    model = make_model(name, layers=2)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ALWAYS, prompts={k: v[:2] for k, v in inputs.items()}, layers=(0, 1))
+    said = {}
+    for backend in ("reference", "cuda"):
+        with uk.patch(model, edits, backend=backend), torch.no_grad(), launches() as counted:
+            said[backend] = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+    assert torch.equal(said["cuda"].sequences, said["reference"].sequences)
+    for ours, theirs in zip(said["cuda"].logits, said["reference"].logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert counted[KERNEL] >= 3 * 2  # three steps behind the first, two layers
