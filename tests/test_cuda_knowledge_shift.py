@@ -241,8 +241,8 @@ def test_scores_that_overflow_leave_the_weight_to_what_is_missing():
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_a_patched_model_decodes_with_it(name):
     """Once a case's alpha is decided, every step and layer is one start; the answer is that of the reference."""
-    model = make_model(name, layers=2)
-    inputs = inputs_for(model, (5, 3, 4))
+    model = make_model(name, layers=2).to(DEVICE)
+    inputs = {key: value.to(DEVICE) for key, value in inputs_for(model, (5, 3, 4)).items()}
     edits = edits_for(model, ALWAYS, prompts={k: v[:2] for k, v in inputs.items()}, layers=(0, 1))
     said = {}
     for backend in ("reference", "cuda"):
