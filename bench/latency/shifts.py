@@ -74,7 +74,7 @@ def raw_shift(shape: Shape, tokens: int, on_cpu: bool = False) -> Case:
             "h_input": known + rows(tokens, shape.d),
             "q": known,
             "item_keys": states,
-            "item_values": states,
+            "item_values": states.clone(),  # a memory keeps two tables
             "indices": indices,
         }
 
@@ -95,7 +95,7 @@ def raw_shift(shape: Shape, tokens: int, on_cpu: bool = False) -> Case:
         {"T": tokens, "K": K},
         make,
         {"step by step": step_by_step},
-        moved=tokens * (K + 3) * shape.d,  # keys and values are one table
+        moved=tokens * (2 * K + 3) * shape.d,
         flops=4 * tokens * K * shape.d,
         on_cpu=on_cpu,
     )
