@@ -237,6 +237,12 @@ def test_a_chat_template_is_asked_with_and_without_a_picture():
         assert style.ask_text("{q}") == "USER: {q} ASSISTANT:"
 
 
+def test_a_processor_that_puts_the_pictures_tokens_itself_is_not_asked_in_chat():
+    blip2 = Chatting()
+    blip2.num_query_tokens = 32
+    assert prompt_style("auto", "vqa", blip2) == STYLES["short-answer"]
+
+
 def test_unknown_styles_are_refused():
     with pytest.raises(ValueError, match="the prompt style is 'short', not one of auto, chat, raw, short-answer"):
         prompt_style("short", "vqa")

@@ -298,6 +298,41 @@ def test_a_large_group_goes_on_where_its_edits_were_stopped(tmp_path, monkeypatc
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
+def test_a_model_with_a_chat_template_is_asked_in_it(place, tmp_path, monkeypatch):
+    """LLaVA: another class, whose prompts hold the picture's token."""
+    from transformers import AutoProcessor, LlavaProcessor
+
+    from tests import editing_tiny, models_tiny
+
+    monkeypatch.setattr(models_tiny, "VOCABULARY", emoji.VOCABULARY)
+    tokenizer = AutoProcessor.from_pretrained(place / "model").tokenizer
+    tokenizer.add_special_tokens({"bos_token": "</s>"})
+    chat = "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}"
+    chat += "{{ p.text }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
+    like = editing_tiny.make_processor("llava")
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(like.image_processor, tokenizer, image_token="<image>", chat_template=chat, **options)
+    processor.save_pretrained(tmp_path / "model")
+    models_tiny.make_model("llava").save_pretrained(tmp_path / "model")
+    fast = UnikeConfig(layers=(3, 4), encoders=FAST.encoders, neurons=FAST.neurons)
+    job = Job(
+        str(tmp_path / "model"),
+        [MMEDIT / "vqa_eval.json"],
+        [MMEDIT / "vqa_train.json"],
+        place / "pictures",
+        tmp_path / "run",
+        limit=1,
+        config=fast,
+        progress=False,
+    )
+    run(job, lambda text: None)
+    (row,) = rows(tmp_path / "run/seed0")
+    prompts = {p["kind"]: p["prompt"] for p in row["probes"]}
+    assert all(prompts[k].startswith("USER: <image>") for k in ("rel", "t_gen", "m_gen", "m_loc"))
+    assert prompts["t_loc"].startswith("USER: nq question: ") and "<image>" not in prompts["t_loc"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["model"]["class"] == "LlavaForConditionalGeneration"
+
+
 def test_seeds_are_averaged():
     from tests.test_protocols import five, result_of
 

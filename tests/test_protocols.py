@@ -294,6 +294,14 @@ def test_a_finished_run_edits_nothing(editor):
     assert list(protocols.run(plan, method, examiner_of(editor), done={r.id for r in plan.records})) == []
 
 
+def test_a_record_that_was_computed_twice_counts_once(editor, tmp_path):
+    plan, run = protocols.plan("one-step", [make_records(1)]), Run(tmp_path / "a", {})
+    (result,) = protocols.run(plan, Fake(), examiner_of(editor))
+    run.append(result)
+    run.append(result)
+    assert Run(tmp_path / "a", {}).results == [result]
+
+
 def test_another_runs_folder_is_refused_by_what_differs(tmp_path):
     Run(tmp_path / "a", {"k": 1, "seed": 0, "method": {"name": "UniKE", "steps": 50}})
     with pytest.raises(OtherRunError, match=r"holds another run \(there, here\): k: 1 and 2; method.steps: 50 and 25"):

@@ -54,13 +54,14 @@ def prompt_style(name: str, task: str, processor: Any = None) -> PromptStyle:
     """The style called `name` for a task ("vqa" or "caption").
 
     name: one of STYLES; a template with {}, for every question about a picture; "chat" (the processor's chat template);
-    or "auto": chat where the processor has such a template (its models expect the picture's token in the prompt),
-    otherwise MMEdit's own. ValueError for anything else.
+    or "auto": chat where the processor has such a template and leaves it to the prompt to hold the picture's token (a
+    BLIP-2's puts the tokens itself), otherwise MMEdit's own. ValueError for anything else.
     """
     if "{}" in name:
         return PromptStyle("template", name, name)
     if name == "auto":
-        name = "chat" if getattr(processor, "chat_template", None) else OF_TASK[task]
+        own = getattr(processor, "num_query_tokens", None) is None
+        name = "chat" if own and getattr(processor, "chat_template", None) else OF_TASK[task]
     if name == "chat":
         return chat_style(processor)
     if name not in STYLES:

@@ -50,11 +50,14 @@ class Run:
             return
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        for n, line in enumerate(whole.splitlines()):
+        found: dict[str, Result] = {}
+        for n, line in enumerate(whole.split(b"\n")[:-1]):
             try:
-                self.results.append(Result.from_json(json.loads(line)))
+                result = Result.from_json(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path} is damaged in line {n + 1}") from None
+            found.setdefault(result.id, result)  # two processes in one folder compute the same
+        self.results = list(found.values())
         if len(whole) < len(data):
             write_whole(path, whole)
 
