@@ -27,9 +27,9 @@ WARM_UP = 150  # steps
 SHOWN_EVERY = 20  # steps: reading a figure makes the host wait for the device, so not at every step on a GPU
 
 
-def rate(step: int, steps: int, peak: float) -> float:
+def rate(step: int, steps: int, peak: float, warm_up: int = WARM_UP) -> float:
     """Return the learning rate: a linear warm-up, then a cosine down to 2 % of `peak`."""
-    return peak * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+    return peak * min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 
 def write(path: Path, save: Any) -> None:
@@ -50,6 +50,7 @@ def run_stage(
     stop_at: int | None = None,
     every: float = 60.0,
     rates: tuple[float, float] | None = None,
+    warm_up: int = WARM_UP,
 ) -> bool:
     """Run `stage` up to `steps` from its checkpoint; True when it is finished.
 
@@ -85,7 +86,7 @@ def run_stage(
     progress = tqdm(range(start, end), initial=start, total=steps, desc=f"{stage.name} {seed}", mininterval=5)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, peak)
+            group["lr"] = rate(step, steps, peak, warm_up)
         loss, shown = stage.step(generator, step / steps)
         optimizer.zero_grad()
         loss.backward()

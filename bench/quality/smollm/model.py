@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 QUERY_TOKENS = 5  # image tokens per picture: three start as a name's first tokens, two as its kind's
 QFORMER = 256  # width of the Q-Former
 TEMPLATE = f"{IMAGE}\n{{}}"  # the emoji world's prompts bring their own "Question: ... Answer:"
+END = "\n"  # what the language model writes after a text-only answer
 TRAINED = ("ln_vision", "Qformer", "query_tokens", "llama_proj")
 
 
@@ -56,9 +57,8 @@ def assemble(visual_encoder: nn.Module, language: nn.Module, tokenizer: Any, see
         width = language.get_input_embeddings().weight.shape[1]
         queries = nn.Parameter(torch.randn(1, QUERY_TOKENS, QFORMER))
         projection = nn.Linear(QFORMER, width)
-        model = MiniGPT4(
-            visual_encoder, nn.LayerNorm(vision.WIDTH), make_qformer(), queries, language, tokenizer, projection
-        )
+        parts = (visual_encoder, nn.LayerNorm(vision.WIDTH), make_qformer(), queries)
+        model = MiniGPT4(*parts, language, tokenizer, projection, end_sym=END)
     model.requires_grad_(False)
     for name in TRAINED:
         getattr(model, name).requires_grad_(True)

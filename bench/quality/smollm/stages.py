@@ -115,42 +115,39 @@ class SpeakStage(_Stage):
         patches: Tensor,
         heads: Identity,
         *,
-        batch: int = 48,
-        parts: int = 2,
+        batch: int = 24,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """parts: how many pieces a batch is run in, sorted by length; dtype: of the frozen language model's copy.
-
-        On an AVX-512 CPU bfloat16 made a forward about five times as fast as float32.
-        """
+        """dtype: of the frozen language model's copy; bfloat16 made a forward on an AVX-512 CPU five times as fast."""
         super().__init__(net, patches, heads)
-        self.batch, self.parts = batch, parts
+        self.batch, self.seen = batch, torch.zeros(())
         self.language = copy.deepcopy(net.llama_model).to(dtype).requires_grad_(False)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.ids = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
-        name, sorting = [], []
+        name_questions: list[tuple[int, list[Pair]]] = []  # (drawing, what can be asked about it)
+        captions: list[tuple[int, list[Pair]]] = []
+        sorting: list[tuple[int, list[Pair]]] = []
         for row in self.shown.tolist():
             concept = data.drawings()[row][0]
-            pairs = self._encode(data.picture_questions(concept))
-            asked = data.sorting_questions(concept)
-            sorting.append((row, self._encode(asked)))
+            sorting.append((row, self._encode(data.sorting_questions(concept))))
             if bool(self.known[row]):
-                name.append((row, pairs[: len(data.NAME)], pairs[-len(data.CAPTION) :]))
-        self.name, self.sorting = name, sorting
+                pairs = self._encode(data.picture_questions(concept))
+                name_questions.append((row, pairs[: len(data.NAME)]))
+                captions.append((row, pairs[-len(data.CAPTION) :]))
+        self.kinds = ((0.55, name_questions), (0.15, captions), (0.30, sorting))  # share of the steps
 
     def _encode(self, pairs: list[tuple[str, str]]) -> list[Pair]:
         return [([*self.ids(f"\n{prompt}")], [*self.ids(f" {target}"), self.eos]) for prompt, target in pairs]
 
-    def _draw(self, generator: torch.Generator) -> list[tuple[int, Pair, bool]]:
-        """(drawing, pair, whether it is a name): half names, a fifth captions, the rest groups and kinds."""
-        out = []
-        for i in range(self.batch):
-            kind = 0 if i < 0.5 * self.batch else 1 if i < 0.7 * self.batch else 2
-            population: list[Any] = self.name if kind < 2 else self.sorting
-            row, *choices = population[int(torch.randint(len(population), (1,), generator=generator))]
-            pairs = choices[kind if kind < 2 else 0]
-            out.append((row, pairs[int(torch.randint(len(pairs), (1,), generator=generator))], kind == 0))
-        return sorted(out, key=lambda drawn: len(drawn[1][0]) + len(drawn[1][1]))
+    def _draw(self, generator: torch.Generator) -> tuple[int, Tensor, list[Pair]]:
+        """(kind, drawings [batch], pairs): all of one kind, so that little is padded."""
+        u, kind = float(torch.rand((), generator=generator)), 0
+        while kind < 2 and u >= self.kinds[kind][0]:
+            u, kind = u - self.kinds[kind][0], kind + 1
+        population = self.kinds[kind][1]
+        chosen = [population[i] for i in torch.randint(len(population), (self.batch,), generator=generator).tolist()]
+        pairs = [pairs[int(torch.randint(len(pairs), (1,), generator=generator))] for _, pairs in chosen]
+        return kind, torch.tensor([row for row, _ in chosen]), pairs
 
     def _answer(self, states: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """(negative log-likelihood [B], whether every token is the first choice [B])."""
@@ -180,16 +177,10 @@ class SpeakStage(_Stage):
 
     def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one random batch, and what to show beside it; `progress` is not used."""
-        drawn = self._draw(generator)
-        rows = torch.tensor([row for row, _, _ in drawn])
+        kind, rows, pairs = self._draw(generator)
         states = self.states(rows, generator)
-        size = self.batch // self.parts
-        found = [
-            self._answer(states[i : i + size], [pair for _, pair, _ in drawn[i : i + size]])
-            for i in range(0, len(drawn), size)
-        ]
-        loss, right = (torch.cat(x) for x in zip(*found, strict=True))
+        loss, right = self._answer(states, pairs)
         identity, told = self.heads.loss(states, self.concept[rows])
-        named = torch.tensor([is_name for _, _, is_name in drawn])
-        shown = {"name": right[named].float().mean(), "other": right[~named].float().mean(), "identity": told}
-        return loss.mean() + 0.2 * identity, shown
+        if kind == 0:
+            self.seen = right.float().mean()
+        return loss.mean() + 0.2 * identity, {"name": self.seen, "identity": told}

@@ -18,7 +18,8 @@ from bench.quality.world import CACHE
 from . import features, model
 from .stages import AlignStage, SpeakStage
 
-STEPS = {"align": 500, "speak": 1200}
+STEPS = {"align": 500, "speak": 500}
+WARM_UP = 40  # steps
 RATES = {"align": (1.5e-3, 0.05), "speak": (7e-4, 0.02)}  # peak learning rate, weight decay
 
 
@@ -29,9 +30,9 @@ def train(seed: int, align_steps: int = STEPS["align"], speak_steps: int = STEPS
     net, processor = model.load(seed, trained=False)
     patches = features.cached(net.visual_encoder, CACHE / "smollm" / f"patches{seed}", seed)
     align = AlignStage(net, processor.tokenizer, patches, seed)
-    run_stage(align, align_steps, seed, folder / "align.pt", rates=RATES["align"])
+    run_stage(align, align_steps, seed, folder / "align.pt", rates=RATES["align"], warm_up=WARM_UP)
     speak = SpeakStage(net, processor.tokenizer, patches, align.heads)
-    run_stage(speak, speak_steps, seed + 1, folder / "speak.pt", rates=RATES["speak"])
+    run_stage(speak, speak_steps, seed + 1, folder / "speak.pt", rates=RATES["speak"], warm_up=WARM_UP)
     out = model.weights_file(seed)
     state = {name: t.half().contiguous() for name, t in model.projector_state(net).items()}
     write(out, lambda path: save_file(state, path))
