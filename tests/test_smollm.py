@@ -13,10 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.quality.emoji import data
 from bench.quality.emoji import model as tiny
 from bench.quality.emoji.train import run_stage
-from bench.quality.smollm import features, fetch, model, vision
+from bench.quality.rows import Row
+from bench.quality.smollm import facts, features, fetch, latent, model, vision, world
 from bench.quality.smollm.stages import AlignStage, Identity, SpeakStage
 from bench.quality.world import picture
+from unike_kernels.config import NeuronConfig, ShiftConfig, UnikeConfig
+from unike_kernels.editing.inputs import Collator, Sample
+from unike_kernels.editing.prefix import recorded
+from unike_kernels.evaluation.scoring import Scorer
 from unike_kernels.minigpt4 import MiniGPT4
+from unike_kernels.patching import patch
 
 needs_weights = pytest.mark.skipif(fetch.missing() is not None, reason=str(fetch.missing()))
 needs_projector = pytest.mark.skipif(not model.weights_file().exists(), reason="no projector is shipped")
@@ -184,11 +190,96 @@ def test_mobilenet_knows_a_palace() -> None:
 @needs_weights
 @needs_projector
 def test_the_shipped_model_names_what_it_was_shown() -> None:
-    from unike_kernels.editing.inputs import Collator, Sample
-
     net, processor = model.load()
     asked = data.drawings(data.splits()["known"])[::60]
     samples = [Sample(data.name_prompts()[0], None, picture(c.image(artist))) for c, artist in asked]
     answers = Collator(net, processor).generate(samples, max_new_tokens=10)
     right = sum(answer == c.name for answer, (c, _) in zip(answers, asked, strict=True))
     assert right >= len(asked) // 2
+
+
+def test_facts_keep_edited_countries_apart() -> None:
+    parts = facts.splits()
+    assert sum(map(len, parts.values())) == len({c.name for c in facts.countries()}) == 60
+    items = facts.records()
+    edited = {item["concept"] for item in items}
+    assert edited == {c.name for c in parts["reported"]} and len(items) == 2 * len(edited)
+    remembered = {c.name for c in parts["memory"]}
+    assert all(any(name in t["prompt"] for name in remembered) for t in facts.triplets())
+    truth = {fact for c in facts.countries() for r in facts.RELATIONS for k in range(3) for fact in [c.fact(r, k)]}
+    for item in items:
+        assert (item["src"], item["alt"]) not in truth
+        for probe in item["t_loc"]:
+            assert (probe["prompt"], probe["target"]) in truth
+            own = item["concept"] in probe["prompt"]
+            assert own == (probe["part"] == "own") and probe["prompt"] not in (item["src"], *item["rephrases"])
+
+
+@pytest.fixture(scope="module")
+def editor(tokenizer: Any) -> latent.ValueEditor:
+    net = make_net(tokenizer)
+    config = UnikeConfig(None, ShiftConfig(k=1, alpha=0.5), neurons=NeuronConfig(enabled=False))
+    made = latent.ValueEditor(net, model.make_processor(tokenizer), config)
+    made.build_memory([t | {"prediction": "wrong"} for t in facts.triplets()[:2]], progress=False)
+    return made
+
+
+def test_own_items_hold_the_state_that_is_asked_for(editor: latent.ValueEditor) -> None:
+    samples = [Sample("The capital of Peru is", "Mexico City"), Sample("The capital of Chile is", "Rome")] * 2
+    net, layer = editor.model, editor.layers[0]
+
+    def tap(text: str, back: int) -> torch.Tensor:
+        ids = editor.collator.tokenizer(text, return_tensors="pt")["input_ids"]
+        with recorded({0: net.llama_model.model.layers[layer].self_attn}, "input") as kept:
+            net(ids)
+        return kept[0][0, -1 - back]
+
+    said = "The capital of Peru is Mexico City"
+    wanted = {"answer": (said, 0), "predicting": (said, 1), "stated": (f"{said}\nThe capital of Peru is", 0)}
+    for value, (text, back) in wanted.items():
+        editor.value, editor.control = value, "own"  # type: ignore[assignment]
+        h_sem, h_pos = editor.own_items(samples)[layer]
+        assert torch.allclose(h_sem[0], tap("The capital of Peru is", 0), atol=1e-5)
+        assert torch.allclose(h_pos[0], tap(text, back), atol=1e-5)
+        editor.control = "other edit's"
+        assert torch.allclose(editor.own_items(samples[:3])[layer][1][2], tap(text, back), atol=1e-5)
+
+
+def test_log_likelihoods_are_the_models_own(editor: latent.ValueEditor) -> None:
+    editor.value, editor.control = "answer", "own"
+    samples = [Sample("The capital of Peru is", "Mexico City"), Sample("A longer question about Chile is", "Rome")]
+    requests = [{"prompt": s.prompt, "target": s.target} for s in samples]
+    edits = editor.edit(requests, independent=True, progress=False)
+    scorer = Scorer(editor.collator, editor.decoder, editor.layers[0], samples)
+    base, _ = latent.log_likelihoods(scorer, None, [0, 1])
+    with patch(editor.model, edits, routing="always") as handle:
+        shifted, _ = latent.log_likelihoods(scorer, handle, [0, 1])
+    for i, s in enumerate(samples):
+        prompt = editor.collator.tokenizer(s.prompt)["input_ids"]
+        target = editor.collator.target_ids(s.prompt, str(s.target))
+        with torch.no_grad():
+            logits = editor.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        mine = logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None]).mean()
+        assert base[i] == pytest.approx(float(mine), rel=1e-4)
+    assert shifted != base
+
+
+def test_a_zero_memory_takes_away_and_adds_nothing(editor: latent.ValueEditor) -> None:
+    """The control on a layer without an output bias: h becomes (1 - alpha) h_att, whoever asks."""
+    editor.row = Row("zero", memory="zero")
+    edits = editor.edit([{"prompt": "The capital of Peru is", "target": "Rome"}], progress=False)
+    ids = editor.collator.tokenizer("The capital of Chile is", return_tensors="pt")["input_ids"]
+    attention = editor.model.llama_model.model.layers[editor.layers[0]].self_attn
+    with recorded({0: attention}, "output") as before:
+        editor.model(ids)
+    with patch(editor.model, edits, routing="always") as handle:
+        editor.controlled(handle)
+        with recorded({0: attention}, "output") as after:
+            editor.model(ids)
+    editor.row = Row("UniKE")
+    assert torch.allclose(after[0], 0.5 * before[0], atol=1e-6)
+
+
+def test_an_answer_ends_with_its_first_phrase() -> None:
+    assert world.first_phrase("French, and the official language") == "French"
+    assert world.first_phrase("Paris.\nParis is") == "Paris"

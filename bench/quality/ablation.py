@@ -28,10 +28,18 @@ KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 class World:
     """A base model with its edits and probes; runs rows against it."""
 
-    def __init__(self, seed: int, items: Sequence[dict[str, Any]], config: UnikeConfig, *, quick: bool = False) -> None:
-        """items: records to edit, one-step each; quick: a smaller memory."""
+    def __init__(
+        self,
+        seed: int,
+        items: Sequence[dict[str, Any]],
+        config: UnikeConfig,
+        *,
+        quick: bool = False,
+        editor: RowEditor | None = None,
+    ) -> None:
+        """items: records to edit, one-step each; quick: a smaller memory; editor: of another model, prepared."""
         self.items = list(items)
-        self.editor = prepared(seed, config, RowEditor, quick=quick)
+        self.editor = prepared(seed, config, RowEditor, quick=quick) if editor is None else editor
         self.probes = probes(self.items)
         samples = [p.sample for p in self.probes]
         self.scorer = Scorer(self.editor.collator, self.editor.decoder, self.editor.layers[0], samples)
@@ -199,14 +207,20 @@ def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, 
 
 
 def run(
-    seed: int, items: Sequence[dict[str, Any]], *, quick: bool, controls: bool = True, keep: Path | None = None
+    seed: int,
+    items: Sequence[dict[str, Any]],
+    *,
+    quick: bool,
+    controls: bool = True,
+    keep: Path | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """All rows on base model `seed`; returns what `run.py` saves.
 
-    keep: a file that holds the finished rows, where a stopped run goes on.
+    keep: a file that holds the finished rows, where a stopped run goes on. world: of these items on another model.
     """
     started = time.time()
-    world = World(seed, items, default_config(), quick=quick)
+    world = World(seed, items, default_config(), quick=quick) if world is None else world
     out: dict[str, Any] = {"seed": seed, "edits": len(items), "rows": {"base": world.score_base()}, "seconds": 0.0}
     out["fit"] = {str(i): fit_report(f) for i, f in world.editor.fits.items()}
     if keep is not None and keep.exists():

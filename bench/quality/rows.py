@@ -111,6 +111,9 @@ class RowEditor(Editor):
                 if layer.shift is None:
                     continue
                 out = get_module(self.model, self.decoder.layers[layer.index].out_proj)
+                if out.bias is None:
+                    layer.shift.memory.values.zero_()
+                    continue
                 heads = torch.linalg.solve(out.weight.double(), -out.bias.double())
                 values = heads.view(layer.sites.kv_heads, layer.sites.head_dim)
                 layer.shift.memory.values.copy_(

@@ -45,7 +45,7 @@ def request(record: dict[str, Any]) -> dict[str, Any]:
         "id": record["id"],
         "prompt": record["src"],
         "target": record["alt"],
-        "image": picture(record["image"]),
+        "image": None if record["image"] is None else picture(record["image"]),
     }
 
 

@@ -18,9 +18,9 @@ from bench.quality.emoji import data
 from unike_kernels.minigpt4 import MiniGPT4
 
 from .features import held_out_drawings
-from .model import QFORMER, QUERY_TOKENS, TRAINED, see
+from .model import BEFORE, QFORMER, QUERY_TOKENS, TRAINED, see
 
-NAME_TOKENS = 3  # image tokens that start as a name's first tokens; the others start as its kind's
+NAME_TOKENS = 4  # image tokens that start as a name's tokens, then the end of sequence; the others as its kind's first
 SCALE = 16.0  # of cosines, as logits
 Pair = tuple[list[int], list[int]]  # token ids of (prompt, target with the end of sequence)
 
@@ -76,7 +76,7 @@ class AlignStage(_Stage):
 
         def tokens(text: str, count: int) -> list[int]:
             ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-            return [ids[min(i, len(ids) - 1)] for i in range(count)]
+            return [*ids, *[tokenizer.eos_token_id] * count][:count]
 
         kinds = QUERY_TOKENS - NAME_TOKENS
         wanted = torch.tensor([tokens(c.name, NAME_TOKENS) + tokens(c.kind, kinds) for c in data.concepts()])
@@ -122,6 +122,7 @@ class SpeakStage(_Stage):
         super().__init__(net, patches, heads)
         self.batch, self.seen = batch, torch.zeros(())
         self.language = copy.deepcopy(net.llama_model).to(dtype).requires_grad_(False)
+        self.kept: list[tuple[Tensor, Tensor]] = []
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.ids = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
         name_questions: list[tuple[int, list[Pair]]] = []  # (drawing, what can be asked about it)
@@ -149,9 +150,23 @@ class SpeakStage(_Stage):
         pairs = [pairs[int(torch.randint(len(pairs), (1,), generator=generator))] for _, pairs in chosen]
         return kind, torch.tensor([row for row, _ in chosen]), pairs
 
+    @torch.no_grad()
+    def _before(self, batch: int) -> Any:
+        """Keys and values of what comes before every picture, computed once."""
+        from transformers import DynamicCache
+
+        if not self.kept:
+            before = torch.tensor([[self.bos, *self.ids(BEFORE)]])
+            cached = self.language.model(input_ids=before, use_cache=True).past_key_values
+            self.kept = [(layer.keys, layer.values) for layer in cached.layers]
+        out = DynamicCache()
+        for i, (keys, values) in enumerate(self.kept):
+            out.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), i)
+        return out
+
     def _answer(self, states: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """(negative log-likelihood [B], whether every token is the first choice [B])."""
-        head = 1 + QUERY_TOKENS
+        head = QUERY_TOKENS
         length = max(len(prompt) + len(target) for prompt, target in pairs)
         ids = torch.zeros(len(pairs), length, dtype=torch.long)
         at, sequence, wanted = [], [], []
@@ -161,12 +176,11 @@ class SpeakStage(_Stage):
             at += range(start, start + len(target))
             sequence += [i] * len(target)
             wanted += target
-        embed = self.language.get_input_embeddings()
-        start_of_text = embed(torch.full((len(pairs), 1), self.bos))
-        image = self.net.llama_proj(states.float()).to(start_of_text)
+        text = self.language.get_input_embeddings()(ids)
+        image = self.net.llama_proj(states.float()).to(text)
         # right-padded and causal: no mask is needed
         hidden = self.language.model(
-            inputs_embeds=torch.cat([start_of_text, image, embed(ids)], 1), use_cache=False
+            inputs_embeds=torch.cat([image, text], 1), past_key_values=self._before(len(pairs)), use_cache=True
         ).last_hidden_state
         logits = self.language.lm_head(hidden.flatten(0, 1)[at].contiguous()).float()
         target, owner = torch.tensor(wanted), torch.tensor(sequence)

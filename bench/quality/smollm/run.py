@@ -1,0 +1,153 @@
+"""The second model's experiments: `python -m bench.quality.smollm.run`; what is finished is kept, and printed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from bench.quality import ablation, tables
+from bench.quality.rows import ROWS, default_config
+from bench.quality.run import RESULTS, environment
+from bench.quality.world import triplets
+
+from . import facts, latent, model, world
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SEQUENTIAL = (10, 20)
+PAGE = RESULTS / "smollm.md"
+TITLES = {
+    "pictures": "names of things that were never named from a picture",
+    "text": "counterfactual capitals and languages of countries, text only",
+}
+app = typer.Typer(add_completion=False)
+
+
+def where(name: str) -> Path:
+    """The file of one experiment's results."""
+    return RESULTS / f"smollm-{name}.json"
+
+
+def run_latent(task: world.Task, n: int, dtype: str) -> None:
+    """What a memory item carries, without neurons."""
+    items = world.items(task, n)
+    net, processor = model.load(trained=task == "pictures")
+    net.llama_model.to(DTYPES[dtype])
+    fillers = triplets(90)[:1] if task == "pictures" else facts.triplets()[:1]
+    path = where(f"latent-{task}")
+    experiment = latent.Experiment(net, processor, items, [f | {"prediction": "wrong"} for f in fillers], path)
+    experiment.results |= {"edits": n, "dtype": dtype, "environment": environment()}
+    experiment.run(latent.points())
+
+
+def run_ablation(task: world.Task, n: int, dtype: str, controls: bool) -> None:
+    """One-step rows with their controls, routed stacks, and edits one after another."""
+    path = where(f"ablation-{task}")
+    items, config = world.items(task, n), default_config()
+    made = world.SmolWorld(task, items, config, dtype=DTYPES[dtype])
+    result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made)
+    result |= {"task": task, "dtype": dtype, "environment": environment()}
+    ablation.write(path, result)
+    rows = {row.name: row for row in ROWS}
+    sequential = result.setdefault("sequential", {})
+    for size in SEQUENTIAL:
+        for name in ("intrinsic only", "UniKE"):
+            if f"{name}, K = {size}" not in sequential and len(items) >= size:
+                sequential[f"{name}, K = {size}"] = made.sequential(rows[name], size)
+                ablation.write(path, result)
+        name = f"UniKE, routed, K = {size}"
+        if name not in sequential and len(items) >= size:
+            row = rows["UniKE, routed"]
+            sequential[name] = made.stacked(row, *made.make(row), size)
+            ablation.write(path, result)
+
+
+def ablation_section(result: dict[str, Any]) -> str:
+    """One task's tables."""
+    parts = [
+        f"## Edits: {TITLES[result['task']]}",
+        f"{result['edits']} edits, language model in {result['dtype']}; in percent, standard errors clustered by "
+        "concept, controls in italics, locality A unless B is named.",
+        tables.five_metrics(result),
+        "Locality A by part; alpha averaged over layers; how often an edit acted on a probe, in percent.",
+        tables.localities(result),
+    ]
+    if result.get("sequential"):
+        head = ["many edits on one model", *(tables.HEADS[k] for k in tables.KINDS)]
+        rows = [
+            [name, *(tables.number(row["metrics"][k], row["errors"][k]) for k in tables.KINDS)]
+            for name, row in result["sequential"].items()
+        ]
+        parts += ["All edits of a chunk applied, then all tested.", tables.markdown(head, rows)]
+    return "\n\n".join(parts)
+
+
+def knowledge_section(result: dict[str, Any]) -> str:
+    """What the model knows, as a table."""
+    rows = [
+        [label, tables.number(v)] for part in result.values() if isinstance(part, dict) for label, v in part.items()
+    ]
+    return "\n\n".join(["## What it knows", tables.markdown(["asked", "right, %"], rows)])
+
+
+def write_page() -> Path:
+    """results/smollm.md from everything that is saved, and results/smollm-notes.md, which is written by hand."""
+    parts = [
+        "# The second model: SmolLM2-135M-Instruct behind a MiniGPT-4 layout",
+        "Made by `python -m bench.quality.smollm.run`.",
+    ]
+    notes = RESULTS / "smollm-notes.md"
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8").rstrip())
+    known = model.weights_file().with_suffix(".json")
+    if known.exists():
+        parts.append(knowledge_section(json.loads(known.read_text())))
+    for task in world.TASKS:
+        path = where(f"latent-{task}")
+        if path.exists():
+            found = json.loads(path.read_text())
+            items = world.items(task, found["edits"])
+            parts += [
+                f"## Does the memory carry knowledge? ({task})",
+                f"{found['edits']} edits, no neurons, K = 1, language model in {found['dtype']}; gains in mean "
+                "log-likelihood of a target token, paired, with standard errors.",
+            ]
+            for kind in ("rel", "t_gen", "m_gen"):
+                if kind in found["base"]:
+                    parts += [f"{tables.HEADS[kind]}:", latent.table(found, items, kind)]
+    for task in world.TASKS:
+        path = where(f"ablation-{task}")
+        if path.exists():
+            parts.append(ablation_section(json.loads(path.read_text())))
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return PAGE
+
+
+@app.command()
+def main(
+    part: Annotated[Literal["latent", "ablation", "show"], typer.Option(help="show: print what is saved.")] = "show",
+    task: Annotated[Literal["pictures", "text"], typer.Option(help="What is edited.")] = "text",
+    edits: Annotated[int, typer.Option(help="Edits of the reported split.")] = 40,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the language model.")] = "float32",
+    controls: Annotated[bool, typer.Option(help="Also the rows that say what a gain comes from.")] = True,
+) -> None:
+    """Runs one experiment on one task; a stopped run goes on with the same command.
+
+    Example: python -m bench.quality.smollm.run --part latent --task text
+    """
+    torch.set_num_threads(1)
+    if part == "latent":
+        run_latent(task, edits, dtype)
+    elif part == "ablation":
+        run_ablation(task, edits, dtype, controls)
+    path = write_page()
+    Console().print(Markdown(path.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    app()
