@@ -59,7 +59,8 @@ def assemble(visual_encoder: nn.Module, language: nn.Module, tokenizer: Any, see
         torch.manual_seed(seed)
         width = language.get_input_embeddings().weight.shape[1]
         queries = nn.Parameter(torch.randn(1, QUERY_TOKENS, QFORMER))
-        projection = nn.Linear(QFORMER, width)
+        # wide in the middle: a linear map of 256 directions cannot reach the embeddings, which fill 576
+        projection = nn.Sequential(nn.Linear(QFORMER, 4 * QFORMER), nn.GELU(), nn.Linear(4 * QFORMER, width))
         parts = (visual_encoder, nn.LayerNorm(vision.WIDTH), make_qformer(), queries)
         model = MiniGPT4(*parts, language, tokenizer, projection, end_sym=END)
     model.requires_grad_(False)

@@ -34,9 +34,13 @@ def thinned(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def items(task: Task, n: int, split: str = "reported") -> list[dict[str, Any]]:
-    """`n` edits of a task: names of things never named from a picture, or counterfactual facts of countries."""
-    found = records.records(split, "name", n) if task == "pictures" else facts.records(split, n)
-    return [thinned(record) for record in found]
+    """`n` edits of a task: names of things never named from a picture, or counterfactual facts of countries.
+
+    Facts are asked without pictures throughout, so that they need no projector.
+    """
+    if task == "pictures":
+        return [thinned(record) for record in records.records(split, "name", n)]
+    return [thinned(record) | {"m_loc_parts": []} for record in facts.records(split, n)]
 
 
 def first_phrase(text: str) -> str:
@@ -66,7 +70,7 @@ def prepared(
 
     quick: fewer triplets and calibration cases.
     """
-    net, processor = model.load(seed)
+    net, processor = model.load(seed, trained=task == "pictures")
     net.llama_model.to(dtype)
     editor = RowEditor(net, processor, config)
     cache = FOLDER / f"memory-{task}"
