@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cosine_topk.cuh"
+#include "int8_search.cuh"
 #include "knowledge_shift.cuh"
 #include "probe.cuh"
 
@@ -93,6 +94,46 @@ void cosine_topk(uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stri
             "launching cosine_topk");
 }
 
+// codes, scale, residual, centre, signs, padded, window, keys, key_norm, their dtype, n, key_stride, d: as csrc/int8_search.cuh.
+using Index = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, std::string,
+                         int64_t, int64_t, int64_t>;
+
+unike::Int8Keys int8_keys(const Index& index, int64_t t, int64_t k) {
+    const auto& [codes, scale, residual, centre, signs, padded, window, keys, norm, dtype, n, stride, d] = index;
+    within("t", t, 0, unike::kMostInt8Queries);
+    within("k", k, 0, unike::kMostItems);
+    within("n", n, 0, (int64_t{1} << 31) - 1);
+    within("d", d, 1, unike::kMostColumns);
+    within("padded", padded, (d + 63) / 64 * 64, (d + 63) / 64 * 64);
+    within("window", window, padded / 2 + 1, padded);
+    within("key_stride", stride, 0, INT64_MAX);
+    if (n > 0 && (codes == 0 || scale == 0 || residual == 0 || keys == 0 || norm == 0))
+        throw std::invalid_argument("codes, scale, residual, keys and key_norm must be addresses, but one is null");
+    if (centre == 0 || signs == 0) throw std::invalid_argument("centre and signs must be addresses, but one is null");
+    return {at<int8_t>(codes), at<float>(scale), at<float>(residual), at<float>(centre), at<float>(signs),
+            static_cast<int>(padded), static_cast<int>(window), at<void>(keys), at<float>(norm), dtype_of(dtype), n, stride,
+            static_cast<int>(d)};
+}
+
+int64_t int8_search_workspace(const Index& index, int64_t t, int64_t k) {
+    int64_t bytes = 0;
+    require(unike::int8_search_workspace(int8_keys(index, t, k), static_cast<int>(t), static_cast<int>(k), bytes),
+            "planning int8_search");
+    return bytes;
+}
+
+void int8_search(const Index& index, uintptr_t q, uintptr_t ranges, int64_t t, int64_t k, uintptr_t workspace, int64_t bytes,
+                 uintptr_t scores, uintptr_t indices, uintptr_t reranked, uintptr_t stream) {
+    const unike::Int8Keys keys = int8_keys(index, t, k);
+    if (t == 0 || k == 0) return;
+    within("bytes of workspace", bytes, int8_search_workspace(index, t, k), INT64_MAX);
+    if (q == 0 || workspace == 0 || scores == 0 || indices == 0 || reranked == 0)
+        throw std::invalid_argument("q, workspace, scores, indices and reranked must be addresses, but one is null");
+    require(unike::int8_search(keys, at<float>(q), at<int64_t>(ranges), static_cast<int>(t), static_cast<int>(k), at<void>(workspace),
+                               at<float>(scores), at<int64_t>(indices), at<int>(reranked), at<CUstream_st>(stream)),
+            "launching int8_search");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -123,6 +164,10 @@ PYBIND11_MODULE(_cuda, m) {
             require(unike::knowledge_shift(shift, split, rows, at<CUstream_st>(stream)), "launching knowledge_shift");
         },
         "The arguments of csrc/knowledge_shift.cuh in their order; a missing tensor is address 0.");
+    m.def("int8_search_workspace", &int8_search_workspace, py::arg("index"), py::arg("t"), py::arg("k"));
+    m.def("int8_search", &int8_search, py::arg("index"), py::arg("q"), py::arg("ranges"), py::arg("t"), py::arg("k"),
+          py::arg("workspace"), py::arg("bytes"), py::arg("scores"), py::arg("indices"), py::arg("reranked"), py::arg("stream"),
+          "As cosine_topk, through an int8 copy of the keys. See csrc/int8_search.cuh.");
     m.def("cosine_topk_workspace", &cosine_topk_workspace, py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
           py::arg("d"), py::arg("k"), "Bytes that cosine_topk needs on the current device.");
     m.def("cosine_topk", &cosine_topk, py::arg("q"), py::arg("q_stride"), py::arg("keys"), py::arg("key_stride"),

@@ -2,27 +2,19 @@
 
 #include <device.cuh>
 
-#include "candidates.cuh"
+#include "selection.cuh"
+#include "streaming.cuh"
 
 // The scan: a persistent grid; a block takes units of 16 to 64 rows in turn and streams each through shared memory in slabs of a
 // few hundred columns, several slabs ahead (cp.async). Its eight warps share the columns of a slab, add up their partial products
-// at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. The merge:
-// one block for each query; the k-th largest of the lists' best bounds the k-th best of all from below, so that hardly more than
-// k candidates are left to be ranked.
+// at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. Another
+// kernel, one block for each query, takes the best of the lists.
 namespace unike {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSpare = 2048;         // candidates that the merge ranks at a time
-constexpr int kMergeThreads = 512;
-constexpr int kMostLists = 1024;     // blocks of a scan: two for each of the largest devices' SMs, and room
-
 struct Problem {
     Search of;
-    Packed* found;   // [t, lists, kList]
-    Packed* best;    // [t, lists]
-    int* counts;     // [t, lists]
-    int lists;
+    Lists to;                 // one for each query and block
     bool aligned, q_aligned;  // rows of keys, of queries: 16-byte aligned
 };
 
@@ -195,28 +187,13 @@ struct Layout {
     }
 };
 
-// 16 bytes of row `row` from column `column` on to shared memory; zeros for what is past the row, or where there is no such row.
-template <typename T>
-__device__ __forceinline__ void fetch(T* shared, const T* rows, int64_t stride, int row, int column, int d, bool there,
-                                      bool aligned) {
-    constexpr int most = 16 / static_cast<int>(sizeof(T));
-    const int count = there ? max(0, min(most, d - column)) : 0;
-    const T* from = rows + (count > 0 ? row * stride + column : 0);
-    if (aligned) {
-        cp_async16(shared, from, count * static_cast<int>(sizeof(T)));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < most; ++i) shared[i] = i < count ? from[i] : narrow<T>(0.0f);
-}
-
 // The norm of a row of d elements, by one warp.
 template <typename T>
 __device__ __forceinline__ float norm_of(const T* row, int d, bool aligned, int lane) {
     constexpr int most = 16 / static_cast<int>(sizeof(T));
     float sum = 0;
     for (int column = most * lane; column < d; column += most * 32) {
-        T x[most];
+        alignas(16) T x[most];
         if (aligned && column + most <= d) {
             *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(row + column);
         } else {
@@ -237,9 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
     using Key = typename Math::Key;
     using Query = typename Math::Query;
     using At = Layout<Math>;
-    constexpr int most = 16 / static_cast<int>(sizeof(Key)), q_most = 16 / static_cast<int>(sizeof(Query));
     const Search& of = problem.of;
-    const int n = static_cast<int>(of.n), d = of.d, k = of.k, lists = problem.lists;
+    const int n = static_cast<int>(of.n), d = of.d, k = of.k, lists = problem.to.lists;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int first_query = static_cast<int>(blockIdx.y) * Math::queries, count = min(Math::queries, of.t - first_query);
     const Key* keys = static_cast<const Key*>(of.keys);
@@ -252,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
     Query* const resident = reinterpret_cast<Query*>(shared + At::queries);
     const int slabs = At::slabs(d), q_pitch = At::q_pitch(d);
 
-    allow_next_kernel();  // the merge: it waits for this one's end, but is there by then
+    allow_next_kernel();  // it waits for this one's end, but is there by then
     // Units keep their places whatever the ranges are.
     for (int i = thread; i < Math::queries; i += kThreads) {
         OfQuery& mine = of_query[i];
@@ -281,31 +257,21 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         if (next_unit < units) {
             unsigned char* stage = shared + next_stage * At::stage_bytes;
             const int column = next_slab * Math::columns;
-            for (int i = thread; i < Math::rows * (Math::columns / most); i += kThreads) {
-                const int row = i / (Math::columns / most), at = i % (Math::columns / most) * most;
-                fetch(reinterpret_cast<Key*>(stage) + row * At::pitch + at, keys, of.key_stride, next_unit * Math::rows + row,
-                      column + at, d, row < n - next_unit * Math::rows, problem.aligned);
-            }
-            if (!Math::resident) {
-                Query* queries = reinterpret_cast<Query*>(stage + At::key_bytes);
-                for (int i = thread; i < Math::queries * (Math::columns / q_most); i += kThreads) {
-                    const int row = i / (Math::columns / q_most), at = i % (Math::columns / q_most) * q_most;
-                    fetch(queries + row * q_pitch + at, q, of.q_stride, first_query + row, column + at, d, row < count,
-                          problem.q_aligned);
-                }
-            }
+            fetch<Math::rows, Math::columns>(reinterpret_cast<Key*>(stage), At::pitch, keys, of.key_stride, next_unit * Math::rows,
+                                             n, column, d, problem.aligned);
+            if (!Math::resident)
+                fetch<Math::queries, Math::columns>(reinterpret_cast<Query*>(stage + At::key_bytes), q_pitch, q, of.q_stride,
+                                                    first_query, of.t, column, d, problem.q_aligned);
             if (++next_slab == slabs) next_slab = 0, next_unit = wanted(next_unit + lists);
         }
         next_stage = next_stage + 1 == Math::stages ? 0 : next_stage + 1;
         cp_async_commit();
     };
     int unit = next_unit, slab = 0, stage = 0;
-    if (Math::resident && unit < units) {  // with the first group of copies
-        for (int i = thread; i < Math::queries * (slabs * Math::columns / q_most); i += kThreads) {
-            const int row = i / (slabs * Math::columns / q_most), at = i % (slabs * Math::columns / q_most) * q_most;
-            fetch(resident + row * q_pitch + at, q, of.q_stride, first_query + row, at, d, row < count, problem.q_aligned);
-        }
-    }
+    if (Math::resident && unit < units)  // with the first group of copies
+        for (int i = 0; i < slabs; ++i)
+            fetch<Math::queries, Math::columns>(resident + i * Math::columns, q_pitch, q, of.q_stride, first_query, of.t,
+                                                i * Math::columns, d, problem.q_aligned);
     for (int i = 0; i < Math::stages - 1; ++i) start_next();
     for (int i = warp; i < count && unit < units; i += kWarps) {
         const float norm = norm_of(q + (first_query + i) * of.q_stride, d, problem.q_aligned, lane);
@@ -330,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         __syncthreads();
         for (int i = warp; i < count; i += kWarps) {
             OfQuery mine = of_query[i];
-            Packed* entries = problem.found + (static_cast<int64_t>(first_query + i) * lists + blockIdx.x) * kList;
+            Packed* entries = problem.to.entries(first_query + i, static_cast<int>(blockIdx.x));
 #pragma unroll
             for (int first = 0; first < Math::rows; first += 32) {
                 const int of_unit = first + lane, row = unit * Math::rows + of_unit;
@@ -355,94 +321,19 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         slab = 0, unit = wanted(unit + lists);
     }
     __syncthreads();
-    for (int i = thread; i < count; i += kThreads) {
-        const int64_t at = static_cast<int64_t>(first_query + i) * lists + blockIdx.x;
-        problem.best[at] = of_query[i].list.best;
-        problem.counts[at] = of_query[i].list.count;
-    }
+    for (int i = thread; i < count; i += kThreads)
+        problem.to.keep(first_query + i, static_cast<int>(blockIdx.x), of_query[i].list);
 }
 
-// ------------------------------------------------------------------------------------------------- the merge
+// ------------------------------------------------------------------------------------------------- the choice
 
-// How many of `others` are above x.
-__device__ __forceinline__ int rank_of(Packed x, const Packed* others, int count) {
-    int rank = 0;
-    for (int i = 0; i < count; ++i) rank += others[i] > x;
-    return rank;
-}
-
-struct Merging {
-    Packed kept[kSpare], winners[kMostItems], best[kMostLists];
-    int lists[kMostLists];  // those that can have one of the k best
-    Packed bound;           // k candidates reach it
-    int used, count;
-};
-
-// Block t: the k best of query t. Moves 8 lists + 2 KiB for each list whose best is among the k largest.
-__global__ void __launch_bounds__(kMergeThreads) cosine_topk_select(const Problem problem, float* scores, int64_t* indices) {
-    Merging& all = *reinterpret_cast<Merging*>(shared_memory());
-    const int k = problem.of.k, lists = problem.lists, thread = static_cast<int>(threadIdx.x);
-    const int lane = thread % 32, warp = thread / 32;
+// Block t: the k best of query t.
+__global__ void __launch_bounds__(kSelectionThreads) cosine_topk_select(const Lists lists, int k, float* scores, int64_t* indices) {
+    Selection& all = *reinterpret_cast<Selection*>(shared_memory());
     const int64_t query = blockIdx.x;
     wait_for_previous_kernel();
-    if (thread == 0) all.bound = 1, all.used = all.count = 0;
-    for (int i = thread; i < lists; i += kMergeThreads) all.best[i] = problem.best[query * lists + i];
-    __syncthreads();
-    for (int i = thread; i < lists; i += kMergeThreads)
-        if (all.best[i] != 0 && rank_of(all.best[i], all.best, lists) == k - 1) all.bound = all.best[i];
-    __syncthreads();
-    for (int i = thread; i < lists; i += kMergeThreads)
-        if (all.best[i] >= all.bound) all.lists[atomicAdd(&all.used, 1)] = i;
-    __syncthreads();
-
-    // Takes the candidates of list `i` that reach the bound, as long as there is room.
-    const auto take = [&](int i) {
-        const int64_t at = query * lists + all.lists[i];
-        const int there = problem.counts[at];
-        const Packed* entries = problem.found + at * kList;
-#pragma unroll
-        for (int first = 0; first < kList; first += 32) {
-            const Packed x = first + lane < there ? entries[first + lane] : 0;
-            const bool reaches = x >= all.bound;
-            const uint32_t votes = __ballot_sync(kWarp, reaches);
-            int place = 0;
-            if (lane == 0 && votes) place = atomicAdd(&all.count, __popc(votes));
-            place = __shfl_sync(kWarp, place, 0) + __popc(votes & ((1u << lane) - 1));
-            if (reaches && place < kSpare) all.kept[place] = x;
-        }
-    };
-    for (int i = warp; i < all.used; i += kMergeThreads / 32) take(i);
-    __syncthreads();
-    int count = all.count;
-    if (count > kSpare) {  // very many in few lists: list by list, the k best so far in front
-        count = 0;
-        for (int i = 0; i < all.used; ++i) {
-            __syncthreads();
-            if (thread == 0) all.count = count;
-            __syncthreads();
-            if (warp == 0) take(i);
-            __syncthreads();
-            count = all.count;
-            if (count <= kSpare - kList && i + 1 < all.used) continue;
-            for (int x = thread; x < count; x += kMergeThreads) {
-                const int rank = rank_of(all.kept[x], all.kept, count);
-                if (rank < k) all.winners[rank] = all.kept[x];
-            }
-            __syncthreads();
-            count = min(count, k);
-            for (int x = thread; x < count; x += kMergeThreads) all.kept[x] = all.winners[x];
-            if (thread == 0 && count == k) all.bound = all.winners[k - 1];
-        }
-        __syncthreads();
-    }
-    for (int i = thread; i < k; i += kMergeThreads) all.winners[i] = 0;
-    __syncthreads();
-    for (int i = thread; i < count; i += kMergeThreads) {
-        const int rank = rank_of(all.kept[i], all.kept, count);
-        if (rank < k) all.winners[rank] = all.kept[i];
-    }
-    __syncthreads();
-    for (int i = thread; i < k; i += kMergeThreads) {
+    select_best(all, lists, query, k);
+    for (int i = static_cast<int>(threadIdx.x); i < k; i += kSelectionThreads) {
         scores[query * k + i] = score_of(all.winners[i]);
         indices[query * k + i] = index_of(all.winners[i]);
     }
@@ -492,11 +383,17 @@ cudaError_t make_plan(const Search& search, Plan& plan, Device& device) {
 
 }  // namespace
 
+cudaError_t select(const Lists& lists, int t, int k, float* scores, int64_t* indices, bool early, cudaStream_t stream) {
+    Launch how;
+    how.grid = t, how.block = kSelectionThreads, how.shared_bytes = sizeof(Selection), how.stream = stream, how.early = early;
+    return launch(cosine_topk_select, how, lists, k, scores, indices);
+}
+
 cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes) {
     Plan plan;
     Device device;
     const cudaError_t error = make_plan(search, plan, device);
-    if (error == cudaSuccess) bytes = static_cast<int64_t>(search.t) * plan.lists * (8 * kList + 8 + 4);
+    if (error == cudaSuccess) bytes = Lists::bytes(search.t, plan.lists);
     return error;
 }
 
@@ -509,13 +406,9 @@ cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, in
     const auto in_sixteens = [](const void* rows, int64_t stride, Dtype dtype) {
         return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride * bytes_of(dtype) % 16 == 0;
     };
-    const int64_t every = static_cast<int64_t>(search.t) * plan.lists;
     Problem problem;
     problem.of = search;
-    problem.found = static_cast<Packed*>(workspace);
-    problem.best = problem.found + every * kList;
-    problem.counts = reinterpret_cast<int*>(problem.best + every);
-    problem.lists = plan.lists;
+    problem.to = Lists::at(workspace, search.t, plan.lists);
     problem.aligned = in_sixteens(search.keys, search.key_stride, search.key_dtype);
     problem.q_aligned = in_sixteens(search.q, search.q_stride, search.q_dtype);
     Launch scan;
@@ -523,10 +416,7 @@ cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, in
     scan.shared_bytes = plan.shared_bytes, scan.stream = stream;
     if (plan.lists > 0) error = launch(plan.scan, scan, problem);
     if (error != cudaSuccess) return error;
-    Launch merge;
-    merge.grid = search.t, merge.block = kMergeThreads, merge.shared_bytes = sizeof(Merging), merge.stream = stream;
-    merge.early = plan.lists > 0;
-    return launch(cosine_topk_select, merge, problem, scores, indices);
+    return select(problem.to, search.t, search.k, scores, indices, plan.lists > 0, stream);
 }
 
 }  // namespace unike

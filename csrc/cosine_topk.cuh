@@ -7,8 +7,8 @@
 
 namespace unike {
 
+constexpr int kMostItems = 128;    // k
 constexpr int kMostQueries = 64;  // of one call
-constexpr int kMostItems = 128;   // k
 constexpr int kMostColumns = 1 << 20;  // d
 
 struct Search {

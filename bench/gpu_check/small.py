@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.tolerance import assert_close_to_reference
 from unike_kernels import native, ops, reference
+from unike_kernels.cuda_kernels.int8_search import CudaInt8Index
 
 
 def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
@@ -57,7 +58,11 @@ def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
 
 
 def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
-    """The CUDA C++ kernel of the shift, at most 16 tokens: one block per head, clusters of 8, items of cases."""
+    """The CUDA C++ kernels, at most 16 tokens.
+
+    The shift: one block per head, clusters of 8, items of cases. The searches: several units of rows for a block, lists
+    that are pruned, ragged ranges.
+    """
     generator = torch.Generator().manual_seed(tokens)
 
     def rand(*shape: int) -> Tensor:
@@ -81,6 +86,16 @@ def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     raw |= {"item_keys": rand(130, 1030), "item_values": rand(130, 1030)}
     hold(raw, indices=indices, clamp=False)
     hold(raw, indices=indices[:1].expand(2, -1), token_to_case=cases, case_tokens=last, orientation="input")
+
+    d, n = 72, 3000
+    q, keys = rand(tokens, d), rand(n, d)
+    starts = torch.arange(tokens, device=device) * 37
+    for k, ranges in ((9, torch.stack([starts, starts + 500], dim=1)), (128, None)):
+        scores, _ = ops.cosine_topk(q, keys, k, ranges=ranges, backend="cuda")
+        truth, _ = reference.cosine_topk(q.double(), keys.double(), k, ranges=ranges)
+        assert_close_to_reference(scores, truth, reference.cosine_topk(q, keys, k, ranges=ranges)[0], 2)
+        scores, _ = CudaInt8Index(keys).search(q, k, ranges)
+        torch.testing.assert_close(scores.double(), truth, rtol=0, atol=(d + 8) * 2**-24)
 
 
 def main() -> None:

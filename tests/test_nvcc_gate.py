@@ -1,0 +1,75 @@
+"""The compile gate of the CUDA C++ kernels, in its own process, and that it fails when it should."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nvcc_gate
+import pytest
+
+if nvcc_gate.nvcc_version() is None:
+    pytest.skip("no nvcc on the PATH", allow_module_level=True)
+if nvcc_gate.disassembler() is None or shutil.which("c++filt") is None:
+    pytest.skip("nvdisasm (triton brings one) and c++filt are needed", allow_module_level=True)
+
+TOY = """
+#include <device.cuh>
+namespace {{
+__global__ void toy(const float* x, float* y, int n) {{
+    float v[8];
+    for (int i = 0; i < 8; ++i) v[i] = x[{index}];
+    {load}
+    y[threadIdx.x] = v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7];
+}}
+}}
+void start(const float* x, float* y) {{ unike::launch(toy, unike::Launch{{}}, x, y, 3); }}
+"""
+LOAD = "const uint4 four = unike::load_streaming(x + 4 * threadIdx.x); v[0] += __uint_as_float(four.x ^ four.w);"
+
+
+def gate(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(nvcc_gate.__file__)), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def test_no_kernel_is_worse_than_in_the_table() -> None:
+    done = gate()
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    if "NOT COMPARED" in done.stdout:
+        pytest.skip("compiled, but not compared: the table is another nvcc's (see the gate's output)")
+
+
+def test_no_kernel_spills_and_those_that_stream_do_it_as_intended() -> None:
+    table = json.loads((Path(nvcc_gate.__file__).with_suffix(".json")).read_text())["kernels"]
+    assert all(row["spills"] == 0 and row["stack"] == 0 for row in table.values())
+    streams = {key: row for key, row in table.items() if " cosine_topk_stream<" in key}
+    assert len(streams) == 11 * len(nvcc_gate.ARCHS)
+    for key, row in streams.items():
+        assert row["async"], key
+        assert bool(row["mma"] and row["ldmatrix"]) == ("TensorCores" in key), key
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"load": ""}, "no wide instruction is left of 1"),
+        ({"index": "(x[i] > 0 ? i : n) % 8; v[(n + i) % 8] += x[i]"}, "stack grew from 0 to 32"),
+        ({"load": "not C++"}, "does not compile"),
+    ],
+)
+def test_the_gate_fails_when_it_should(tmp_path: Path, change: dict[str, str], complaint: str | None) -> None:
+    good = {"index": "n + i", "load": LOAD}
+    where = ("--sources", tmp_path, "--table", tmp_path / "table.json", "--arch", "90a")
+    (tmp_path / "toy.cu").write_text(TOY.format(**good))
+    done = gate(*where, "--write")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "toy.cu").write_text(TOY.format(**{**good, **change}))
+    done = gate(*where)
+    if complaint is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1 and complaint in done.stderr, done.stderr + done.stdout
