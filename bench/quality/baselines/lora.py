@@ -24,7 +24,7 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 32.0
-    lr: float = 5e-3
+    lr: float = 2e-3
     steps: int = 70
     enough: float = 1e-2
     seed: int = 0
@@ -39,7 +39,7 @@ class Lora(Baseline):
     @classmethod
     def trials(cls) -> tuple[LoraConfig, ...]:
         """Four rates."""
-        return LoraConfig(), LoraConfig(lr=1e-3), LoraConfig(lr=2e-3), LoraConfig(lr=1e-2)
+        return tuple(LoraConfig(lr=lr) for lr in (2e-3, 1e-3, 5e-3, 1e-2))
 
     def edit(self, samples: Sequence[Sample]) -> Change:
         """The sum of the adapters' products, [1, out, in] each: merging them is what LoRA does after training."""
