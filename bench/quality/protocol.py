@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bench.quality import world
 from bench.quality.baselines import METHODS
-from bench.quality.baselines.training_split import training_records
+from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.rows import CONTROLS, ROWS, Row, RowEditor, default_config
 from unike_kernels.editing.editor import Editor
 from unike_kernels.edits import Edits
@@ -24,7 +24,6 @@ from unike_kernels.evaluation.summary import Summary, retention, table
 from unike_kernels.evaluation.unike import Unike
 from unike_kernels.patching import PatchHandle
 
-TRAINING = 2000  # training-split edits that trained baselines learn from
 app = typer.Typer(add_completion=False)
 
 
@@ -65,9 +64,7 @@ def method(name: str, editor: Editor, seed: int, training: int = TRAINING) -> Me
             return RowMethod(row, editor, cache=world.CACHE / "groups", progress=True)
     if name not in METHODS:
         raise ValueError(f"the method must be one of {', '.join(names())}, but is {name!r}")
-    made = METHODS[name](editor.model, editor.collator.processor)
-    made.fit(training_records(training), seed=0, cache=world.CACHE / f"seed{seed}" / "baselines")
-    return made
+    return fitted(name, editor.model, editor.collator.processor, seed, training=training)
 
 
 def measured(

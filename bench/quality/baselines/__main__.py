@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from bench.quality.ablation import write
 from bench.quality.baselines import METHODS
-from bench.quality.baselines.base import Baseline
 from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.baselines.training_split import benchmark_records, training_records
 from bench.quality.emoji import model
 from bench.quality.rows import default_config
 from bench.quality.run import RESULTS, environment
 from bench.quality.tables import HEADS, markdown, number
-from bench.quality.world import CACHE, prepared
+from bench.quality.world import prepared
 from unike_kernels.editing.inputs import Collator, Sample
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
@@ -34,7 +34,6 @@ from unike_kernels.evaluation.records import KINDS, Record
 from unike_kernels.evaluation.summary import Summary
 from unike_kernels.evaluation.unike import Unike
 
-TRAINING = 800  # training-split edits that are learned from
 BRIEF = 4  # a trial trains for a quarter of the steps
 app = typer.Typer(add_completion=False)
 
@@ -96,7 +95,7 @@ class Bench:
     def __init__(self, seed: int, edits: int, training: int) -> None:
         self.seed = seed
         self.model, self.processor = model.load(seed)
-        self.training = training_records(training)
+        self.training = training
         # other draws of the training concepts than those that are learned from
         self.seen = only_rel(training_records(edits, seed=1, tasks=("name",)))
         self.development = benchmark_records("development", "name", edits)
@@ -104,19 +103,23 @@ class Bench:
 
     def settings(self, method: Method) -> dict[str, Any]:
         """What a kept result depends on."""
-        counts = {"edits": len(self.development), "training": len(self.training)}
+        counts = {"edits": len(self.development), "training": self.training}
         return json.loads(json.dumps({"base": self.seed, "settings": method.settings(), **counts}))
 
-    def measured(self, method: Method, *, fit: bool = True, whole: bool = True) -> dict[str, Any]:
-        """The method's row; whole: with the training split and exact match."""
+    def measured(self, name: str, config: Any = None, *, whole: bool = True) -> dict[str, Any]:
+        """A baseline's row; whole: with the training split and exact match."""
         started = time.perf_counter()
-        if fit:
-            method.fit(self.training, seed=self.seed, cache=CACHE / "baselines")
+        method = fitted(name, self.model, self.processor, self.seed, config=config, training=self.training)
         out: dict[str, Any] = {"fit_seconds": time.perf_counter() - started}
         if isinstance(method, Ike):
             out |= {"in_context": method.follows, "without": method.without, "shown": method.followed}
             if not method.followed:
                 return out
+        return out | self.asked(method, whole=whole)
+
+    def asked(self, method: Method, *, whole: bool = True) -> dict[str, Any]:
+        """The row of a method that is ready."""
+        out = {}
         if whole:
             out["training_rel"] = one_step(method, self.seen, self.examiner, generate=False)["after"]["rel"]
         return out | one_step(method, self.development, self.examiner, generate=whole)
@@ -172,31 +175,34 @@ def brief(config: Any) -> Any:
 
 
 def search(bench: Bench, names: Sequence[str], console: Console) -> None:
-    """Every method's four trials on the development split; the mean of the five metrics decides."""
+    """Every method's four settings on the development split; the mean of the five metrics decides."""
     path = RESULTS / "baselines-search.json"
     for name in names:
         for config in METHODS[name].trials():
-            method = METHODS[name](bench.model, bench.processor, brief(config) if METHODS[name].trained else config)
+            used = brief(config) if METHODS[name].trained else config
             label = f"{name}: {json.dumps(asdict(config), sort_keys=True)}"
-            if kept(path)["rows"].get(label, {}).get("of") == bench.settings(method):
-                continue
-            row = bench.measured(method, whole=False) | {"of": bench.settings(method)}
-            save(path, label, row)
-            after = {k: round(v, 1) for k, v in row.get("after", {}).items()}
-            console.print(f"{label}\n  {after}", soft_wrap=True)
+            of = bench.settings(METHODS[name](bench.model, bench.processor, used))
+            if kept(path)["rows"].get(label, {}).get("of") != of:
+                save(path, label, bench.measured(name, used, whole=False) | {"of": of})
+            after = kept(path)["rows"][label].get("after", {})
+            console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
 
 
 def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> None:
     """Every method as chosen, beside UniKE always on and routed; finished rows are kept."""
     path = RESULTS / f"baselines-development-seed{seed}.json"
-    methods: list[Method] = [METHODS[name](bench.model, bench.processor) for name in names if name in METHODS]
-    if any(name.startswith("UniKE") for name in names):
+    for name in names:
+        if name not in METHODS:
+            continue
+        of = bench.settings(METHODS[name](bench.model, bench.processor))
+        if kept(path)["rows"].get(name, {}).get("of") != of:
+            save(path, name, bench.measured(name) | {"of": of})
+    if "UniKE" in names:
         editor = prepared(seed, default_config())
-        methods += [Unike(editor), Unike(editor, routing="routed")]
-    for method in methods:
-        of = bench.settings(method)
-        if kept(path)["rows"].get(method.name, {}).get("of") != of:
-            save(path, method.name, bench.measured(method, fit=isinstance(method, Baseline)) | {"of": of})
+        for method in (Unike(editor), Unike(editor, routing="routed")):
+            of = bench.settings(method)
+            if kept(path)["rows"].get(method.name, {}).get("of") != of:
+                save(path, method.name, bench.asked(method) | {"of": of})
     rows = kept(path)["rows"]
     order = [*METHODS, "UniKE", "UniKE, routed"]
     console.print(Markdown(table({name: rows[name] for name in order if name in rows})))

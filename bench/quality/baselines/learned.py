@@ -1,0 +1,37 @@
+"""What the benchmark's baselines learned on a base model: trained here, or taken from what is shipped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bench.quality.world import CACHE
+
+from . import METHODS
+from .base import Baseline
+from .training_split import training_records
+
+TRAINING = 800  # training-split edits that are learned from
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def fitted(
+    name: str, model: nn.Module, processor: Any, base: int, *, config: Any = None, training: int = TRAINING
+) -> Baseline:
+    """The method on emoji base model `base`, fitted; a network is trained only where no file fits it.
+
+    A file fits by its name, a hash of the weights, records, settings and code that it was trained with.
+    """
+    folder = CACHE / f"seed{base}" / "baselines"
+    for file in sorted((SHIPPED / f"seed{base}").glob("*")):
+        if not (folder / file.name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{file.name}.tmp"
+            shutil.copyfile(file, part)
+            part.replace(folder / file.name)
+    method = METHODS[name](model, processor, config)
+    method.fit(training_records(training), seed=0, cache=folder)
+    return method
