@@ -238,6 +238,12 @@ def test_a_malformed_file_is_named(place, tmp_path):
     arguments[arguments.index("--data") + 1] = str(tmp_path / "bad.json")
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1 and "bad.json: record 0: key 'alt' is missing" in result.output
+    (tmp_path / "bad.json").unlink()
+    assert runner.invoke(app, arguments).exit_code == 2  # typer's own: there is no such file
+    arguments = command(place, tmp_path / "run")
+    arguments[arguments.index("--model") + 1] = str(tmp_path / "nowhere")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "nowhere" in result.output and not (tmp_path / "run").exists()
 
 
 def test_what_is_evaluated_is_not_learned_from(tmp_path):

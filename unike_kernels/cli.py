@@ -87,8 +87,8 @@ def edit(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Model folder or name that transformers can load.")],
-    data: Annotated[list[Path], typer.Option(help="Evaluation file of MMEdit or VLKEB; two for cross-task.")],
-    train_data: Annotated[list[Path], typer.Option(help="Training file, for the memory; may be given again.")],
+    data: Annotated[list[Path], typer.Option(exists=True, help="File of MMEdit or VLKEB; two for cross-task.")],
+    train_data: Annotated[list[Path], typer.Option(exists=True, help="Training file for the memory; repeatable.")],
     images: Annotated[Path, typer.Option(help="Folder that the files' picture names start from.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on there when stopped.")],
     protocol: Annotated[str, typer.Option(help="one-step, sequential or cross-task.")] = "one-step",
@@ -107,7 +107,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many records, drawn by the seed.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the order; may be given again. Default: 0.")] = None,
     memory: Annotated[int, typer.Option(help="Training records for the memory, at most.")] = 2000,
-    config: Annotated[Path | None, typer.Option(help="JSON of a UnikeConfig; defaults otherwise.")] = None,
+    config: Annotated[Path | None, typer.Option(exists=True, help="JSON of a UnikeConfig; defaults otherwise.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Questions asked together.")] = 16,
@@ -151,7 +151,7 @@ def evaluate(
         names.write_text("\n".join(error.missing) + "\n", encoding="utf-8")
         typer.echo(f"{error}\nall names: {names}", err=True)
         raise typer.Exit(1) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # no such model, a bad file, another run's folder
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 

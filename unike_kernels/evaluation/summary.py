@@ -14,7 +14,10 @@ AGES = 5  # parts into which the K edits of a group are divided, by age
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean in percent and its 95 % bootstrap interval over clusters (nan with fewer than two)."""
+    """A mean in percent and its 95 % bootstrap interval over clusters (nan with fewer than two).
+
+    The interval is for other records in the same groups of edits; how another order or grouping would do, seeds say.
+    """
 
     mean: float
     low: float
