@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..config import UnikeConfig
 from ..editing.editor import Editor
+from ..editing.inputs import Sample
 from ..editing.loading import load
 from ..patching import fingerprint
 from . import datasets, protocols
@@ -145,8 +146,6 @@ def _check_pictures(read: Sequence[datasets.Dataset], train: Sequence[datasets.D
 
 def _blank(dataset: datasets.Dataset) -> list[Record]:
     """Records without pictures, to see whether the protocol can be run."""
-    from ..editing.inputs import Sample
-
     return [Record(e.id, Sample(e.prompt), ()) for e in dataset.entries]
 
 
