@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Build(build_ext):
             self.remove(ext)
             if wanted(variable) == "1":
                 raise SystemExit(f"{variable}=1, but {ext.name} cannot be built: {error}") from error
-            print(f"unike_kernels: built without {ext.name}: {error}")
+            # One write: both modules are built at once, and print() writes a line and its end apart.
+            sys.stdout.write(f"unike_kernels: built without {ext.name}: {error}\n")
 
     def remove(self, ext: Extension) -> None:
         """No module of an earlier build stays in the place of one that was not built."""

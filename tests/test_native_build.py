@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -229,6 +230,9 @@ def test_wheel_from_another_folder(kept_tree, tmp_path):
     told = tell(tmp_path / "target", tmp_path)
     assert f"cpu: {tmp_path}/target/unike_kernels/_cpu." in told
     assert f"cuda: {tmp_path}/target/unike_kernels/_cuda." in told and "| 80 ptx80" in told
+    for module in (tmp_path / "target" / "unike_kernels").glob("_*.so"):  # one build serves any torch
+        code = module.read_bytes()
+        assert not [name for name in (b"libtorch", b"libc10", b"libcudart.so") if name in code], module
     if not Path("/dev/nvidiactl").exists():  # it loads without a driver, and says so when it is to run
         assert "no_cuda: no CUDA driver answers: CUDA driver version is insufficient" in told
         launch = "from unike_kernels import native; native.cuda().probe(1 << 20, 0)"
@@ -243,3 +247,38 @@ def test_a_module_of_other_sources_is_not_called(monkeypatch):
     assert native.cpu() is None
     assert ("built from other sources" if any(built) else "built without") in native.no_cpu()
     native._load.cache_clear()
+
+
+@needs_compiler
+def test_without_a_compiler_what_was_demanded_fails(tree, tmp_path):
+    refused = build(tree, UNIKE_BUILD_CPU="1", UNIKE_BUILD_CUDA="0", CC="no-such-cc", CXX="no-such-cxx")
+    assert refused.returncode != 0
+    assert "UNIKE_BUILD_CPU=1, but unike_kernels._cpu cannot be built" in refused.stderr
+    assert modules(tree) == set()
+
+
+def test_a_source_archive_holds_all_that_a_build_reads(tree):
+    done(run([sys.executable, "setup.py", "-q", "sdist"], tree))
+    with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
+    assert wanted | {"setup.py", "pyproject.toml", "unike_kernels/native.py"} <= held
+    # Whatever is no source of its own is a dependency of all: a change of it compiles them again.
+    parts = {name for name in wanted if not name.endswith((".cpp", ".cu", ".md"))}
+    assert parts <= set(done(run([sys.executable, "-c", HEADERS], tree)).split())
+
+
+HEADERS = """
+import setuptools
+setuptools.setup = lambda ext_modules, **rest: print(*ext_modules[0].depends)
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": __import__("os").path.abspath("setup.py")})
+"""
+
+
+def test_kernels_include_neither_torch_nor_pybind_and_nothing_is_built_with_fast_math():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cu", ".cuh", ".h", ".inl", ".cpp") and path.name != "bindings.cpp":
+            included = [line for line in path.read_text().splitlines() if line.lstrip().startswith("#include")]
+            assert not [line for line in included if any(word in line for word in ("torch", "ATen", "c10", "pybind"))]
+    flags = (ROOT / "setup.py").read_text()
+    assert "fast-math" not in flags and "fast_math" not in flags and "march=native" not in flags
