@@ -24,6 +24,8 @@ pytest.importorskip("pybind11", reason="the extra 'test' brings it")
 # in one, would lend it the modules that it lacks.
 ELSEWHERE = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
 SAY = """
+from unike_kernels import native
+cpu, cuda = native.cpu(), native.cuda()
 print("cpu:", cpu.__file__ if cpu else native.no_cpu())
 print("cuda:", f"{cuda.__file__} | {cuda.architectures}" if cuda else native.no_cuda())
 print("no_cuda:", native.no_cuda())
