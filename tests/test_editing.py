@@ -534,7 +534,7 @@ def test_encoders_see_what_an_item_injects(attention):
     editor = make_editor("llama", config)
     (request,) = make_requests("llama", 1)
     edits = editor.edit([request], **QUIET)
-    injected = editor._injected(2, edits.layers[2].h_pos)
+    injected = editor.injected(2, edits.layers[2].h_pos)
     if attention == "raw":
         assert torch.equal(injected, edits.layers[2].h_pos)
         return

@@ -180,7 +180,7 @@ def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, 
 
     Probes of one edit and kind count as one sample (their mean), as MMEdit counts one probe per edit and kind.
     """
-    metrics, errors, locality_b, parts = {}, {}, {}, {}
+    metrics, errors, locality_b, parts, every = {}, {}, {}, {}, {}
 
     def per_edit(
         value: Callable[[Score], float], chosen: Callable[[PlacedProbe], bool]
@@ -196,14 +196,23 @@ def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, 
     for kind in KINDS:
         local = kind.endswith("loc")
         values, concepts = per_edit(lambda s, a=local: s.locality_a if a else s.accuracy, lambda p, k=kind: p.kind == k)
-        metrics[kind], errors[kind] = mean(values), clustered_error(values, concepts)
+        metrics[kind], errors[kind], every[kind] = mean(values), clustered_error(values, concepts), values
         if local:
             locality_b[kind] = mean(per_edit(lambda s: s.locality_b, lambda p, k=kind: p.kind == k)[0])
     for name in sorted({(p.kind, p.part) for p in asked if p.part}):
         values, _ = per_edit(lambda s: s.locality_a, lambda p, n=name: (p.kind, p.part) == n)
         parts[f"{name[0]}.{name[1]}"] = mean(values)
     metrics["mean"] = mean_of_five(*(metrics[k] for k in KINDS))
-    return {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
+    out = {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
+    return out | compact(every, concepts)
+
+
+def compact(values: dict[str, list[float]], clusters: Sequence[str]) -> dict[str, Any]:
+    """Every edit's value by kind in tenths of a percent, and its concept, as short texts: to compare edit by edit."""
+    return {
+        "values": {kind: " ".join(str(round(10 * v)) for v in found) for kind, found in values.items()},
+        "clusters": " ".join(c.replace(" ", "_") for c in clusters),
+    }
 
 
 def run(

@@ -6,7 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unike_kernels import reference
 from unike_kernels.config import NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
+from unike_kernels.editing.disentangle import LayerFit, linear_decoder
 from unike_kernels.editing.editor import Editor
 from unike_kernels.edits import Edits
 from unike_kernels.models import get_module
@@ -23,18 +25,20 @@ class Row:
     neurons: bool = True
     shift: bool = True
     alpha: float | Literal["mean"] | None = None
-    zeta: Literal["truthful", "random", "none"] = "truthful"
+    zeta: Literal["truthful", "semantic", "random", "none"] = "truthful"
     memory: Literal["triplets", "shuffled", "negative", "zero"] = "triplets"
     own_item: bool = True
+    items: int | None = None  # retrieved at most; None: the base's
     routed: bool = False
     control: bool = False
 
     def config(self, base: UnikeConfig, mean_alpha: float | None) -> UnikeConfig:
         """The configuration of this row; `mean_alpha` is what "mean" stands for."""
         alpha = mean_alpha if self.alpha == "mean" else self.alpha
+        k = base.shift.k if self.items is None else self.items
         return replace(
             base,
-            shift=replace(base.shift, enabled=self.shift, alpha=alpha, own_item=self.own_item),
+            shift=replace(base.shift, enabled=self.shift, alpha=alpha, own_item=self.own_item, k=k),
             neurons=replace(base.neurons, enabled=self.neurons, beta=base.neurons.beta if self.zeta != "none" else 0.0),
             routing=replace(base.routing, mode="always"),
         )
@@ -60,6 +64,13 @@ CONTROLS = (
     Row("latent-IKE only, adaptive alpha", neurons=False, zeta="none", control=True),
 )
 
+ITEMS, ALPHAS = (1, 2, 5, 10, 20, 40), (0.1, 0.25, 0.5, 0.75, 1.0)  # the points of Figures 4a and 4b
+FIGURES = {
+    "4a": tuple(Row(f"intrinsic + latent-IKE, items {n}", alpha=FIXED_ALPHA, zeta="none", items=n) for n in ITEMS),
+    "4b": (*(Row(f"UniKE, alpha {a:g}", alpha=a) for a in ALPHAS), ROWS[3]),
+    "4c": (CONTROLS[4], CONTROLS[3], Row("UniKE, semantic zeta", zeta="semantic", control=True), ROWS[3]),
+}
+
 
 class RowEditor(Editor):
     """An editor whose memory or zeta can be a control's; everything else is the library's."""
@@ -84,7 +95,20 @@ class RowEditor(Editor):
             for i, fit in like.fits.items():
                 noise = torch.randn(fit.zeta_prime.shape, generator=generator)
                 self.fits[i] = replace(fit, zeta_prime=noise / noise.norm() * fit.zeta_prime.norm())
+        if row.zeta == "semantic":
+            self.fits = {i: replace(fit, zeta_prime=self.semantic(i, fit)) for i, fit in like.fits.items()}
         return self
+
+    def semantic(self, layer: int, fit: LayerFit) -> Tensor:
+        """[d] zeta' as it would be from Enc_sem: the way from wrong to right answers there, as long as the true one."""
+        states, config = self._need_states().layers[layer], self.config.encoders
+        pos, neg = (
+            reference.encode(self.injected(layer, h), fit.enc_sem, config.activation)
+            for h in (states.h_pos, states.h_neg)
+        )
+        back = linear_decoder(torch.cat([pos, neg]), torch.cat([states.h_pos, states.h_neg]).float(), config.ridge)
+        found = back @ reference.zeta(pos, neg)
+        return found / found.norm() * fit.zeta_prime.norm()
 
     def own_items(self, samples: list[Any]) -> dict[int, tuple[Tensor, Tensor]]:
         """The edits' own items; a control's memory has the same fault in them as in the triplets' items."""

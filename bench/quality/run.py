@@ -1,46 +1,26 @@
-"""The quality benchmark: `python -m bench.quality.run --rows ablation`."""
+"""The quality benchmark: `python -m bench.quality.run --help`."""
 
 import hashlib
 import json
-import platform
-import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from tqdm import tqdm
 
-from bench.quality import ablation, encoders, measure, tables
+from bench.quality import ablation, cells, encoders, figures, measure, paper_tables, report, speed, tables, tsne
+from bench.quality.cells import Scale, Store
 from bench.quality.emoji import records
+from bench.quality.report import QUICK, RESULTS, TABLES, environment, save, write_report
 from bench.quality.rows import default_config
+from bench.quality.tables import KINDS
 from bench.quality.world import CACHE, with_memory
 
-RESULTS = Path(__file__).parent / "results"
 app = typer.Typer(add_completion=False)
-
-
-def environment() -> dict[str, str]:
-    """Where the figures were taken."""
-    import transformers
-
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return {
-        "commit": asked.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-    }
-
-
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes results/<name>.json, whole or not at all."""
-    path = RESULTS / f"{name}.json"
-    ablation.write(path, result)
-    return path
 
 
 def kept(seed: int, items: list[dict[str, Any]]) -> Path:
@@ -49,56 +29,127 @@ def kept(seed: int, items: list[dict[str, Any]]) -> Path:
     return CACHE / f"ablation-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
 
 
-def saved(kind: str) -> list[dict[str, Any]]:
-    """The saved results of a kind, by base model."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-seed*.json"))]
+def chosen(named: str, known: Sequence[str], what: str) -> list[str]:
+    """Of "1,3" or "all", those known; BadParameter for others."""
+    names = list(known) if named == "all" else [n.strip() for n in named.split(",") if n.strip()]
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise typer.BadParameter(f"{what} must be some of {', '.join(known)} or all, but got {', '.join(unknown)}")
+    return names
 
 
-def taken(result: dict[str, Any]) -> str:
-    """Where a result was taken, as a sentence."""
-    return f"Taken with {', '.join(f'{k} {v}' for k, v in sorted(result['environment'].items()))}."
+def of_paper(wanted: list[str], drawn: list[str], scale: Scale, console: Console) -> None:
+    """Measures what these tables and figures lack, saves it row by row, draws, and writes the report."""
+    folder = QUICK if scale.quick else RESULTS
+    store = Store(folder)
+    needed = cells.needed([int(n) for n in wanted], drawn, scale)
+    for cell, row in cells.fill(needed, store, scale, environment()):
+        told = row.get("na") or " / ".join(f"{row['metrics'][k]:.1f}" for k in (*KINDS, "mean"))
+        tqdm.write(f"base model {cell.base}: {cell.key}\n  {told}")  # above the progress bars
+    if "4" in wanted:
+        parts_of_the_method(folder, scale, console)
+    for seed in scale.bases:
+        if "5a" in drawn and not (folder / f"tsne-seed{seed}.json").exists():
+            editor = with_memory(seed, default_config(), quick=scale.quick)
+            save(f"tsne-seed{seed}", tsne.run(editor, seed) | {"environment": environment()}, folder)
+    redraw(folder)
+    told = [text for n, (_, table) in TABLES.items() if str(n) in wanted and (text := table(store))]
+    told += [paper_tables.table_4(folder)] if "4" in wanted else []
+    console.print("\n\n".join(told), soft_wrap=True)
+    console.print(f"report: {write_report(folder)}")
 
 
-def write_report() -> Path:
-    """results/README.md from all that is saved, and results/notes.md, which is written by hand."""
-    parts = ["# Ablation on the emoji world", "Made by `python -m bench.quality.run --rows ablation`."]
-    for result in saved("ablation"):
-        parts += [tables.report(result), taken(result)]
-    parts.append((RESULTS / "notes.md").read_text(encoding="utf-8").rstrip())
-    for result in saved("encoders"):
-        parts += [tables.encoders(result), taken(result)]
-    out = RESULTS / "README.md"
-    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return out
+def redraw(folder: Path) -> None:
+    """Every figure that something is saved for."""
+    for name in figures.NAMES:
+        figures.draw(name, folder)
+
+
+def parts_of_the_method(folder: Path, scale: Scale, console: Console) -> None:
+    """Table 4 is made of the ablation's saved results; what is not saved yet is measured as the ablation does it."""
+    for task in ("name", "caption"):
+        for seed in scale.bases:
+            name = f"ablation{'' if task == 'name' else '-caption'}-seed{seed}"
+            if not (folder / f"{name}.json").exists():
+                items = records.records("reported", task, scale.edits)
+                keep = None if scale.quick else kept(seed, items)
+                result = ablation.run(seed, items, quick=scale.quick, controls=not scale.quick, keep=keep)
+                save(name, result | {"environment": environment(), "split": "reported", "task": task}, folder)
+                console.print(f"saved: {folder / name}.json")
 
 
 @app.command()
 def main(
+    table: Annotated[str, typer.Option(help="The paper's tables: 1, 2, 3 and 4, by comma, or all.")] = "",
+    figure: Annotated[str, typer.Option(help="Its figures: 4a, 4b, 4c and 5a, by comma, or all.")] = "",
+    speed_: Annotated[bool, typer.Option("--speed", help="Edits per second, against the field's loop.")] = False,
     rows: Annotated[
-        Literal["ablation", "measure", "encoders"],
+        Literal["ablation", "measure", "encoders"] | None,
         typer.Option(help="measure: 50 development edits; encoders: fitted with other triplets held out."),
-    ] = "ablation",
-    seeds: Annotated[str, typer.Option(help="Base models, by training seed.")] = "0,1",
-    edits: Annotated[int, typer.Option(help="Edits of the chosen split.")] = 300,
-    split: Annotated[Literal["reported", "development"], typer.Option()] = "reported",
-    task: Annotated[Literal["name", "caption", "rename"], typer.Option()] = "name",
-    quick: Annotated[bool, typer.Option(help="40 edits, a smaller memory, nothing saved.")] = False,
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Base models, by training seed: 0,1 (with --quick 0).")] = None,
+    draws: Annotated[str | None, typer.Option(help="Draws of the edits in tables: 0,1,2 (with --quick 0).")] = None,
+    edits: Annotated[int | None, typer.Option(help="Edits: a row's, a table's one-step ones per draw.")] = None,
+    split: Annotated[Literal["reported", "development"], typer.Option(help="Of rows.")] = "reported",
+    task: Annotated[Literal["name", "caption", "rename"], typer.Option(help="Of rows.")] = "name",
+    quick: Annotated[bool, typer.Option(help="Few edits and a smaller memory; tables go to results/quick.")] = False,
     controls: Annotated[bool, typer.Option(help="Also the rows that say what a gain comes from.")] = True,
     points: Annotated[str | None, typer.Option(help="With measure: these points only, by comma.")] = None,
     show: Annotated[bool, typer.Option(help="Print the saved results, run nothing.")] = False,
 ) -> None:
-    """Runs a part of the quality benchmark and prints its tables; 300 edits take about half an hour a model on 2 cores.
+    """Runs a part of the quality benchmark and prints its tables. A stopped run goes on where it was.
 
-    Example: python -m bench.quality.run --rows ablation --seeds 0 --quick
+    Examples:
+
+    python -m bench.quality.run --table all --figure all --quick
+
+    python -m bench.quality.run --table 1
+
+    python -m bench.quality.run --rows ablation --seeds 0
     """
     console = Console()
+    wanted, drawn = chosen(table, ("1", "2", "3", "4"), "--table"), chosen(figure, figures.NAMES, "--figure")
+    bases = tuple(int(s) for s in (seeds or ("0" if quick and rows is None else "0,1")).split(","))
     if show:
-        console.print(Markdown(write_report().read_text()))
+        folder = QUICK if quick else RESULTS
+        redraw(folder)
+        console.print(Markdown(write_report(folder).read_text(encoding="utf-8")))
         return
-    for seed in (int(s) for s in seeds.split(",")):
+    if wanted or drawn:
+        scale = replace(cells.QUICK if quick else Scale(), bases=bases)
+        if draws is not None:
+            scale = replace(scale, draws=tuple(int(d) for d in draws.split(",")))
+        if edits is not None:
+            scale = replace(scale, edits=edits, figure=min(edits, scale.figure))
+        of_paper(wanted, drawn, scale, console)
+    if speed_:
+        folder = QUICK if quick else RESULTS
+        for seed in bases:
+            result = speed.run(seed, 8 if quick else edits or 32, 1 if quick else 3, quick=quick)
+            result |= {"environment": environment()}
+            save(f"speed-seed{seed}", result, folder)
+            console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)
+        console.print(f"report: {write_report(folder)}")
+    if rows is not None or not (wanted or drawn or speed_):
+        of_rows(rows or "ablation", bases, edits or 300, split, task, quick, controls, points, console)
+
+
+def of_rows(
+    rows: str,
+    bases: Sequence[int],
+    edits: int,
+    split: str,
+    task: str,
+    quick: bool,
+    controls: bool,
+    points: str | None,
+    console: Console,
+) -> None:
+    """The ablation, the alternatives that were measured, or the encoders."""
+    for seed in bases:
         if rows == "measure":
-            chosen = None if points is None else points.split(",")
-            found = measure.run(seed, records.records("development", task, 4 if quick else 50), chosen)
+            some = None if points is None else points.split(",")
+            found = measure.run(seed, records.records("development", task, 4 if quick else 50), some)
             console.print(tables.variants(found), soft_wrap=True)
             continue
         if rows == "encoders":

@@ -19,10 +19,10 @@ PARTS = {
 GOALS = {"rel": 95.0, "t_gen": 95.0, "m_gen": 75.0, "t_loc": 99.0, "m_loc": 90.0}  # of "UniKE, routed"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, the first column to the left and the others to the right."""
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A markdown table, the first columns (`left`) to the left and the others to the right."""
     line = "| " + " | ".join(head) + " |"
-    rule = "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"
+    rule = "|" + "|".join(["---"] * left + ["---:"] * (len(head) - left)) + "|"
     return "\n".join([line, rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 

@@ -37,6 +37,8 @@ class Editor:
     backend: of the operators, in training and in `check`: "auto", "triton" or "reference", as `patch` takes it.
     """
 
+    trainer: type[GroupTrainer] = GroupTrainer  # what trains the neurons of new edits; may be overridden
+
     def __init__(
         self, model: nn.Module, processor: Any, config: UnikeConfig | None = None, *, backend: str = "auto"
     ) -> None:
@@ -106,7 +108,7 @@ class Editor:
         for i in tqdm(self.layers, desc="encoders", unit="layer", disable=not progress):
             s = states.layers[i]
             anchors = s.h_att if self.config.encoders.anchor == "h_att" else s.h_sem
-            pos, neg = self._injected(i, s.h_pos), self._injected(i, s.h_neg)
+            pos, neg = self.injected(i, s.h_pos), self.injected(i, s.h_neg)
             fits[i] = fit_layer(
                 anchors, pos, neg, s.h_pos, s.h_neg, groups, self.config.encoders, device=self.collator.device
             )
@@ -265,7 +267,7 @@ class Editor:
         zeta |= {i: fit.zeta_prime if maps is None else fit.zeta for i, fit in self.fits.items()}
         room = max(len(layer.keys) for layer in edits.layers.values()) + neurons.per_layer * len(requests)
         with self.training_patch(grown, room) as handle:
-            trainer = GroupTrainer(
+            trainer = self.trainer(
                 self.collator,
                 self.decoder,
                 handle,
@@ -287,7 +289,7 @@ class Editor:
         return appended(edits, entries, layers)
 
     @torch.no_grad()
-    def _injected(self, layer: int, h_pos: Tensor) -> Tensor:
+    def injected(self, layer: int, h_pos: Tensor) -> Tensor:
         """[N, d] what a memory of the one item h_pos would inject at this layer: Enc_sem's inputs."""
         if self.config.shift.attention == "raw":
             return h_pos

@@ -1,0 +1,291 @@
+"""What the paper's tables and figures are made of: a cell is one method in one protocol, measured once and saved."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.quality import protocol, world
+from bench.quality.ablation import compact, write
+from bench.quality.baselines import METHODS
+from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.learned import TRAINING, fitted
+from bench.quality.rows import FIGURES, ROWS, Row, default_config
+from unike_kernels.evaluation import protocols
+from unike_kernels.evaluation.examiner import Examiner
+from unike_kernels.evaluation.methods import Method
+from unike_kernels.evaluation.metrics import clustered_error, mean_of_five
+from unike_kernels.evaluation.protocols import Asked, Result
+from unike_kernels.evaluation.records import KINDS, LOCAL
+from unike_kernels.evaluation.summary import Summary, per_record
+
+UNIKE = ("UniKE", "UniKE, routed")
+# in the order in which they are measured: those that learn nothing beforehand first
+TABLE_1 = (*UNIKE, *sorted(METHODS, key=lambda name: METHODS[name].trained))
+PROMPTED = ("IKE",)  # acts by the prompt, one edit at a time: not in Tables 2 and 3, as in the paper
+STACKED = tuple(name for name in TABLE_1 if name not in PROMPTED)
+OF_ROWS: dict[str, Row] = {row.name: row for rows in (ROWS, *FIGURES.values()) for row in rows}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured; brief: trained baselines learn for this part of their steps (1 / brief)."""
+
+    bases: tuple[int, ...] = (0, 1)
+    draws: tuple[int, ...] = (0, 1, 2)  # of the edits and of their order
+    edits: int = 200  # one-step, of each task
+    stacked: int = 100  # in Tables 2 and 3, of each task
+    figure: int = 100
+    large: tuple[int, ...] = (100, 1000)  # K of UniKE beside 10 and 20
+    brief: int = 1
+    quick: bool = False  # a smaller memory
+
+
+QUICK = Scale(bases=(0,), draws=(0,), edits=8, stacked=20, figure=8, large=(40,), brief=40, quick=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one protocol on one base model; task "both" is names and captions mixed."""
+
+    base: int
+    protocol: str
+    k: int
+    task: str
+    draw: int
+    edits: int
+    method: str
+
+    @property
+    def where(self) -> tuple[str, int, str]:
+        """What a table's part is about."""
+        return self.protocol, self.k, self.task
+
+    @property
+    def key(self) -> str:
+        """Its name in a saved file, which is one base model's."""
+        return f"{self.protocol}, K = {self.k}, {self.task}, draw {self.draw}, {self.edits} edits: {self.method}"
+
+
+def needed(tables: Sequence[int], figures: Sequence[str], scale: Scale) -> list[Cell]:
+    """The cells of these tables and figures, all of one draw before the next: what a stopped run has is a whole."""
+    out = []
+    for draw in scale.draws:
+        for base in scale.bases:
+            at: Callable[..., Cell] = lambda *a, base=base, draw=draw, **k: _cell(base, draw, *a, **k)  # noqa: E731
+            out += [at("one-step", 1, t, scale.edits, m) for t in ("name", "caption") for m in TABLE_1 if 1 in tables]
+            if 3 in tables:
+                out += [at("cross-task", 10, "both", scale.stacked, m) for m in STACKED]
+            if 2 in tables:
+                out += [
+                    at("sequential", k, task, scale.stacked, m)
+                    for task in ("name", "caption")
+                    for k in (10, 20)
+                    for m in STACKED
+                ]
+            if draw == scale.draws[0]:
+                rows = [row for name in figures if name in FIGURES for row in FIGURES[name]]
+                out += [at("one-step", 1, "name", scale.figure, row.name) for row in rows]
+                if 2 in tables:
+                    out += [at("sequential", k, "name", max(k, scale.stacked), m) for k in scale.large for m in UNIKE]
+    return list(dict.fromkeys(out))
+
+
+def _cell(base: int, draw: int, protocol: str, k: int, task: str, edits: int, method: str) -> Cell:
+    return Cell(base, protocol, k, task, draw, edits, method)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A saved row, or several draws of one: percent by kind, the five metrics and "mean", clustered by concept.
+
+    values: by kind, of every edit; labels: which draw and concept each is, so that two rows can be compared edit by
+    edit. Both are empty where only means were saved. reason: why there is nothing else.
+    """
+
+    edits: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    exact: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    labels: tuple[tuple[str, str], ...] = ()
+    reason: str = ""
+    draws: int = 1
+
+
+def saved(results: Sequence[Result]) -> dict[str, Any]:
+    """What is kept of a cell: means, clustered errors, and every edit's values in tenths of a percent."""
+    summary = Summary.of(results)
+    order = sorted(results, key=lambda r: r.id)
+    clusters = [r.cluster for r in order]
+    found = {kind: per_record(order, kind, _value) for kind in KINDS}
+    values = {kind: [found[kind][r.id] for r in order] for kind in KINDS}
+    values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
+    return {
+        "edits": len(order),
+        "metrics": {kind: sum(v) / len(v) for kind, v in values.items()},
+        "errors": {kind: clustered_error(v, clusters) for kind, v in values.items()},
+        "before": summary.before,
+        "exact": summary.exact,
+        "own": summary.own,
+        "others": summary.others,
+        "locality_b": summary.locality_b,
+        **compact({kind: values[kind] for kind in KINDS}, clusters),
+    }
+
+
+def _value(p: Asked) -> float:
+    return p.outcome.locality_a if p.kind in LOCAL else p.outcome.after
+
+
+def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
+    """One Found of the saved cells of several draws: (the draw's name, what was saved)."""
+    reasons = [row["na"] for _, row in rows if "na" in row]
+    if reasons:
+        return Found(reason=reasons[0])
+    values, labels = each(rows)
+    sizes = [row["edits"] for _, row in rows]
+
+    def pooled(name: str) -> dict[str, float]:
+        kinds = [k for k in rows[0][1][name] if all(k in row[name] for _, row in rows)]
+        return {k: sum(n * row[name][k] for n, (_, row) in zip(sizes, rows, strict=True)) / sum(sizes) for k in kinds}
+
+    errors = {kind: clustered_error(v, [c for _, c in labels]) for kind, v in values.items()}
+    shares = (pooled(name) for name in ("before", "exact", "own", "others"))
+    return Found(sum(sizes), pooled("metrics"), errors, *shares, values, labels, draws=len(rows))
+
+
+def each(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[float]], tuple[tuple[str, str], ...]]:
+    """Every edit's values by kind, "mean" among them, and its (draw, concept); empty where only means were saved."""
+    values: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    labels: list[tuple[str, str]] = []
+    for draw, row in rows:
+        if "values" not in row:
+            return {}, ()
+        for kind in KINDS:
+            values[kind] += [int(v) / 10 for v in row["values"][kind].split()]
+        labels += [(draw, c) for c in row["clusters"].split()]
+    values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
+    return values, tuple(labels)
+
+
+class Store:
+    """Saved cells in a folder, one file a base model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.read: dict[int, tuple[int, dict[str, Any]]] = {}  # by base model: the file's time, and its rows
+
+    def rows(self, base: int) -> dict[str, Any]:
+        """Saved cells by key."""
+        path = self.folder / f"protocols-seed{base}.json"
+        if not path.exists():
+            return {}
+        time = path.stat().st_mtime_ns
+        if base not in self.read or self.read[base][0] != time:
+            self.read[base] = time, json.loads(path.read_text())["rows"]
+        return self.read[base][1]
+
+    def bases(self) -> list[int]:
+        """The base models that anything is saved of."""
+        names = sorted(p.stem for p in self.folder.glob("protocols-seed*.json"))
+        return [int(name.removeprefix("protocols-seed")) for name in names]
+
+    def add(self, base: int, cell: Cell, row: dict[str, Any]) -> None:
+        """Saves a cell, whole or not at all; the file is read anew, as another process may have added to it."""
+        rows = self.rows(base) | {cell.key: row | {"cell": asdict(cell)}}
+        write(self.folder / f"protocols-seed{base}.json", {"rows": rows})
+
+    def found(self, base: int, protocol: str, k: int, task: str, method: str) -> Found | None:
+        """All draws of the largest number of edits; None where nothing is saved."""
+        same = [r for r in self.rows(base).values() if Cell(**r["cell"]).where == (protocol, k, task)]
+        same = [r for r in same if r["cell"]["method"] == method]
+        most = max((r["cell"]["edits"] for r in same), default=0)
+        chosen = sorted((r for r in same if r["cell"]["edits"] == most), key=lambda r: r["cell"]["draw"])
+        return found_of([(f"{task} {r['cell']['draw']} {most}", r) for r in chosen]) if chosen else None
+
+
+class Bench:
+    """One base model, on which any cell can be measured; what a method learns beforehand it learns once."""
+
+    def __init__(self, base: int, scale: Scale) -> None:
+        self.base, self.scale = base, scale
+        self.editor = world.prepared(base, default_config(), quick=scale.quick)
+        self.examiner = Examiner(self.editor.collator, batch_size=64)
+        self.made: dict[str, Method] = {}
+        self.training = TRAINING // (8 if scale.quick else 1)
+
+    def method(self, name: str) -> Method:
+        """The method of this name, fitted."""
+        if name not in self.made:
+            self.made[name] = self._make(name)
+        return self.made[name]
+
+    def _make(self, name: str) -> Method:
+        if name in OF_ROWS:
+            return protocol.RowMethod(OF_ROWS[name], self.editor, cache=world.CACHE / "groups", progress=True)
+        config, processor = baseline_config(name, self.scale.brief), self.editor.collator.processor
+        return fitted(name, self.editor.model, processor, self.base, config=config, training=self.training)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """The cell's row as `saved` has it, or {"na": why} where the method does not apply to this model."""
+        method = self.method(cell.method)
+        if isinstance(method, Ike) and not method.followed:
+            told = f"with the answer in the prompt {100 * method.follows:.1f} % of its tokens are right"
+            return {"na": f"the base model does not follow demonstrations: {told}, without {100 * method.without:.1f}"}
+        tasks = protocol.tasks_of(cell.protocol, cell.task, cell.edits, cell.draw)
+        plan = protocols.plan(cell.protocol, tasks, k=cell.k, seed=cell.draw)
+        about = {"base": self.base, "seed": cell.draw, "training": self.training}
+        return saved(protocol.measured(method, self.examiner, plan, about))
+
+
+def baseline_config(name: str, brief: int) -> Any:
+    """The chosen settings; brief above 1: a part of the training steps, for trained methods."""
+    config = METHODS[name].trials()[0]
+    if brief == 1 or not METHODS[name].trained:
+        return config
+    steps = {n: max(1, v // brief) for n, v in asdict(config).items() if n in ("steps", "answer_steps")}
+    return replace(config, **steps)
+
+
+def settings(cell: Cell, scale: Scale) -> str:
+    """A digest of all that makes the cell another one beside its key: a cell saved with other settings is stale."""
+    told: dict[str, Any] = {"brief": scale.brief, "quick": scale.quick}
+    if cell.method in OF_ROWS:
+        told |= {"row": asdict(OF_ROWS[cell.method]), "config": default_config().to_json()}
+    else:
+        told |= {"config": asdict(baseline_config(cell.method, scale.brief)), "training": TRAINING}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fill(
+    cells: Sequence[Cell],
+    store: Store,
+    scale: Scale,
+    environment: dict[str, str],
+    bench: Callable[[int, Scale], Any] = Bench,
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Measures and saves the cells that are not saved yet, one by one; a stop loses the cell it falls into at most.
+
+    What a stop leaves of that cell, edit by edit, is kept apart and read again.
+    """
+    todo = []
+    for cell in cells:
+        there = store.rows(cell.base).get(cell.key)
+        if there is None or there["settings"] != settings(cell, scale):
+            todo.append(cell)
+    benches: dict[int, Any] = {}
+    for cell in tqdm(todo, desc="rows", unit="row", initial=len(cells) - len(todo), total=len(cells)):
+        if cell.base not in benches:
+            benches[cell.base] = bench(cell.base, scale)
+        row = benches[cell.base].measure(cell)
+        row |= {"settings": settings(cell, scale), "taken": environment}
+        store.add(cell.base, cell, row)
+        yield cell, row

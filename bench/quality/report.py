@@ -1,0 +1,142 @@
+"""The one writer of results/README.md: everything that is saved in a folder, as tables, figures and text."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.quality import claims, figures, paper, paper_tables, speed, tables
+from bench.quality.ablation import write
+from bench.quality.cells import Store
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = RESULTS / "quick"
+COMMAND = "python -m bench.quality.run"
+TABLES = {
+    1: ("Table 1: one-step editing", paper_tables.table_1),
+    2: ("Table 2: sequential editing", paper_tables.table_2),
+    3: ("Table 3: cross-task editing", paper_tables.table_3),
+}
+
+
+def environment() -> dict[str, str]:
+    """Where the figures were taken."""
+    import transformers
+
+    here = Path(__file__).parent
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return {
+        "commit": asked.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    }
+
+
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes <name>.json into the folder, whole or not at all."""
+    path = folder / f"{name}.json"
+    write(path, result)
+    return path
+
+
+def saved(kind: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The saved results of a kind, by base model."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-seed*.json"))]
+
+
+def taken(*environments: dict[str, str]) -> str:
+    """Where results were taken, as a sentence; several commits and machines side by side."""
+    names = sorted({name for e in environments for name in e})
+    told = (f"{n} {' and '.join(dict.fromkeys(e[n] for e in environments if n in e))}" for n in names)
+    return f"Taken with {', '.join(told)}."
+
+
+def write_report(folder: Path = RESULTS) -> Path:
+    """README.md of the folder from all that is saved there, and its notes.md, which is written by hand."""
+    parts = ["# Quality on the emoji world"]
+    if folder.name == QUICK.name:
+        parts.append(
+            "**A quick run**: a few edits, a quarter of the memory, baselines trained for a fraction of their steps. "
+            "It shows what the tables look like and that every row runs; its figures decide nothing."
+        )
+    parts += _paper(folder)
+    ablations = paper_tables.ablations(folder)
+    if ablations:
+        parts += ["# Ablation with all controls", f"Made by `{COMMAND} --rows ablation`."]
+    for result in ablations:
+        parts += [tables.report(result), taken(result["environment"])]
+    notes = folder / "notes.md"
+    parts += [notes.read_text(encoding="utf-8").rstrip()] if notes.exists() else []
+    for result in saved("encoders", folder):
+        parts += [tables.encoders(result), taken(result["environment"])]
+    out = folder / "README.md"
+    half = out.with_suffix(".tmp")
+    half.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    half.replace(out)
+    return out
+
+
+def _paper(folder: Path) -> list[str]:
+    """The paper's tables and figures, its claims, and the speed of editing: what there is of them."""
+    store, quick = Store(folder), " --quick" if folder.name == QUICK.name else ""
+    rows = [row for base in store.bases() for row in store.rows(base).values()]
+    parts: list[str] = []
+    for number, (title, table) in TABLES.items():
+        text = table(store)
+        if text:
+            parts += [f"### {title}", f"`{COMMAND} --table {number}{quick}`", text]
+    text = paper_tables.table_4(folder)
+    if text:
+        parts += ["### Table 4: the parts of the method", f"`{COMMAND} --table 4{quick}`", text]
+    for name in figures.NAMES:
+        path = folder / f"figure-{name}.png"
+        if path.exists():
+            parts += [f"### Figure {name}", f"`{COMMAND} --figure {name}{quick}`", paper.FIGURES[name]]
+            parts.append(f"![Figure {name}]({path.name})")
+            if name == "4a":
+                parts.append(_in_context(store))
+    found = {base: claims.claims(folder, base) for base in _models(folder)}
+    for base, told in found.items():
+        if any(c.ours is not None for c in told):
+            parts += [f"### The paper's claims on base model {base}", claims.table(told)]
+    if any(part.startswith("### The paper's claims") for part in parts):
+        parts.append(
+            f"Differences in points with standard errors, positive where the claim says so; a direction counts from "
+            f"{claims.SURE:g} standard errors. The paper's are MiniGPT-4's on E-VQA. A claim whose controls, from "
+            "which the part it credits was taken away, gain as much has another cause. Rows of the same edits are "
+            "compared edit by edit where their values were saved; otherwise the errors add up as if independent, which "
+            "is too large."
+        )
+    speeds = saved("speed", folder)
+    if speeds:
+        parts += ["### Speed of editing", f"`{COMMAND} --speed{quick}`"]
+        parts += [part for result in speeds for part in (speed.table(result), taken(result["environment"]))]
+    if not parts:
+        return []
+    head = [
+        "# The paper's tables and figures",
+        "In percent, standard errors clustered by concept, locality A, token accuracy under teacher forcing beside "
+        "exact match of greedy generation. Edits are names or captions of pictures that the base model does not know; "
+        'drawings by other artists are the other pictures. The paper\'s columns are "Rel T-Gen M-Gen T-Loc M-Loc" of '
+        "its own models, 1,000 times as large, on its own data: directions and gaps compare, levels do not.",
+    ]
+    if rows:
+        head.append(taken(*(row["taken"] for row in rows)))
+    return [*head, *parts]
+
+
+def _models(folder: Path) -> list[int]:
+    return sorted({*Store(folder).bases(), *(r["seed"] for r in paper_tables.ablations(folder))})
+
+
+def _in_context(store: Store) -> str:
+    """What Figure 4a says about IKE itself."""
+    found = {base: store.found(base, "one-step", 1, "name", "IKE") for base in store.bases()}
+    told = [f"base model {base}: {f.reason}" for base, f in found.items() if f is not None and f.reason]
+    why = f" ({'; '.join(told)})" if told else ""
+    return f"Intrinsic editing with IKE itself is n/a: it needs a model that follows demonstrations{why}."

@@ -1,0 +1,146 @@
+"""Edits per second: independent edits trained as one batch, against the loop that the field uses."""
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.quality.emoji import records
+from bench.quality.rows import Row, RowEditor, default_config
+from bench.quality.tables import markdown
+from bench.quality.world import request, with_memory
+from unike_kernels.editing.train import GroupTrainer, _Pass
+from unike_kernels.edits_schema import EditEntry
+from unike_kernels.models import get_module
+
+GOAL = 10.0  # times the naive loop
+SAME_LOSS = 1e-2  # of the edits' final losses, on average: float sums in another order move single steps
+
+
+class WholeForward(GroupTrainer):
+    """Trains with the model's own whole forward at every step, as public editing code does."""
+
+    def _pass(self, samples: Any, rows: Tensor) -> _Pass:
+        batch = self.collator.batch(samples, rows.tolist())
+        return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, None)  # type: ignore[arg-type]
+
+    def _tail(self, work: _Pass) -> Tensor:
+        kept: list[Tensor] = []
+        decoder = get_module(self.model, self.decoder.name)
+        hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        self.handle.set_cases(work.batch.token_to_case(), work.batch.case_rows())
+        try:
+            work.batch.model(**work.batch.inputs, use_cache=False)
+        finally:
+            self.handle.set_cases()
+            hook.remove()
+        return kept[0]
+
+
+class NaiveEditor(RowEditor):
+    """The library's editor, but for the whole forward at every step."""
+
+    trainer = WholeForward
+
+
+def naive(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
+    """One edit after another, each on its own copy of the model."""
+    out = []
+    for asked in requests:
+        model = copy.deepcopy(editor.model)
+        alone = NaiveEditor(model, editor.collator.processor, editor.config).prepare(Row("UniKE"), editor)
+        out += alone.edit([asked], independent=False, progress=False).entries
+    return out
+
+
+def one_by_one(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
+    """The library's editor, one edit at a time: no copies, and the lower layers run once an edit."""
+    return [e for asked in requests for e in editor.edit([asked], independent=True, progress=False).entries]
+
+
+def together(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
+    """The library's editor: all edits in batches."""
+    return list(editor.edit(requests, independent=True, progress=False).entries)
+
+
+WAYS: dict[str, Callable[[RowEditor, list[dict[str, Any]]], list[EditEntry]]] = {
+    "naive loop (deepcopy, one edit, whole forward)": naive,
+    "Editor, one edit at a time": one_by_one,
+    "Editor, in batches": together,
+}
+
+
+def run(seed: int, edits: int = 32, rounds: int = 3, *, quick: bool = False) -> dict[str, Any]:
+    """Every way in turn, `rounds` times over; raises RuntimeError where they do not come to the same edits."""
+    base = with_memory(seed, default_config(), RowEditor, quick=quick)
+    base.fit(progress=False)
+    editor = RowEditor(base.model, base.collator.processor, base.config).prepare(Row("UniKE"), base)
+    requests = [request(r) for r in records.records("development", "name", edits)]
+    found: dict[str, list[EditEntry]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    cpu: dict[str, list[float]] = {name: [] for name in WAYS}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* edits miss their target")
+        together(editor, requests[:2])  # first calls allocate
+        for _ in tqdm(range(rounds), desc=f"model {seed}", unit="round"):
+            for name, way in WAYS.items():
+                started, used = time.perf_counter(), time.process_time()
+                found[name] = way(editor, requests)
+                seconds[name].append(time.perf_counter() - started)
+                cpu[name].append(time.process_time() - used)
+    check(found)
+    first = next(iter(WAYS))
+    rows = {
+        name: {
+            "edits_per_second": edits / statistics.median(seconds[name]),
+            "edits_per_cpu_second": edits / statistics.median(cpu[name]),
+            # within a round, so that what else the machine does changes little
+            "times_naive": statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True)),
+            "times_naive_cpu": statistics.median(a / b for a, b in zip(cpu[first], cpu[name], strict=True)),
+            "mean_steps": statistics.fmean(e.steps or 0 for e in found[name]),
+            "reached": sum(bool(e.success) for e in found[name]),
+        }
+        for name in WAYS
+    }
+    return {"seed": seed, "edits": edits, "rounds": rounds, "threads": torch.get_num_threads(), "rows": rows}
+
+
+def check(found: dict[str, list[EditEntry]]) -> None:
+    """The same targets reached, and the same losses but for rounding; RuntimeError otherwise."""
+    (name, first), *others = found.items()
+    for other, entries in others:
+        reached = [[e.success for e in some] for some in (first, entries)]
+        off = [abs((a.loss or 0.0) - (b.loss or 0.0)) for a, b in zip(first, entries, strict=True)]
+        if reached[0] != reached[1] or sum(off) / len(off) > SAME_LOSS:
+            raise RuntimeError(
+                f"{name!r} and {other!r} do not make the same edits: {sum(map(bool, reached[0]))} and "
+                f"{sum(map(bool, reached[1]))} reach their target, the losses differ by {sum(off) / len(off):.4f} on "
+                f"average (at most {SAME_LOSS})"
+            )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The ways beside each other, and whether the goal is met."""
+    head = ["way", "edits / s", "times naive", "edits / CPU s", "times naive, CPU", "mean steps", "reached"]
+    lines = [
+        [
+            name,
+            f"{r['edits_per_second']:.2f}",
+            f"{r['times_naive']:.1f}",
+            f"{r['edits_per_cpu_second']:.2f}",
+            f"{r['times_naive_cpu']:.1f}",
+            f"{r['mean_steps']:.1f}",
+            f"{r['reached']} of {result['edits']}",
+        ]
+        for name, r in result["rows"].items()
+    ]
+    best = result["rows"]["Editor, in batches"]["times_naive"]
+    goal = f"- {'met' if best >= GOAL else '**MISSED**'}: {GOAL:g} times the naive loop ({best:.1f})"
+    about = f"{result['edits']} edits, median of {result['rounds']} rounds, {result['threads']} threads"
+    return f"#### Base model {result['seed']}: {about}\n\n{markdown(head, lines)}\n\n{goal}"
