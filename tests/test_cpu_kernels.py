@@ -296,7 +296,11 @@ def test_auto_takes_it_for_few_tokens_without_gradients(counted):
     many, more = here(make(cpu_kernels.FEW + 1, "sc"))
     ops.extra_neurons(**many, **more)
     ops.knowledge_shift(*here(inputs(cpu_kernels.FEW + 1)), here(ids(cpu_kernels.FEW + 1, 3)), alpha=0.5)
+    args, options = here(make(16, "", sizes=(cpu_kernels.NEURONS // 16 + 1,), d=2, d_out=2))
+    ops.extra_neurons(**args, **options)  # always on, and more than pay
     assert len(counted) == 3
+    ops.extra_neurons(**(args | {"x": args["x"][:8]}), **options)
+    assert len(counted) == 4
 
 
 def test_by_name_it_runs_everywhere_it_can_and_differentiates_as_the_reference(counted):

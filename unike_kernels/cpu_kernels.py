@@ -17,7 +17,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
 BACKENDS = ("auto", "cpu")
 FEW = 16  # tokens
-NEURONS = 4096  # always on: what one thread goes through as fast as a matrix product with its surroundings
+NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
 NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
 PORTABLE = False  # without AVX2: for tests
 
@@ -59,8 +59,9 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
         return None
     y, args = (args[0], args[1:]) if operator == "extra_neurons_" else (None, args)
     x, keys, route, selected = args[0], args[1], args[7], args[10]
-    few = x.numel() <= FEW * x.shape[-1] and (route is not None or selected is not None or len(keys) <= NEURONS)
-    if not (always or few):
+    tokens = x.numel() // max(1, x.shape[-1])
+    few = route is not None or selected is not None or tokens * len(keys) <= NEURONS
+    if not (always or (few and tokens <= FEW)):
         return None
     return extra_neurons if y is None else extra_neurons_
 
@@ -224,7 +225,7 @@ def add_neurons(
     n, d = keys.shape
     rows, slots = (0, 0) if selected is None else selected.shape
     count = x.numel()
-    if y.shape != x.shape or x.shape[-1] != d or count > FEW * d or (selected is None and n > NEURONS):
+    if y.shape != x.shape or x.shape[-1] != d or count > FEW * d or (selected is None and count * n > NEURONS * d):
         return False
     if selected is not None and (token_to_case is None or token_to_case.shape[0] * d != count):
         return False
