@@ -12,6 +12,7 @@ from bench.latency.case import CUDA, INDEXED, OURS, Case, Inputs, K
 from bench.latency.rivals import beside, compiled, cosine_similarity, mm_topk
 from bench.latency.shapes import Shape, hidden
 from unike_kernels import backends, native, ops, reference
+from unike_kernels.cuda_kernels.int8_search import MOST_QUERIES, CudaInt8Index
 
 LARGEST = 40_000  # items times queries that cosine_similarity lays out times d
 
@@ -19,6 +20,18 @@ LARGEST = 40_000  # items times queries that cosine_similarity lays out times d
 def has_cuda_kernels() -> bool:
     """Whether the CUDA C++ kernels can run here."""
     return all(backend.reason is None for backend in backends.available() if backend.name == "cuda")
+
+
+def has_index(on_cpu: bool, queries: int) -> bool:
+    """Whether an int8 copy can be searched, for so many queries."""
+    return native.cpu() is not None if on_cpu else has_cuda_kernels() and queries <= MOST_QUERIES
+
+
+def index_of(keys: Tensor, queries: int) -> native.Int8Index | CudaInt8Index | None:
+    """The int8 copy of keys where there is one; None otherwise."""
+    if not has_index(keys.device.type == "cpu", queries):
+        return None
+    return native.Int8Index(keys) if keys.device.type == "cpu" else CudaInt8Index(keys)
 
 
 def search(shape: Shape, queries: int, items: int, on_cpu: bool = False, dtype: torch.dtype | None = None) -> Case:
@@ -33,21 +46,21 @@ def search(shape: Shape, queries: int, items: int, on_cpu: bool = False, dtype: 
             "k": min(K, items),
             "key_norm": norm,
             "unit": torch.cat([F.normalize(rows.float(), dim=1).to(dtype) for rows in keys.split(2**16)]),
-            "index": native.Int8Index(keys) if device.type == "cpu" and native.cpu() is not None else None,
+            "index": index_of(keys, queries),
         }
 
     def ours(unit: Tensor, index: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         return ops.cosine_topk(**inputs)
 
     def indexed(q: Tensor, k: int, index: Any, **rest: Any) -> tuple[Tensor, Tensor]:
-        """What a memory on the CPU takes from its fiftieth search on."""
+        """What a memory on the CPU takes from its fiftieth search on; on a GPU only who asks for it."""
         return index.search(q, k)
 
     def specification(unit: Tensor, index: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         return reference.cosine_topk(**inputs)
 
     providers: dict[str, Callable[..., Any]] = {OURS: ours}
-    if on_cpu and native.cpu() is not None:
+    if has_index(on_cpu, queries):
         providers[INDEXED] = indexed
     if not on_cpu and has_cuda_kernels():
         providers[CUDA] = partial(ours, backend="cuda")
