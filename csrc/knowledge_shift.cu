@@ -12,11 +12,11 @@ namespace unike {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kStages = 4;            // pieces of keys or values under way at once
-constexpr int kRing = 80 * 1024;      // bytes for them: 40 keys and values of 512 columns in 16 bits
-constexpr int kColumns = 4;           // columns of the knowledge that a thread adds up
+constexpr int kStages = 4;        // pieces of keys or values under way at once
+constexpr int kRing = 80 * 1024;  // bytes for them: 40 keys and values of 512 columns in 16 bits
+constexpr int kColumns = 4;       // columns of the knowledge that a thread adds up
 constexpr int kMostColumns = kThreads * kColumns;
-constexpr int kMostCells = 2048;     // rows x columns of a block
+constexpr int kMostCells = 2048;  // rows x columns of a block
 constexpr int kMostItems = 128;
 constexpr float kLowest = -3.4028234663852886e38f;  // the score of a missing item, as in the reference
 
@@ -116,38 +116,72 @@ __device__ inline int collect(const int64_t* indices, int64_t guess, int64_t row
 template <typename Item>
 __device__ void copy_rows(
     Item* to, const Item* from, int64_t stride, const int64_t* ids, int items, int columns, int width, int lanes, bool by_16) {
-    constexpr int CHUNK = 16 / sizeof(Item);
+    constexpr int kChunk = 16 / sizeof(Item);
     const int lane = threadIdx.x % lanes;
     for (int i = threadIdx.x / lanes; i < items; i += kThreads / lanes) {
         const Item* row = from + ids[i] * stride;
         Item* place = to + i * width;
-        for (int c = lane * CHUNK; c < columns; c += lanes * CHUNK) {
+        for (int c = lane * kChunk; c < columns; c += lanes * kChunk) {
             if (by_16) {
                 cp_async16(place + c, row + c);
             } else {
-                for (int e = 0; e < CHUNK; e++) place[c + e] = c + e < columns ? row[c + e] : narrow<Item>(0.0f);
+                for (int e = 0; e < kChunk; e++) place[c + e] = c + e < columns ? row[c + e] : narrow<Item>(0.0f);
             }
         }
     }
 }
 
-// Partial scores of a piece, to every block of the cluster: inbox[rank][row][item]. Threads share the columns as in copy_rows.
+// N columns of q from shared memory, 16-byte aligned.
+template <int N>
+__device__ inline void load_row(const float* q, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 four = widen_four(q + i);
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+}
+
+template <int N>
+__device__ inline float add_products(float sum, const float (&x)[N], const float (&y)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+// Partial scores of a piece, to every block of the cluster: inbox[rank][row][item]. Threads share the columns as in copy_rows;
+// a thread's first columns of q stay in registers, since from shared memory all items would ask for them again.
 template <int Rows, typename Item>
 __device__ void score(
     const Item* keys, const float* q, int first, int items, int columns, int width, int lanes, float* inbox, int most_items,
     int rank, int split) {
-    constexpr int CHUNK = 16 / sizeof(Item);
+    constexpr int kChunk = 16 / sizeof(Item), kHeld = Rows * kChunk < 16 ? 16 / (Rows * kChunk) : 1;
     const int lane = threadIdx.x % lanes, mine = threadIdx.x / lanes;
+    float held[kHeld][Rows][kChunk] = {};
+#pragma unroll
+    for (int j = 0; j < kHeld; j++) {
+        const int c = (lane + j * lanes) * kChunk;
+#pragma unroll
+        for (int r = 0; r < Rows; r++)
+            if (c < columns) load_row(q + r * width + c, held[j][r]);
+    }
     for (int base = 0; base < items; base += kThreads / lanes) {  // the same number of turns for all threads of a warp
         const int i = base + mine;
-        float sum[Rows] = {};
-        for (int c = lane * CHUNK; i < items && c < columns; c += lanes * CHUNK) {
-            float k[CHUNK];
+        float sum[Rows] = {}, k[kChunk];
+#pragma unroll
+        for (int j = 0; j < kHeld; j++) {
+            const int c = (lane + j * lanes) * kChunk;
+            if (i >= items || c >= columns) continue;
+            unpack(keys + i * width + c, k);
+#pragma unroll
+            for (int r = 0; r < Rows; r++) sum[r] = add_products(sum[r], held[j][r], k);
+        }
+        for (int c = (lane + kHeld * lanes) * kChunk; i < items && c < columns; c += lanes * kChunk) {
             unpack(keys + i * width + c, k);
 #pragma unroll
             for (int r = 0; r < Rows; r++) {
-#pragma unroll
-                for (int e = 0; e < CHUNK; e++) sum[r] += q[r * width + c + e] * k[e];
+                float x[kChunk];
+                load_row(q + r * width + c, x);
+                sum[r] = add_products(sum[r], x, k);
             }
         }
 #pragma unroll
@@ -348,9 +382,10 @@ __global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_c
     float* know = reinterpret_cast<float*>(ring);
     const int parts = kThreads / plan.across, mine = threadIdx.x % plan.across * kColumns;
     if (mine < value_columns)
+#pragma unroll
         for (int r = 0; r < Rows; r++)
-            for (int e = 0; e < kColumns; e++)
-                know[(threadIdx.x / plan.across * Rows + r) * plan.value_width + mine + e] = part[r][e];
+            *reinterpret_cast<float4*>(know + (threadIdx.x / plan.across * Rows + r) * plan.value_width + mine) =
+                make_float4(part[r][0], part[r][1], part[r][2], part[r][3]);
     __syncthreads();
     for (int r = 0; r < rows; r++) {
         float ee = 0.0f, hh = 0.0f, eh = 0.0f;
