@@ -256,7 +256,8 @@ __device__ inline void note_cases(const KnowledgeShift& s, int token, float unto
 // cases behind the tokens, for `used` alone, and the second row of a token's cluster is its case token. Bytes: q, h_input and
 // out once, and of each item a head's key and value once per cluster. Sums in float32, in a fixed order; rounds once.
 template <typename Item, int Rows>
-__global__ void __launch_bounds__(kThreads, Rows <= 2 ? 4 : 2) knowledge_shift_cluster(const KnowledgeShift s, const Plan plan) {
+__global__ void __launch_bounds__(kThreads, Rows == 1 ? 4 : Rows == 2 ? 3 : 2)
+knowledge_shift_cluster(const KnowledgeShift s, const Plan plan) {
     unsigned char* shared = shared_memory();
     int64_t* ids = reinterpret_cast<int64_t*>(shared + plan.ids);
     int* count = reinterpret_cast<int*>(shared + plan.count);
@@ -501,7 +502,6 @@ cudaError_t start(const KnowledgeShift& s, const Plan& plan, int rows, cudaStrea
         case 1: return start<Item, 1>(s, plan, stream);
         case 2: return start<Item, 2>(s, plan, stream);
         case 4: return start<Item, 4>(s, plan, stream);
-        case 8: return start<Item, 8>(s, plan, stream);
     }
     return cudaErrorInvalidValue;
 }

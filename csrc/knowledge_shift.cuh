@@ -38,7 +38,7 @@ struct KnowledgeShift {
 };
 
 // split: blocks of a cluster, which share the columns of a head (1, 2, 4 or 8; more than 1 needs compute capability 9.0);
-// rows: query heads of a key head that a cluster takes (1, 2, 4 or 8; 2 where alpha is computed per case).
+// rows: query heads of a key head that a cluster takes (1, 2 or 4; 2 where alpha is computed per case).
 // cudaErrorInvalidValue where they do not fit: at most 1024 columns per block, 2048 with all rows.
 cudaError_t knowledge_shift(const KnowledgeShift& shift, int split, int rows, cudaStream_t stream);
 

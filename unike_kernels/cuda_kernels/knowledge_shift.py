@@ -17,6 +17,7 @@ MOST_TOKENS = 16  # more fill the device without clusters
 MOST_ITEMS = 128
 MOST_COLUMNS = 1024  # of one block
 MOST_CELLS = 2048  # columns x query heads of one block
+MOST_ROWS = 4  # query heads of one block: with 8, a thread takes 200 registers
 CLUSTERS = 90  # the architecture from which on a cluster may have more than one block
 
 # SPLIT: blocks that share the columns of a head; ROWS: query heads of a key head that a cluster takes. Estimated: a
@@ -24,8 +25,8 @@ CLUSTERS = 90  # the architecture from which on a cluster may have more than one
 # than 128 columns do not pay; up to two blocks for each of 132 multiprocessors, query heads apart are quicker.
 tuning.ROWS += [
     Row(KERNEL, 0, {"columns": 128, "heads": 264}, {"SPLIT": 1, "ROWS": 1}),
-    Row(KERNEL, 0, {"columns": 128}, {"SPLIT": 1, "ROWS": 8}),
-    Row(KERNEL, 0, {"columns": 256}, {"SPLIT": 2, "ROWS": 8}),
+    Row(KERNEL, 0, {"columns": 128}, {"SPLIT": 1, "ROWS": 4}),
+    Row(KERNEL, 0, {"columns": 256}, {"SPLIT": 2, "ROWS": 4}),
     Row(KERNEL, 0, {"columns": 512}, {"SPLIT": 4, "ROWS": 4}),
     Row(KERNEL, 0, {}, {"SPLIT": 8, "ROWS": 2}),
 ]
@@ -69,7 +70,7 @@ def choose(s: Shift) -> tuple[int, int]:
     split = min(choice["SPLIT"], _most_blocks(tuning.architecture(s.q.device)))
     while _width(columns, split) > MOST_COLUMNS:
         split *= 2
-    rows = min(choice["ROWS"], 1 << (group - 1).bit_length())
+    rows = min(choice["ROWS"], MOST_ROWS, 1 << (group - 1).bit_length())
     while rows * _width(columns, split) > MOST_CELLS:
         rows //= 2
     return split, 2 if s.mode == "case" else rows
