@@ -48,8 +48,8 @@ def neighbours(choice: Mapping[str, int]) -> Iterator[dict[str, int]]:
     CUDA C++ kernel (SPLIT, ROWS) all that it is built for.
     """
     if "SPLIT" in choice:
-        for name, options in (("SPLIT", (1, 2, 4, 8)), ("ROWS", (1, 2, 4))):
-            yield from ({**choice, name: option} for option in options if option != choice[name])
+        for name, most in (("SPLIT", 8), ("ROWS", 4)):
+            yield from ({**choice, name: n} for n in (1, 2, 4, 8) if n != choice[name] and n <= most)
         return
     for name, options in (("num_warps", (4, 8)), ("num_stages", (2, 3, 4))):
         for option in options:
