@@ -90,7 +90,7 @@ def _over(
     def figures(results: Results) -> list[Figure]:
         device, found = _device(results), []
         for name, case in _cases(results, operator, shape, sizes, dtype):
-            theirs = time_of(case["timings"], rival, device)
+            theirs = ours(case, device) if rival == OURS else time_of(case["timings"], rival, device)
             mine = ours(case, device) if own is None else time_of(case["timings"], own, device)
             if theirs is not None and mine is not None:
                 found.append((theirs / mine, name))
