@@ -1,7 +1,8 @@
 """How time is measured: rivals in turns, several input sets beyond the caches, medians with their spread.
 
 On a GPU every rival that allows it is captured in a CUDA graph and replayed, so that Python is not what is measured;
-its host time is measured apart. On a CPU one thread is used, and the fastest run is what a quiet machine shows.
+its host time is measured apart. On a CPU one thread is used, and its processor time counts, not what it waited for
+others; the fastest run is what a quiet machine shows.
 """
 
 import platform
@@ -54,9 +55,9 @@ def compare(
     while time.perf_counter() < end or turn < 5:
         for name in _rotated(list(rivals), turn):
             run = rivals[name][turn % len(rivals[name])]
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            samples[name].append((time.perf_counter() - start) * 1e6)
+            samples[name].append((time.process_time() - start) * 1e6)
             _reset(run)
         turn += 1
     return {name: _summary(values) for name, values in samples.items()}
