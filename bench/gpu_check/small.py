@@ -58,11 +58,7 @@ def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
 
 
 def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
-    """The CUDA C++ kernels, at most 16 tokens.
-
-    The shift: one block per head, clusters of 8, items of cases. The searches: several units of rows for a block, lists
-    that are pruned, ragged ranges.
-    """
+    """The CUDA C++ kernel of the shift, at most 16 tokens: one block per head, clusters of 8, items of cases."""
     generator = torch.Generator().manual_seed(tokens)
 
     def rand(*shape: int) -> Tensor:
@@ -72,8 +68,10 @@ def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
         found = ops.knowledge_shift(**leaves, **options, backend="cuda")
         same = reference.knowledge_shift(**leaves, **options)
         wide = {key: leaf.double() for key, leaf in leaves.items()}
-        for mine, right, rounded in zip(found, reference.knowledge_shift(**wide, **options), same, strict=True):
-            assert_close_to_reference(mine, right, rounded, 2)
+        right = reference.knowledge_shift(**wide, **options)
+        assert_close_to_reference(found[0], right[0], same[0], 2)
+        # A cosine near 0 is a sum of terms that cancel: its rounding is that of the terms, 1 in all, not of their sum.
+        torch.testing.assert_close(found[1].double(), right[1], rtol=0, atol=4 * torch.finfo(torch.float32).eps)
 
     indices = torch.stack([torch.randperm(130, generator=generator)[:40] for _ in range(tokens)]).to(device)
     indices[:, 3] = -1
@@ -87,8 +85,13 @@ def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     hold(raw, indices=indices, clamp=False)
     hold(raw, indices=indices[:1].expand(2, -1), token_to_case=cases, case_tokens=last, orientation="input")
 
+
+def check_searches(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    """The CUDA C++ searches, at most 16 queries: several units of rows for a block, lists that are pruned, ranges."""
+    generator = torch.Generator().manual_seed(tokens)
+
     d, n = 72, 3000
-    q, keys = rand(tokens, d), rand(n, d)
+    q, keys = (torch.randn(rows, d, generator=generator).to(device, dtype) for rows in (tokens, n))
     starts = torch.arange(tokens, device=device) * 37
     for k, ranges in ((9, torch.stack([starts, starts + 500], dim=1)), (128, None)):
         scores, _ = ops.cosine_topk(q, keys, k, ranges=ranges, backend="cuda")
@@ -106,6 +109,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for tokens in (1, 16) if without is None else ():
             check_cuda(device, dtype, tokens)
+            check_searches(device, dtype, tokens)
             torch.cuda.synchronize()
             print(f"{dtype}, {tokens} tokens, backend cuda: right")
         for tokens in (1, 17, 70):
