@@ -147,9 +147,9 @@ def test_a_memory_searches_its_index_and_follows_every_change(memory, monkeypatc
     def check(selected=None):
         for _ in range(3):
             found = memory.search(q, 7, selected)
-            memory.backend = "reference"
+            memory.choose("reference")
             expected = memory.search(q, 7, selected)
-            memory.backend = "auto"
+            memory.choose("auto")
             assert torch.equal(found[1], expected[1])
             torch.testing.assert_close(found[0], expected[0])
 
