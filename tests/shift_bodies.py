@@ -118,6 +118,20 @@ def raw(check, tokens, dtype, every_option):
     check(parts, path=CASE_ALPHA, case_tokens=at, clamp=False, **options)
 
 
+def rows_known_before(check, tokens, dtype, every_option):
+    """The raw form with the encoder's rows: alpha from another average than the one that is mixed in."""
+    parts = inputs(tokens, heads=1, kv_heads=1, hd=70, hv=70, dtype=dtype)
+    rows = torch.randn(9, 70).to(DEVICE, dtype)
+    for rescale in (True, False) if every_option else (True,):
+        for orientation in ("knowledge", "input"):
+            options = {"rescale": rescale, "clamp": rescale, "orientation": orientation}
+            _, used = check(parts, ids(tokens, 5), ONE, encoder_rows=rows, **options)
+            assert len(used) == tokens
+    check(parts, ids(tokens, 5), ONE, encoder_rows=rows, alpha=0.6)
+    options = on_cases(tokens)
+    check(parts, path=ONE, clamp=False, encoder_rows=rows, **options)
+
+
 def any_number_of_items(check, k):
     parts = inputs(2, items=max(k, 1))
     check(parts, ids(2, k, items=max(k, 1)), ONE, alpha=0.5)

@@ -19,6 +19,7 @@ from unike_kernels.triton_kernels import launching
 SEARCH = {"cosine_topk_scan": 1, "cosine_topk_merge": 1}
 ALWAYS_ON, SELECTED = {"hidden": 1, "weighted_rows": 1}, {"selected_rows": 1}
 ATTEND, LINEAR, MIX = "knowledge_shift_attend", "knowledge_shift_linear", "knowledge_shift_mix"
+PROJECT = "knowledge_shift_project"
 
 
 def started(model, inputs, monkeypatch):
@@ -88,11 +89,21 @@ def test_retrieval_per_token_with_a_fixed_alpha_adds_five(attention, positions, 
     assert found == {**ALWAYS_ON, **SEARCH, ATTEND: 1} and sum(found.values()) == 5
 
 
-def test_an_alpha_for_every_token_costs_its_linear_maps(monkeypatch):
-    """The output projection and the encoder's two maps on h_know of every token, and the mix: more than five in all."""
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_an_alpha_for_every_token(name, monkeypatch):
+    """`raw` takes it from rows of the encoder; `projected` from weights that are folded, in the launch that mixes."""
+    for attention, more in (("projected", {PROJECT: 1}), ("raw", {})):
+        shift = replace(ALWAYS.shift, per="token", attention=attention)
+        found = added(replace(ALWAYS, shift=shift), monkeypatch, name)
+        assert found == {**ALWAYS_ON, **SEARCH, ATTEND: 1, **more}
+
+
+def test_an_encoder_with_an_activation_costs_its_linear_maps(monkeypatch):
+    """The output projection and the encoder's two maps on h_know of every token, and the mix."""
     for attention, maps in (("projected", 3), ("raw", 2)):
         shift = replace(ALWAYS.shift, per="token", attention=attention)
-        found = added(replace(ALWAYS, shift=shift), monkeypatch, "llama")
+        config = replace(ALWAYS, shift=shift, encoders=replace(ALWAYS.encoders, activation="gelu"))
+        found = added(config, monkeypatch, "llama")
         assert found == {**ALWAYS_ON, **SEARCH, ATTEND: 1, LINEAR: maps, MIX: 1}
 
 

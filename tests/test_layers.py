@@ -28,6 +28,7 @@ LAYERS = {
     "edits": 3,
     "edits_io": 3,
     "edits_schema": 3,
+    "folding": 3,
     "memory": 3,
     "minigpt4": 3,
     "models": 3,

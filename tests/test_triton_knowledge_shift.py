@@ -10,6 +10,7 @@ import unike_kernels as uk
 
 BF16, F16 = torch.bfloat16, torch.float16
 ATTEND, LINEAR, MIX = "knowledge_shift_attend", "knowledge_shift_linear", "knowledge_shift_mix"
+PROJECT = "knowledge_shift_project"
 PATHS = {ONE: {ATTEND: 1}, CASE_ALPHA: {ATTEND: 1, MIX: 1}}
 check = bodies.checker("triton", lambda path: PATHS[path] if isinstance(path, str) else path)
 
@@ -47,6 +48,67 @@ def test_projection_and_encoder(act, tokens, weight_dtype):
     check(parts, path={ATTEND: 1, LINEAR: 3, MIX: 1}, case_tokens=at, **cases, **options)
     check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, alpha=torch.rand(3, device=DEVICE), **cases, **options)
     check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, out_proj=out_proj, case_tokens=at, **cases)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [*((3, dtype) for dtype in DTYPES), (1, F16), (17, BF16), (66, BF16)])
+def test_rows_of_the_encoder_are_one_launch(tokens, dtype):
+    bodies.rows_known_before(check, tokens, dtype, every_option=tokens < 16)
+
+
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize(("tokens", "dtype"), [*((3, dtype) for dtype in DTYPES), (1, F16), (16, BF16), (17, BF16)])
+def test_folded_weights_are_two_launches(tokens, dtype, orientation):
+    """Several tiles of columns, and from 17 tokens on of tokens; widths that no block divides."""
+    parts = inputs(tokens, **SHAPES["7 heads on 1"], d=150, dtype=dtype)
+    out_proj, folded = layer(150, 14 * 8, dtype), layer(150, 14 * 8, dtype, bias=tokens > 1)
+    options = {"out_proj": out_proj, "folded": folded, "orientation": orientation}
+    check(parts, ids(tokens, 5), {ATTEND: 1, PROJECT: 1}, clamp=tokens == 3, **options)
+    check(parts, path={ATTEND: 1, PROJECT: 1}, clamp=False, **on_cases(tokens), **options)
+
+
+@pytest.mark.parametrize("tokens", [3, 65, 130])
+def test_what_is_known_of_the_encoder_where_alpha_is_a_cases(tokens):
+    cases = on_cases(tokens)
+    at = case_tokens(cases["token_to_case"], 3)
+    parts, folded = inputs(tokens, d=72), layer(72, 64)
+    options = {"out_proj": layer(72, 64), "folded": folded, "clamp": False}
+    check(parts, path={ATTEND: 1, LINEAR: 2, MIX: 1}, case_tokens=at, **cases, **options)
+    check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, **cases, **options, alpha=torch.rand(3, device=DEVICE))
+    if tokens > 64:  # a weight is read once, not once per tile of 16 tokens
+        check(parts, path={ATTEND: 1, LINEAR: 2, MIX: 1}, **cases, **options)
+    raw = inputs(tokens, heads=1, kv_heads=1, hd=64, hv=64)
+    rows = torch.randn(9, 64, device=DEVICE)
+    check(raw, path={ATTEND: 2, MIX: 1}, case_tokens=at, encoder_rows=rows, clamp=False, **cases)
+
+
+def test_what_is_known_in_other_dtypes_and_views():
+    h, *rest = inputs(3)
+    weight, bias = layer(64, 64)
+    for view in (shifted, strided):
+        known = {"out_proj": (view(weight), shifted(bias)), "folded": (view(weight.to(BF16)), None)}
+        check([view(t) for t in (h.to(F16), *rest)], ids(3, 5), {ATTEND: 1, PROJECT: 1}, clamp=False, **known)
+        raw = [view(t) for t in inputs(3, heads=1, kv_heads=1, hd=33, hv=33)]
+        check(raw, ids(3, 5), ONE, clamp=False, encoder_rows=view(torch.randn(9, 33).to(DEVICE, BF16)))
+    known = {"out_proj": (weight.t(), bias), "folded": (weight.t(), bias)}
+    check([h, *rest], ids(3, 5), {ATTEND: 1, PROJECT: 1}, clamp=False, **known)
+
+
+def test_three_equal_runs_with_folded_weights():
+    parts = inputs(5, d=300, dtype=BF16)
+    options = {"indices": ids(5, 3), "out_proj": layer(300, 64, BF16), "folded": layer(300, 64, BF16)}
+    first, *others = [uk.ops.knowledge_shift(*parts, backend="triton", **options) for _ in range(3)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("form", ["encoder_rows", "folded"])
+def test_precomputed_encoders_have_no_gradient_kernels(form):
+    parts, known = inputs(2, d=64), {"folded": layer(64, 64), "out_proj": layer(64, 64)}
+    if form == "encoder_rows":
+        parts = inputs(2, heads=1, kv_heads=1, hd=64, hv=64)
+        known = {"encoder_rows": torch.randn(9, 64, device=DEVICE)}
+    out, _ = uk.ops.knowledge_shift(parts[0].requires_grad_(), *parts[1:], ids(2, 3), backend="triton", **known)
+    with pytest.raises(ValueError, match="no gradients through encoder_rows or folded weights: give it the encoder"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("k", [0, 1, 16, 17, 128])

@@ -153,6 +153,9 @@ def knowledge_shift(
     scaling: float | None,
     softcap: float | None,
     rescale: bool,
+    encoder_rows: Tensor | None,
+    folded_weight: Tensor | None,
+    folded_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """h [T, d] and the alpha used, where alpha is given and nothing is projected: attention and mix in one call."""
     (tokens, _), (cases, slots) = h_input.shape, indices.shape

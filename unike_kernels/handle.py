@@ -10,7 +10,9 @@ from .attaching import detach
 from .cases import cases_from_ptr
 from .edits import Edits
 from .explain import CaseReport, report
+from .models import get_module
 from .planning import items_of, plan_swap
+from .projections import Projections
 from .records import PatchRecord, records
 from .tracker import CONTINUATIONS
 
@@ -88,18 +90,24 @@ class PatchHandle:
             if layer.neurons is not None:
                 layer.neurons.load(edits.layers[layer.index])
             if layer.shift is not None:
-                layer.shift.memory.load(*items[layer.index])
+                attention = get_module(self._holder(), layer.sites.attention)
+                layer.shift.load(items[layer.index], attention, Projections(layer.sites))
             if layer.router is not None and edits.calibration is not None:
                 layer.router.load(edits.layers[layer.index].h_sem, edits.calibration)
         self.record.edits = edits
         self.record.runtime.tracker.renew()
 
     def refresh(self) -> None:
-        """Computes the memory's projected keys and values again: after an adapter was merged, switched or loaded."""
+        """Computes again what is kept of the base: after an adapter was merged, switched or loaded.
+
+        The memory's projected keys and values, and the output projection as it is folded with the encoder.
+        """
         holder, record = self._holder(), self.record
         for layer in record.layers:
             if layer.shift is not None:
-                layer.shift.memory.load(*items_of(holder, layer.sites, self.edits, layer.index, record.config))
+                items = items_of(holder, layer.sites, self.edits, layer.index, record.config)
+                attention = get_module(holder, layer.sites.attention)
+                layer.shift.load(items, attention, Projections(layer.sites))
         record.runtime.tracker.renew()
 
     # ------------------------------------------------------------------------------------------------- its cases

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cpu_kernels, ops, reference
-from .cases import Cases, LayerDecision, all_missing
+from . import cpu_kernels, folding, ops, reference
+from .cases import Cases, LayerDecision, all_missing, may_ask
 from .choosing import ChoosesBackend
 from .config import ShiftConfig
 from .edits import LayerEdits
@@ -20,6 +20,7 @@ from .projections import Projections
 from .routing import Router
 
 FEW_TOKENS = 64  # up to here a decode step
+PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
 
 __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
 
@@ -133,8 +134,14 @@ class ExtraNeurons(ChoosesBackend):
 class KnowledgeShift(ChoosesBackend):
     """The shift of one self-attention output towards the memory's knowledge (equations 2, 7 and 8).
 
-    encoder_weight_i [d, d], encoder_bias_i [d]: Enc_sem's layers.
+    encoder_weight_i [d, d], encoder_bias_i [d]: Enc_sem's layers. Where these are affine, and kernels run that use it
+    (PRECOMPUTE), also encoder_rows [capacity, d], Enc_sem of every item (`raw`), or folded_weight [d, H hv] and
+    folded_bias [d], Enc_sem and the output projection in one (`projected`, where that is plain): for inference.
     """
+
+    encoder_rows: Tensor | None
+    folded_weight: Tensor | None
+    folded_bias: Tensor | None
 
     def __init__(
         self,
@@ -155,12 +162,49 @@ class KnowledgeShift(ChoosesBackend):
         for i, (weight, bias) in enumerate(encoder):
             self.register_buffer(f"encoder_weight_{i}", weight.to(like), persistent=False)
             self.register_buffer(f"encoder_bias_{i}", bias.to(like), persistent=False)
+        for name in ("encoder_rows", "folded_weight", "folded_bias"):
+            self.register_buffer(name, None, persistent=False)
         self.choose(backend)
 
     @property
     def encoder(self) -> list[tuple[Tensor, Tensor]]:
         """Enc_sem's layers as (weight, bias) pairs."""
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
+
+    def load(self, items: tuple[Tensor, Tensor, Tensor, int], attention: nn.Module, projections: Projections) -> None:
+        """Replaces the memory's items, as `ExternalMemory.load`, and what is precomputed of them and the projection."""
+        self.memory.load(*items)
+        self.precompute(attention, projections)
+
+    @torch.no_grad()
+    def precompute(self, attention: nn.Module, projections: Projections) -> None:
+        """Applies an affine encoder to all items, or folds it with a plain output projection, in place where it can."""
+        config, found = self.config, dict[str, Tensor | None]()
+        affine = self.encoder_act == "identity" or self.depth <= 1
+        if self.backend in PRECOMPUTE and affine and self.depth and config.enabled and config.alpha is None:
+            if config.attention == "raw":
+                found["encoder_rows"] = folding.encoded_rows(self.memory.values, self.encoder)
+            elif (plain := projections.plain_output(attention)) is not None:
+                found["folded_weight"], found["folded_bias"] = folding.folded(*plain, self.encoder)
+        for name in ("encoder_rows", "folded_weight", "folded_bias"):
+            old, new = getattr(self, name), found.get(name)
+            if old is not None and new is not None and (old.shape, old.dtype) == (new.shape, new.dtype):
+                old.copy_(new)  # captured graphs follow
+            else:
+                setattr(self, name, new)
+
+    def _encoder(self, attention: nn.Module, projections: Projections) -> dict[str, Any]:
+        """The encoder as `ops.knowledge_shift` takes it: as is, or what is known of it, where no gradient is wanted."""
+        general = {"encoder": self.encoder or None, "encoder_act": self.encoder_act}
+        if torch.is_grad_enabled() or self.backend not in PRECOMPUTE:
+            return general
+        if self.encoder_rows is None and self.folded_weight is None and may_ask():
+            self.precompute(attention, projections)  # it came to this device by .to()
+        if self.encoder_rows is not None:
+            return {"encoder_rows": self.encoder_rows}
+        if self.folded_weight is not None:
+            return {"folded": (self.folded_weight, self.folded_bias)}
+        return general
 
     def mix(
         self,
@@ -385,8 +429,7 @@ class KnowledgeShift(ChoosesBackend):
                 **items,
                 alpha=alpha,
                 out_proj=weights,
-                encoder=self.encoder or None,
-                encoder_act=self.encoder_act,
+                **({} if alpha is not None else self._encoder(attention, projections)),
                 orientation=self.config.orientation,
                 clamp=self.config.clamp,
             )

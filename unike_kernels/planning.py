@@ -263,6 +263,7 @@ def _plan_layer(
         encoder = edits.shared[index].encoder
         act = config.encoders.activation
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
+        shift.precompute(get_module(holder, sites.attention), Projections(sites))
     if first and config.routing.mode == "routed" and edits.calibration is not None:
         room, at = len(edits.calibration.cases), layer.h_sem.to(at_attention.device)
         router = Router(config.routing, groups, at, backend, max_cases=room)

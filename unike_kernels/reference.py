@@ -396,28 +396,18 @@ _alpha, _rescale = alpha, rescale  # the next function has arguments of these na
 
 
 def knowledge_shift(
-    h_input: Tensor,
-    q: Tensor,
-    item_keys: Tensor,
-    item_values: Tensor,
-    indices: Tensor,
-    *,
-    alpha: Maybe | float = None,
-    encoder: Sequence[Layer] | None = None,
-    encoder_act: str = "identity",
-    orientation: str = "knowledge",
-    clamp: bool = True,
-    token_to_case: Maybe = None,
-    case_tokens: Maybe = None,
-    out_proj: Layer | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    rescale: bool = True,
-) -> tuple[Tensor, Tensor]:
+    h_input: Tensor, q: Tensor, item_keys: Tensor, item_values: Tensor, indices: Tensor, *,
+    alpha: Maybe | float = None, encoder: Sequence[Layer] | None = None, encoder_act: str = "identity",
+    orientation: str = "knowledge", clamp: bool = True, token_to_case: Maybe = None, case_tokens: Maybe = None,
+    out_proj: Layer | None = None, scaling: float | None = None, softcap: float | None = None, rescale: bool = True,
+    encoder_rows: Maybe = None, folded: Layer | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Retrieved knowledge attended to, projected, weighed and mixed in: equations 8 (or 2) and 7 in one.
 
     h_input [T, d]; q, item_keys, item_values, indices, token_to_case as in `knowledge_attention`; out_proj: weight
-    [d, H hv] and bias (None: the heads are already in the space of h_input); encoder as in `encode`. alpha: None
+    [d, H hv] and bias (None: the heads are already in the space of h_input); encoder as in `encode`, or, where it is
+    affine, what is known of it before: encoder_rows [N, d], Enc(h_pos) of every item, of which Enc(h_know) is the same
+    average as h_know of the values (one head), or folded, encoder and out_proj as one layer on the heads. alpha: None
     (equation 7: per token, or with case_tokens [C] per case, taken at that row of h_input; -1: such a case is left
     alone), a number, or a tensor [T] or, with token_to_case, [C] (which wins if T = C). rescale: of the `raw` form.
     Returns h [T, d] and the alpha used: [C] if it is per case (a number is, with token_to_case), else [T].
@@ -429,7 +419,7 @@ def knowledge_shift(
     found = (indices >= 0).any(-1) & (len(item_keys) > 0)
     acts = found if token_to_case is None else _rows(found, token_to_case)  # [T]
 
-    h_know = torch.zeros_like(h_input)
+    h_know = encoded = torch.zeros_like(h_input)
     rows = acts.nonzero()[:, 0]  # the others cost nothing
     if len(rows) > 0:
         owner = None if token_to_case is None else token_to_case[rows]
@@ -438,6 +428,13 @@ def knowledge_shift(
         heads = knowledge_attention(q[rows], item_keys, item_values, items, **options).flatten(1)
         projected = heads if out_proj is None else encode(heads, [out_proj])
         h_know = h_know.index_copy(0, rows, projected.to(h_know.dtype))
+        if folded is not None:
+            encoded = encoded.index_copy(0, rows, encode(heads, [folded]).to(encoded.dtype))
+        elif encoder_rows is not None:
+            mean = knowledge_attention(q[rows], item_keys, encoder_rows, items, **options).to(encoded.dtype)
+            encoded = encoded.index_copy(0, rows, mean)
+    if folded is None and encoder_rows is None:
+        encoded = h_know
 
     # `a`: alpha per case or per token, as asked for; `per_token`: spread over the tokens of each case.
     per_case = alpha_is_per_case(alpha, indices, token_to_case, case_tokens)
@@ -449,7 +446,7 @@ def knowledge_shift(
         slots = known.nonzero()[:, 0]
         at = slots if case_tokens is None else case_tokens[slots]
         if len(slots) > 0:
-            a = a.index_copy(0, slots, _alpha(h_know[at], h_input[at], encoder=encoder, act=encoder_act, clamp=clamp))
+            a = a.index_copy(0, slots, _alpha(encoded[at], h_input[at], encoder=encoder, act=encoder_act, clamp=clamp))
     else:
         a = torch.where(known, alpha.to(a.dtype) if isinstance(alpha, Tensor) else alpha, a)
     per_token = a

@@ -22,10 +22,19 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def arguments(
-    model: str, tokens: int, k: int, dtype: torch.dtype, form: str, *, projected: bool, act: str | None
+    model: str,
+    tokens: int,
+    k: int,
+    dtype: torch.dtype,
+    form: str,
+    *,
+    projected: bool,
+    act: str | None,
+    known: bool = False,
 ) -> tuple[Any, ...]:
     """The operator's arguments. form: "token" (items and alpha per token, alpha given), "case" (both per case, alpha
-    given), "cosine" (alpha computed, items per token), "case cosine" (items per case, alpha at the case token)."""
+    given), "cosine" (alpha computed, items per token), "case cosine" (items per case, alpha at the case token). known:
+    the encoder's rows or folded weights, in place of the encoder."""
     heads, kv_heads, hd = (MODELS | SMALL)[model]
     d, cases = heads * hd, tokens if tokens <= 64 else 4
     on_cases = form.startswith("case")
@@ -34,12 +43,18 @@ def arguments(
     item = (10_000, hd) if heads == 1 else (10_000, kv_heads, hd)
     ints = partial(empty, dtype=torch.int64)
     alpha = None if "cosine" in form else empty(rows, dtype=torch.float32)
+    folded = known and heads > 1
+    known_of = (
+        empty(10_000, d, dtype=dtype) if known and heads == 1 else None,
+        empty(d, d, dtype=dtype) if folded else None,
+        empty(d, dtype=dtype) if folded else None,
+    )
     encoder = [] if act is None else [empty(d, d, dtype=dtype), empty(d, dtype=dtype)] * 2
     return (
         empty(tokens, d, dtype=dtype), empty(*shape, dtype=dtype), empty(*item, dtype=dtype), empty(*item, dtype=dtype),
         ints(rows, k), alpha, ints(tokens) if on_cases else None, ints(cases) if form == "case cosine" else None,
         empty(d, d, dtype=dtype) if projected else None, empty(d, dtype=dtype) if projected else None, encoder,
-        act or "identity", "knowledge", True, None, None, True,
+        act or "identity", "knowledge", True, None, None, True, *known_of,
     )  # fmt: skip
 
 
@@ -65,11 +80,11 @@ def _cases() -> dict[str, Case]:
 
     def add(
         model: str, tokens: int, k: int, dtype: str, form: str, *, projected: bool = False, act: str | None = None,
-        run: Callable[..., None] = forward,
+        known: bool = False, run: Callable[..., None] = forward,
     ) -> None:  # fmt: skip
         name = f"{model} T={tokens} K={k} {dtype} {form}{' projected' if projected else ''}{f' {act}' if act else ''}"
-        cases[f"{name} {run.__name__}"] = partial(
-            run, model, tokens, k, HALF[dtype], form, projected=projected, act=act
+        cases[f"{name}{' known' if known else ''} {run.__name__}"] = partial(
+            run, model, tokens, k, HALF[dtype], form, projected=projected, act=act, known=known
         )
 
     for model in MODELS:
@@ -89,6 +104,17 @@ def _cases() -> dict[str, Case]:
         for tokens in (1, 64, 2048):
             add(model, tokens, 40, "bf16", "case cosine", projected=True, act="identity")
     add("raw", 64, 40, "bf16", "cosine", act="silu")
+    for model in ("vicuna", "opt", "qwen"):
+        add(model, 1, 40, "bf16", "cosine", projected=True, known=True)
+        add(model, 64, 40, "bf16", "cosine", projected=True, known=True)
+    for dtype in ("fp16", "fp32"):
+        for tokens in (1, 64):
+            add("vicuna", tokens, 40, dtype, "cosine", projected=True, known=True)
+    for dtype in ("bf16", "fp16", "fp32"):
+        add("raw", 1, 40, dtype, "cosine", known=True)
+    add("raw", 2048, 128, "bf16", "cosine", known=True)
+    for model in ("one", "odd"):
+        add(model, 3, 5, "bf16", "cosine", projected=True, known=True)
     for model in ("vicuna", "raw"):
         add(model, 256, 40, "bf16", "case cosine", projected=True, act="silu", run=backward)
         add(model, 256, 128, "bf16", "token", run=backward)

@@ -42,6 +42,8 @@ def refusal(args: Sequence[Any]) -> str | None:
         return f"there are {indices.shape[1]} items per token, and it takes at most {MOST_ITEMS}"
     if weight is not None:
         return "there is an output projection, and it projects nothing"
+    if alpha is None and any(t is not None for t in args[17:19]):
+        return "alpha is to be computed from encoder_rows or folded weights, and it compares what is known itself"
     if alpha is None and (encoder or heads > 1):
         return f"alpha is to be computed from {'an encoder' if encoder else f'{heads} heads'}, and it compares one head"
     if item_keys.dtype != item_values.dtype:

@@ -33,7 +33,8 @@ _FFN = (
 _SHIFT = (
     "Tensor h_input, Tensor q, Tensor item_keys, Tensor item_values, Tensor indices, Tensor? alpha, "
     "Tensor? token_to_case, Tensor? case_tokens, Tensor? out_weight, Tensor? out_bias, Tensor[] encoder, "
-    "str encoder_act, str orientation, bool clamp, float? scaling, float? softcap, bool rescale, str backend"
+    "str encoder_act, str orientation, bool clamp, float? scaling, float? softcap, bool rescale, "
+    "Tensor? encoder_rows, Tensor? folded_weight, Tensor? folded_bias, str backend"
 )
 
 
@@ -209,7 +210,7 @@ _define("cosine_topk", _TOPK, _cosine_topk, _cosine_topk_fake)
 
 def _knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, encoder = args[:11]
-    encoder_act, orientation, clamp, scaling, softcap, rescale = args[11:]
+    encoder_act, orientation, clamp, scaling, softcap, rescale, encoder_rows, folded_weight, folded_bias = args[11:]
     h, used = reference.knowledge_shift(
         h_input,
         q,
@@ -227,12 +228,14 @@ def _knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
         scaling=scaling,
         softcap=softcap,
         rescale=rescale,
+        encoder_rows=encoder_rows,
+        folded=None if folded_weight is None else (folded_weight, folded_bias),
     )
     return h.contiguous(), used
 
 
 def _knowledge_shift_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    check_knowledge_shift(torch._check, *args[:11])
+    check_knowledge_shift(torch._check, *args[:11], *args[17:20])
     h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens = args[:8]
     per_case = reference.alpha_is_per_case(alpha, indices, token_to_case, case_tokens)
     count = indices.shape[0] if per_case else h_input.shape[0]

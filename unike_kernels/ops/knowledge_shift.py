@@ -27,6 +27,8 @@ def knowledge_shift(
     encoder_act: str = "identity",
     rescale: bool = True,
     softcap: float | None = None,
+    encoder_rows: Tensor | None = None,
+    folded: Layer | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """h = (1 - alpha) h_input + alpha h_know, h_know = out_proj(softmax(scaling q . k_i) v_i) over retrieved items i.
@@ -39,6 +41,10 @@ def knowledge_shift(
         A number is taken per case with token_to_case, else per token.
         None: cos(encoder(h_know), h_input), per token; with case_tokens, once per case.
     encoder: (weight [out, in], bias [out] or None) pairs, with encoder_act between them. None: identity.
+    encoder_rows: [N, d], in place of an affine encoder in the `raw` form: Enc of every item. Softmax weights sum to 1,
+        so that Enc(h_know) = sum_i p_i encoder_rows[i] exactly, and one launch does it all.
+    folded: (weight [d, H hv], bias [d] or None), in place of an affine encoder in the `projected` form: W_enc W_o and
+        W_enc b_o + b_enc, which take the concatenated heads to Enc(h_know) at once.
     orientation: "knowledge", as above, or "input": alpha is the weight of h_input.
     clamp: the alpha computed here into [0, 1].
     token_to_case: [T] int64, the case of each token; -1: the token is left alone.
@@ -53,7 +59,8 @@ def knowledge_shift(
     (float64), [C] if it is per case, else [T].
 
     A row without any item, or where the knowledge's weight is 0, keeps h_input bit for bit. Without an item, the alpha
-    returned is 0 (orientation "input": 1). Differentiable once, in h_input, q, items, alpha, encoder and out_proj.
+    returned is 0 (orientation "input": 1). Differentiable once, in h_input, q, items, alpha, encoder and out_proj; with
+    encoder_rows or folded, which are for inference, only the reference has gradients, and triton by name refuses.
     """
     require_act(encoder_act)
     if orientation not in ("knowledge", "input"):
@@ -64,6 +71,8 @@ def knowledge_shift(
     floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": given}
     for name, pair in [("out_proj", (weight, bias)), *((f"encoder[{i}]", layer) for i, layer in enumerate(layers))]:
         floats[f"{name} weight"], floats[f"{name} bias"] = pair
+    folded_weight, folded_bias = (None, None) if folded is None else folded
+    floats |= {"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias}
     required = [
         "h_input",
         "q",
@@ -79,8 +88,10 @@ def knowledge_shift(
     # A list of optional tensors cannot be differentiated through an operator: a missing bias becomes zeros.
     flat = [t for w, b in layers for t in (w, w.new_zeros(w.shape[:1]) if b is None else b)]
     args = (h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, flat)
-    check_arguments(require, *args)
-    return torch.ops.unike.knowledge_shift(*args, encoder_act, orientation, clamp, scaling, softcap, rescale, backend)
+    known = (encoder_rows, folded_weight, folded_bias)
+    check_arguments(require, *args, *known)
+    options = (encoder_act, orientation, clamp, scaling, softcap, rescale)
+    return torch.ops.unike.knowledge_shift(*args, *options, *known, backend)
 
 
 def check_arguments(
@@ -96,6 +107,9 @@ def check_arguments(
     out_weight: Tensor | None,
     out_bias: Tensor | None,
     encoder: Sequence[Tensor],
+    encoder_rows: Tensor | None,
+    folded_weight: Tensor | None,
+    folded_bias: Tensor | None,
 ) -> None:
     """The shapes of all arguments agree."""
     check(h_input.dim() == 2, lambda: f"h_input must be [T, d], but got {shape(h_input)}")
@@ -139,3 +153,10 @@ def check_arguments(
         size, source = weight.shape[0], {"weight": weight}
         check_shape(check, f"encoder[{i // 2}] bias", bias, (size,), **source)
     check(size == d, lambda: f"the encoder returns {size} features, h_input has {d}")
+    ways = {"encoder": encoder, "encoder_rows": encoder_rows is not None, "folded": folded_weight is not None}
+    given = [name for name, there in ways.items() if there]
+    check(len(given) < 2, lambda: f"the encoder is given in one way at a time, but got {' and '.join(given)}")
+    check(encoder_rows is None or raw, lambda: f"encoder_rows are for one head (q [T, d]), but q is {shape(q)}")
+    check_shape(check, "encoder_rows", encoder_rows, (item_keys.shape[0], d), item_keys=item_keys, h_input=h_input)
+    check_shape(check, "folded weight", folded_weight, (d, width), h_input=h_input, q=q, item_values=item_values)
+    check_shape(check, "folded bias", folded_bias, (d,), h_input=h_input)

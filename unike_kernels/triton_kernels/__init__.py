@@ -38,6 +38,8 @@ def refusal(name: str, args: Sequence[Any]) -> str | None:
         item_keys, indices = args[2 + after], args[4 + after]
         if item_keys.shape[0] and indices.shape[1] > MOST_ITEMS:
             return f"a token has {indices.shape[1]} items, and it takes up to {MOST_ITEMS} items"
+        if after and any(t is not None for t in args[18:20]):
+            return "it has no gradients through encoder_rows or folded weights: give it the encoder itself"
     return None
 
 

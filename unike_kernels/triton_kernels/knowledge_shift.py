@@ -1,5 +1,7 @@
-"""Launcher of `knowledge_shift`: one launch where alpha is given and nothing is projected, else attention, linear maps
-as exact as float32, and the mix.
+"""Launcher of `knowledge_shift`: one launch where alpha is given and nothing is projected, or one head is compared.
+
+Two where few tokens take an alpha each from folded weights: attention, then the projection, its alpha and the mix. Else
+attention, linear maps as exact as float32, and the mix.
 """
 
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 from . import launching, tuning
 from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
+from .knowledge_shift_project import project
 from .tuning import Row
 
 FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
@@ -54,6 +57,12 @@ def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     if s.weight is None and (s.mode == "given" or (s.mode == "token" and not s.encoder and one_head)):
         attend(s, out, used, mix=True)
         return out, used
+    if s.weight is not None and s.folded is not None and s.mode == "token" and tokens <= FEW_TOKENS:
+        heads = launching.new((tokens, s.weight.shape[1]), torch.float32, s.h_input.device)
+        arrived = launching.new((16,), torch.int32, s.h_input.device)
+        attend(s, heads, heads, mix=False, arrived=arrived)
+        project(s, heads, arrived, s.indices, out, used)
+        return out, used
     know, encoded, _ = knowledge(s)
     mix(s, know, encoded, out, used)
     return out, used
@@ -71,6 +80,12 @@ def knowledge(s: Shift) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
     inputs: list[Tensor] = []
     if s.mode == "given":
         return know, know, (heads, inputs)
+    if s.folded is not None:
+        return know, linear(heads, s.folded, s.folded_bias, rows=rows), (heads, inputs)
+    if s.encoder_rows is not None:
+        encoded = launching.new(s.h_input.shape, torch.float32, s.h_input.device)
+        attend(s._replace(item_values=s.encoder_rows), encoded, encoded, mix=False)
+        return know, encoded, (heads, inputs)
     layers = list(zip(s.encoder[::2], s.encoder[1::2], strict=True))
     for i, (weight, bias) in enumerate(layers):
         inputs.append(encoded)
@@ -79,8 +94,9 @@ def knowledge(s: Shift) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
     return know, encoded, (heads, inputs)
 
 
-def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool) -> None:
+def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool, arrived: Tensor | None = None) -> None:
     """Starts `knowledge_shift_attend`: the heads into `out`, or, with mix, the result and the alphas."""
+    encoded = s.encoder_rows if mix and s.mode == "token" else None
     tokens, heads, hd = s.q.shape
     kv_heads, hv = s.item_values.shape[1:]
     tiled = s.token_to_case is not None and tokens > FEW_TOKENS
@@ -92,7 +108,8 @@ def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool) -> None:
         s.q, s.q.stride(0), s.q.stride(1), s.item_keys, s.item_keys.stride(0), s.item_keys.stride(1),
         s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices,
         s.indices if s.token_to_case is None else s.token_to_case, s.h_input, s.h_input.stride(0),
-        s.h_input if s.alpha is None else s.alpha, out, used, tokens, s.indices.shape[0], s.indices.shape[1],
+        s.h_input if s.alpha is None else s.alpha, out, used, encoded, 0 if encoded is None else encoded.stride(0),
+        arrived, tokens, s.indices.shape[0], s.indices.shape[1],
         s.scaling, 1.0 if s.softcap is None else s.softcap,
         HEADS=heads, GROUP=heads // kv_heads, HD=hd, HV=hv, PER_CASE=s.token_to_case is not None, TILED=tiled, MIX=mix,
         COS=mix and s.mode == "token", ALPHA_PER_CASE=s.alpha_per_case, INPUT=s.orientation == "input",

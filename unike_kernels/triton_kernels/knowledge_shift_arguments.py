@@ -26,6 +26,9 @@ class Shift(NamedTuple):
     scaling: float
     softcap: float | None
     rescale: bool  # of the raw form only
+    encoder_rows: Tensor | None = None  # [N, 1, d], columns contiguous
+    folded: Tensor | None = None
+    folded_bias: Tensor | None = None
 
     @property
     def alpha_per_case(self) -> bool:
@@ -42,7 +45,7 @@ class Shift(NamedTuple):
     @property
     def encoded_per_case(self) -> bool:
         """Whether the encoder ran on the rows of the case tokens only."""
-        return self.mode == "case" and len(self.encoder) > 0
+        return self.mode == "case" and (len(self.encoder) > 0 or self.folded is not None)
 
     @property
     def block_k(self) -> int:
@@ -58,21 +61,22 @@ def block(size: int) -> int:
 def arguments(*args: Any) -> Shift:
     """The operator's arguments as `Shift`; copies only what has no contiguous columns."""
     h_input, q, item_keys, item_values, indices, alpha, token_to_case, case_tokens, weight, bias, encoder = args[:11]
-    encoder_act, orientation, clamp, scaling, softcap, rescale = args[11:]
+    encoder_act, orientation, clamp, scaling, softcap, rescale, encoder_rows, folded, folded_bias = args[11:]
     raw = q.dim() == 2
     if raw:
         q, item_keys, item_values = q[:, None], item_keys[:, None], item_values[:, None]
     if item_keys.shape[0] == 0:
         indices = indices[:, :0]
     h_input, q, item_keys, item_values = (_columns(t) for t in (h_input, q, item_keys, item_values))
-    alpha, token_to_case, case_tokens, bias = (
-        None if t is None else t.contiguous() for t in (alpha, token_to_case, case_tokens, bias)
+    encoder_rows = None if encoder_rows is None else _columns(encoder_rows[:, None])
+    alpha, token_to_case, case_tokens, bias, folded_bias = (
+        None if t is None else t.contiguous() for t in (alpha, token_to_case, case_tokens, bias, folded_bias)
     )
     weights = [t if i % 2 == 0 else t.contiguous() for i, t in enumerate(encoder)]  # weights with any strides
     scaling = 1 / math.sqrt(q.shape[2]) if scaling is None else scaling
     return Shift(
         h_input, q, item_keys, item_values, indices.contiguous(), alpha, token_to_case, case_tokens, weight, bias,
-        weights, encoder_act, orientation, clamp, scaling, softcap, raw and rescale,
+        weights, encoder_act, orientation, clamp, scaling, softcap, raw and rescale, encoder_rows, folded, folded_bias,
     )  # fmt: skip
 
 

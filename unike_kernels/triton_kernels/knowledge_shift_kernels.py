@@ -117,7 +117,7 @@ def mixed(h, know, a, INPUT: tl.constexpr):
 @triton.jit
 def _attend_case(
     case, mine, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, h_input, h_t, alpha, out, used,
-    K, scaling, cap,
+    encoded, e_n, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr,
     ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr, CLAMP: tl.constexpr, RESCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -144,22 +144,34 @@ def _attend_case(
         v_row = values + kv.to(tl.int64) * v_h + ids * v_n
         grow = tl.full((BLOCK_R,), 1.0, tl.float32)
         if COS or RESCALE:  # one head as wide as h: its norm and its product with h first
-            ee = tl.zeros((BLOCK_R,), tl.float32)
+            kk = tl.zeros((BLOCK_R,), tl.float32)
             hh = tl.zeros((BLOCK_R,), tl.float32)
+            kh = tl.zeros((BLOCK_R,), tl.float32)
+            ee = tl.zeros((BLOCK_R,), tl.float32)
             eh = tl.zeros((BLOCK_R,), tl.float32)
             for start in range(0, HV, BLOCK_V):
                 cols = start + tl.arange(0, BLOCK_V)
-                v = tl.load(v_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
-                know = dot_right(p, v, tl.zeros((BLOCK_R, BLOCK_V), tl.float32))
                 h = tl.load(h_row[:, None] + cols[None, :], mask=mine[:, None] & (cols < HV)[None, :], other=0.0)
                 h = h.to(tl.float32)
-                ee += tl.sum(know * know, 1)
                 hh += tl.sum(h * h, 1)
-                eh += tl.sum(know * h, 1)
+                if RESCALE or encoded is None:
+                    v = tl.load(v_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
+                    know = dot_right(p, v, tl.zeros((BLOCK_R, BLOCK_V), tl.float32))
+                    kk += tl.sum(know * know, 1)
+                    kh += tl.sum(know * h, 1)
+                if encoded is not None:
+                    e_row = encoded + ids * e_n
+                    e = tl.load(e_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
+                    e = dot_right(p, e, tl.zeros((BLOCK_R, BLOCK_V), tl.float32))
+                    ee += tl.sum(e * e, 1)
+                    eh += tl.sum(e * h, 1)
             if COS:
-                a = clamped(over(over(eh, tl.sqrt(ee)), tl.sqrt(hh)), CLAMP)
+                if encoded is None:
+                    a = clamped(over(over(kh, tl.sqrt(kk)), tl.sqrt(hh)), CLAMP)
+                else:
+                    a = clamped(over(over(eh, tl.sqrt(ee)), tl.sqrt(hh)), CLAMP)
             if RESCALE:
-                grow = over(tl.sqrt(hh), tl.sqrt(ee))
+                grow = over(tl.sqrt(hh), tl.sqrt(kk))
         for start in range(0, HV, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             v = tl.load(v_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
@@ -185,24 +197,29 @@ def _attend_case(
 @triton.jit(do_not_specialize=["T", "C"])
 def knowledge_shift_attend(
     q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
-    T, C, K, scaling, cap,
+    encoded, e_n, arrived, T, C, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, PER_CASE: tl.constexpr,
     TILED: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr, ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr,
     CLAMP: tl.constexpr, RESCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """softmax(scaling q . k_i) v_i over the items of each token; MIX: mixed with h_input at once, by a given alpha or
-    (COS, one head as wide as h) alpha = cos(h_know, h_input).
+    (COS, one head as wide as h) alpha = cos(Enc(h_know), h_input).
 
     q [T, HEADS, HD], keys [N, Hkv, HD], values [N, Hkv, HV], h_input [T, HEADS HV]: float16, bfloat16 or float32, each
     with its strides; indices [T, K], or (PER_CASE) [C, K] with token_to_case [T]: int64. alpha [T] or (ALPHA_PER_CASE)
     [C]; used float32 likewise. out [T, HEADS HV]: MIX: dtype of h_input, else float32, zeros in rows without items.
+    encoded [N, HV] (COS): Enc of every item, None: Enc is the identity. arrived [16] int32, or None: set to zero.
     Grid (T, Hkv), a program per token and key head, or (TILED) (ceil(T GROUP / BLOCK_R), Hkv), a program per BLOCK_R
     rows (token, query head), which takes the cases of its rows one after the other: mostly one.
     Bytes: q, h_input, out once; K (HD + HV) of items per program and case, from L2 after the first; with COS or RESCALE
-    the values twice. Scores, weights and sums are float32; the result is rounded once, where it is stored.
+    the values twice (COS with encoded and without RESCALE: once), and encoded once. Scores, weights and sums are
+    float32; the result is rounded once, where it is stored.
     """
     tile, kv = tl.program_id(0), tl.program_id(1)
+    if arrived is not None:
+        if tile + kv == 0:
+            tl.store(arrived + tl.arange(0, 16), tl.zeros((16,), tl.int32))
     r = tl.arange(0, BLOCK_R)
     if TILED:
         token = (tile * BLOCK_R + r) // GROUP
@@ -214,8 +231,8 @@ def knowledge_shift_attend(
         while current < NO_CASE:
             _attend_case(
                 current, case == current, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices,
-                h_input, h_t, alpha, out, used, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS, ALPHA_PER_CASE, INPUT,
-                CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
+                h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
+                ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
             )  # fmt: skip
             current = tl.min(tl.where(case > current, case, NO_CASE), 0)
     else:
@@ -225,8 +242,8 @@ def knowledge_shift_attend(
             owner = tl.load(token_to_case + tile, mask=tile < T, other=-1)
         _attend_case(
             owner, inside, tile + tl.zeros((BLOCK_R,), tl.int32), r, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h,
-            indices, h_input, h_t, alpha, out, used, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS, ALPHA_PER_CASE,
-            INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
+            indices, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
+            ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if MIX and ALPHA_PER_CASE:
         if kv == 0:

@@ -282,7 +282,7 @@ def _shift(make: Callable[..., Tensor], m: Model, x: Tensor, form: str) -> tuple
     q, keys, values = make(t, *head), make(m.items, *head), make(m.items, *head)
     rows = min(t, 4) if form == "computed" else t
     indices = (torch.arange(rows * m.k, device=device) * 7919 % m.items).view(rows, m.k)
-    rest = ("knowledge", True, None, None, True)
+    rest = ("knowledge", True, None, None, True, None, None, None)
     if form == "raw":
         return (x, q, keys, values, indices, None, None, None, None, None, [], "identity", *rest)
     if form == "given":
