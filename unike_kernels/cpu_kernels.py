@@ -1,8 +1,9 @@
-"""The operators for few tokens on the CPU, in native code (csrc/cpu): one call where the reference takes thirty.
+"""The operators on the CPU in native code (csrc/cpu): one call where the reference takes thirty.
 
-A launcher takes an operator's positional arguments, as those of triton_kernels do. What has none here (other
-operators, all gradients, an alpha that is still to be found, an output projection) is the reference's: those are
-matrix products, which torch does well.
+A launcher takes an operator's positional arguments, as those of triton_kernels do. Neurons and shift are for few
+tokens; the search leaves the product to torch and keeps the best. What has no native code here (other operators, all
+gradients, an alpha that is still to be found, an output projection) is the reference's: those are matrix products,
+which torch does well.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, reference
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/int8_search.h counts them
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
@@ -19,6 +20,7 @@ BACKENDS = ("auto", "cpu")
 FEW = 16  # tokens
 NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
 NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
+TILE = 8192  # keys that are multiplied at a time: as many as the reference widens at once
 PORTABLE = False  # without AVX2: for tests
 
 
@@ -50,6 +52,8 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
 
     always: wherever it can run, not only where it was measured to be faster than the reference.
     """
+    if operator == "cosine_topk":
+        return cosine_topk
     if operator == "knowledge_shift":
         h_input, alpha, out_weight = args[0], args[5], args[8]
         if alpha is None or out_weight is not None or not (always or len(h_input) <= FEW):
@@ -192,6 +196,32 @@ def knowledge_shift(
         PORTABLE,
     )
     return out, used
+
+
+def cosine_topk(
+    q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and indices [..., k], as the operator of that name: torch's product in float32, tile by tile.
+
+    The selection reads each product once, and no more than [T, TILE] products are kept.
+    """
+    queries, n = q.shape[:-1].numel(), len(keys)
+    unit = reference._unit(q.reshape(queries, q.shape[-1]).float())
+    shape = (*q.shape[:-1], k)
+    scores, indices = new(shape, torch.float32, q).fill_(-torch.inf), new(shape, torch.int64, q).fill_(-1)
+    found, kept = torch.zeros(queries, dtype=torch.int64), list[Tensor]()
+    if queries > 0 and k > 0:
+        for first in range(0, n, TILE):
+            rows = keys[first : first + TILE].float()
+            norm = (
+                torch.linalg.vector_norm(rows, dim=-1) if key_norm is None else key_norm[first : first + TILE].float()
+            )
+            norm, products = norm.contiguous(), (unit @ rows.mT).contiguous()
+            native.cpu().keep_best(
+                *(products.data_ptr(), norm.data_ptr(), _address(ranges, kept)),
+                *(scores.data_ptr(), indices.data_ptr(), found.data_ptr(), queries, len(rows), first, k),
+            )
+    return scores, indices
 
 
 def _address(index: Tensor | None, kept: list[Tensor]) -> int:

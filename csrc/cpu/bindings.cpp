@@ -8,6 +8,7 @@
 
 #include "int8_search.h"
 #include "operators.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -130,6 +131,38 @@ unike::ShiftCall shift_call(Arguments& in) {
     return call;
 }
 
+unike::TopkTile topk_tile(Arguments& in) {
+    unike::TopkTile tile;
+    tile.products = in.address<const float>();
+    tile.key_norm = in.address<const float>();
+    tile.ranges = in.address<const int64_t>();
+    tile.scores = in.address<float>();
+    tile.indices = in.address<int64_t>();
+    tile.found = in.address<int64_t>();
+    tile.queries = in.size();
+    tile.n = in.size();
+    tile.first = in.size();
+    tile.k = in.size();
+    return tile;
+}
+
+PyObject* keep_best(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    try {
+        Arguments in(values, count);
+        const unike::TopkTile tile = topk_tile(in);
+        in.finish();
+        py::gil_scoped_release release;
+        unike::keep_best(tile);
+    } catch (py::error_already_set& error) {
+        error.restore();
+        return nullptr;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
 // One operator as a function of the interpreter's calling convention; its last argument: without AVX2.
 template <typename Call, Call (*read)(Arguments&), const char* (*run)(const Call&, bool)>
 PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -168,12 +201,13 @@ void add_entry(py::module_& m, const char* name, const char* doc) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of unike_kernels";
-    m.attr("interface") = 2;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
+    m.attr("interface") = 3;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
     m.def("instructions", &unike::instructions, "'avx2' or 'portable': what this machine runs");
     add_entry<entry<unike::NeuronCall, neuron_call, unike::extra_neurons>>(
         m, "extra_neurons", "The fields of NeuronCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
     add_entry<entry<unike::ShiftCall, shift_call, unike::knowledge_shift>>(
         m, "knowledge_shift", "The fields of ShiftCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
+    add_entry<keep_best>(m, "keep_best", "The fields of TopkTile (csrc/cpu/topk.h) in order.");
     py::class_<unike::Int8Index>(m, "Int8Index")
         .def(py::init([](uintptr_t rows, const std::string& dtype, int64_t n, int64_t d, int64_t stride, uintptr_t norm,
                          bool portable, int threads) {
