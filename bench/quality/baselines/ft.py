@@ -4,6 +4,8 @@ The baseline of MMEdit (Cheng et al., EMNLP 2023) and of the paper ("FT last lay
 AdamW at 1e-4 to 1e-3 for 15 to 25 steps on down (and up) of the last layer. Here: Adam, the same two maps, at most 25
 steps, stopped when the target's mean NLL is 0.01 or less (Meng et al., NeurIPS 2022, stop their FT there too).
 What differs: the rate is searched, since a 128 wide model needs larger steps than a 4096 wide one.
+Measured (base model 0): Rel 100.0 on training-split edits. At 0.001 / 0.002 / 0.003 / 0.005 the mean of five on 25
+development edits is 90.3 / 90.8 / 91.1 / 85.9.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from .base import Baseline, asking, descend
 class GraceConfig:
     """layer: which of the last four; radius: a key's first one, as a share of the keys' median distance."""
 
-    layer: int = 2
+    layer: int = 0
     radius: float = 0.5
     lr: float = 0.1
     steps: int = 100
@@ -78,8 +78,8 @@ class Grace(Baseline):
 
     @classmethod
     def trials(cls) -> tuple[GraceConfig, ...]:
-        """The published rate, a lower layer, a wider radius."""
-        return GraceConfig(), GraceConfig(lr=1.0), GraceConfig(layer=0), GraceConfig(radius=0.75)
+        """A higher layer, there with the published rate too; a wider radius."""
+        return GraceConfig(), GraceConfig(layer=2), GraceConfig(layer=2, lr=1.0), GraceConfig(radius=0.75)
 
     @property
     def layer(self) -> int:
