@@ -6,7 +6,6 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from unike_kernels.editing.inputs import Collator, Sample
 from unike_kernels.evaluation.metrics import exact_match
 from unike_kernels.minigpt4 import MiniGPT4, MiniGPT4Processor
 
-from . import facts, model
+from . import facts, fetch, model
 from .features import held_out_drawings
 
+TEXT = ("text", "in context, text")  # parts of the report that see no picture
 Asked = tuple[str | None, str, str]  # (drawing or none, prompt, target)
 
 
@@ -163,17 +163,32 @@ def in_context_pictures(net: MiniGPT4, processor: MiniGPT4Processor, n: int) -> 
     return {f"two demonstrations, {label}": share(right) for label, right in found.items()}
 
 
-def report(seed: int, n: int = 300) -> dict[str, Any]:
-    """Everything above for one projector."""
+def report(seed: int, n: int = 300, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Everything above for one projector, written beside its weights part by part; a stopped report goes on.
+
+    What is asked without a picture does not depend on the projector, and is kept when another one is measured.
+    """
+    path, weights = model.weights_file(seed).with_suffix(".json"), fetch.sha256(model.weights_file(seed))
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("projector") != weights:
+        kept = {part: known[part] for part in TEXT if part in known}
+        dtypes = {part: known["dtype"][part] for part in kept}
+        known = {"projector": weights, "dtype": dtypes} | kept
     net, processor = model.load(seed)
+    net.llama_model.to(dtype)
     collator = Collator(net, processor)
-    return {
-        "seed": seed,
-        "pictures": of_pictures(collator, n),
-        "text": of_text(collator),
-        "in context, text": in_context_text(collator),
-        "in context, pictures": in_context_pictures(net, processor, n // 5),
+    parts = {
+        "pictures": lambda: of_pictures(collator, n),
+        "in context, pictures": lambda: in_context_pictures(net, processor, n // 5),
+        "text": lambda: of_text(collator),
+        "in context, text": lambda: in_context_text(collator),
     }
+    for part, measure in parts.items():
+        if part not in known:
+            known[part] = measure()
+            known["dtype"][part] = str(dtype).split(".")[-1]
+            write(path, known)
+    return known
 
 
 def main() -> None:
@@ -181,12 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=300, help="naming questions; the other parts have fewer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = report(args.seed, args.n)
-    print(json.dumps(result, indent=1))
-    path: Path = model.weights_file(args.seed).with_suffix(".json")
-    write(path, result)
+    print(json.dumps(report(args.seed, args.n, getattr(torch, args.dtype)), indent=1))
 
 
 if __name__ == "__main__":

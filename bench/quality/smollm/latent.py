@@ -123,6 +123,7 @@ class Experiment:
         self._base()
         for layers in dict.fromkeys(p.layers for p in points):
             mine = [p for p in points if p.layers == layers and p.key not in self.results]
+            mine.sort(key=lambda p: abs(p.alpha - 0.5))  # the middle of the range first, should time end
             if not mine:
                 continue
             like = ValueEditor(self.net, self.processor, self.config(mine[0]))

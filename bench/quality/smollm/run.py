@@ -33,13 +33,22 @@ def where(name: str) -> Path:
     return RESULTS / f"smollm-{name}.json"
 
 
+def check_saved(path: Path, **asked: Any) -> None:
+    """Refuses to go on with results of other settings, naming both."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    differing = [f"{k} {found[k]!r}, but {v!r} is asked for" for k, v in asked.items() if found.get(k, v) != v]
+    if differing:
+        raise typer.BadParameter(f"{path} holds {'; '.join(differing)}: ask for the same, or move the file away")
+
+
 def run_latent(task: world.Task, n: int, dtype: str) -> None:
     """What a memory item carries, without neurons."""
+    path = where(f"latent-{task}")
+    check_saved(path, edits=n, dtype=dtype)
     items = world.items(task, n)
     net, processor = model.load(trained=task == "pictures")
     net.llama_model.to(DTYPES[dtype])
     fillers = triplets(90)[:1] if task == "pictures" else facts.triplets()[:1]
-    path = where(f"latent-{task}")
     experiment = latent.Experiment(net, processor, items, [f | {"prediction": "wrong"} for f in fillers], path)
     experiment.results |= {"edits": n, "dtype": dtype, "environment": environment()}
     experiment.run(latent.points())
@@ -48,11 +57,14 @@ def run_latent(task: world.Task, n: int, dtype: str) -> None:
 def run_ablation(task: world.Task, n: int, dtype: str, controls: bool) -> None:
     """One-step rows with their controls, routed stacks, and edits one after another."""
     path = where(f"ablation-{task}")
+    check_saved(path, edits=n, dtype=dtype)
     items, config = world.items(task, n), default_config()
     made = world.SmolWorld(task, items, config, dtype=DTYPES[dtype])
+    if not path.exists():
+        about = {"task": task, "dtype": dtype, "environment": environment(), "seed": 0, "edits": n, "seconds": 0.0}
+        fits = {str(i): ablation.fit_report(f) for i, f in made.editor.fits.items()}
+        ablation.write(path, about | {"rows": {"base": made.score_base()}, "fit": fits})
     result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made)
-    result |= {"task": task, "dtype": dtype, "environment": environment()}
-    ablation.write(path, result)
     rows = {row.name: row for row in ROWS}
     sequential = result.setdefault("sequential", {})
     for size in SEQUENTIAL:
@@ -92,7 +104,7 @@ def knowledge_section(result: dict[str, Any]) -> str:
     rows = [
         [label, tables.number(v)] for part in result.values() if isinstance(part, dict) for label, v in part.items()
     ]
-    return "\n\n".join(["## What it knows", tables.markdown(["asked", "right, %"], rows)])
+    return "\n\n".join(["## What it knows", tables.markdown(["asked", "right, %", "language model in"], rows)])
 
 
 def write_page() -> Path:
