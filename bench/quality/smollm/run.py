@@ -101,9 +101,8 @@ def ablation_section(result: dict[str, Any]) -> str:
 
 def knowledge_section(result: dict[str, Any]) -> str:
     """What the model knows, as a table."""
-    rows = [
-        [label, tables.number(v)] for part in result.values() if isinstance(part, dict) for label, v in part.items()
-    ]
+    parts = [(dtype, result[name]) for name, dtype in result["dtype"].items()]
+    rows = [[label, tables.number(v), dtype] for dtype, part in parts for label, v in part.items()]
     return "\n\n".join(["## What it knows", tables.markdown(["asked", "right, %", "language model in"], rows)])
 
 
