@@ -40,12 +40,13 @@ class Scale:
     edits: int = 200  # one-step, of each task
     stacked: int = 100  # in Tables 2 and 3, of each task
     figure: int = 100
+    sequential: tuple[str, ...] = ("name", "caption")
     large: tuple[int, ...] = (100, 1000)  # K of UniKE beside 10 and 20
     brief: int = 1
     quick: bool = False  # a smaller memory
 
 
-QUICK = Scale(bases=(0,), draws=(0,), edits=8, stacked=20, figure=8, large=(40,), brief=40, quick=True)
+QUICK = Scale((0,), (0,), edits=8, stacked=20, figure=8, sequential=("name",), large=(40,), brief=40, quick=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Cell:
         return self.protocol, self.k, self.task
 
     @property
+    def drawn(self) -> str:
+        """Which edits these are."""
+        return f"{self.task} {self.draw} {self.edits}"
+
+    @property
     def key(self) -> str:
         """Its name in a saved file, which is one base model's."""
         return f"{self.protocol}, K = {self.k}, {self.task}, draw {self.draw}, {self.edits} edits: {self.method}"
@@ -83,7 +89,7 @@ def needed(tables: Sequence[int], figures: Sequence[str], scale: Scale) -> list[
             if 2 in tables:
                 out += [
                     at("sequential", k, task, scale.stacked, m)
-                    for task in ("name", "caption")
+                    for task in scale.sequential
                     for k in (10, 20)
                     for m in STACKED
                 ]
@@ -203,13 +209,21 @@ class Store:
         rows = self.rows(base) | {cell.key: row | {"cell": asdict(cell)}}
         write(self.folder / f"protocols-seed{base}.json", {"rows": rows})
 
-    def found(self, base: int, protocol: str, k: int, task: str, method: str) -> Found | None:
-        """All draws of the largest number of edits; None where nothing is saved."""
-        same = [r for r in self.rows(base).values() if Cell(**r["cell"]).where == (protocol, k, task)]
-        same = [r for r in same if r["cell"]["method"] == method]
-        most = max((r["cell"]["edits"] for r in same), default=0)
-        chosen = sorted((r for r in same if r["cell"]["edits"] == most), key=lambda r: r["cell"]["draw"])
-        return found_of([(f"{task} {r['cell']['draw']} {most}", r) for r in chosen]) if chosen else None
+    def found(
+        self, base: int, protocol: str, k: int, task: str, method: str, like: Found | None = None
+    ) -> Found | None:
+        """All draws of the largest number of edits, or those of `like`; None where nothing is saved."""
+        same = {}
+        for row in self.rows(base).values():
+            cell = Cell(**row["cell"])
+            if (*cell.where, cell.method) == (protocol, k, task, method):
+                same[cell] = row
+        if like is not None:
+            drawn = {draw for draw, _ in like.labels}
+            same = {cell: row for cell, row in same.items() if cell.drawn in drawn}
+        most = max((cell.edits for cell in same), default=0)
+        chosen = sorted((cell for cell in same if cell.edits == most), key=lambda cell: cell.draw)
+        return found_of([(cell.drawn, same[cell]) for cell in chosen]) if chosen else None
 
 
 class Bench:

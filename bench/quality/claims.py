@@ -84,8 +84,8 @@ def claims(folder: Path, base: int) -> list[Claim]:
     def part(name: str) -> Found | None:
         return ablation_row(saved[0], name) if saved else None
 
-    def cell(name: str, protocol: str = "one-step", k: int = 1) -> Found | None:
-        return store.found(base, protocol, k, "name", name)
+    def cell(name: str, protocol: str = "one-step", k: int = 1, like: Found | None = None) -> Found | None:
+        return store.found(base, protocol, k, "name", name, like)
 
     return [*_parts(part), *_directions(part, cell), *_items(cell), *_baselines(cell), *_sequential(cell)]
 
@@ -147,7 +147,7 @@ def _directions(part: Get, cell: Get) -> list[Claim]:
             Claim(
                 "adaptive alpha beats a fixed one",
                 f"{WHOLE[ALL]}, UniKE - best of {len(measured)} fixed ({best})",
-                difference(cell("UniKE"), measured[best], ALL),
+                difference(cell("UniKE", like=measured[best]), measured[best], ALL),
             )
         )
     none = part("UniKE, no zeta")
@@ -161,7 +161,7 @@ def _directions(part: Get, cell: Get) -> list[Claim]:
         )
     )
     out.append(Claim("a random zeta hurts", f"{WHOLE[ALL]}, no zeta - random", _minus(random)))
-    semantic = difference(cell("UniKE, no zeta"), cell("UniKE, semantic zeta"), ALL)
+    semantic = difference(cell("UniKE, no zeta"), cell("UniKE, semantic zeta"), ALL)  # of one figure: the same edits
     out.append(Claim("a semantic zeta hurts", f"{WHOLE[ALL]}, no zeta - semantic", semantic))
     return out
 

@@ -46,6 +46,9 @@ def found(folder: Path, base: int, rows: Sequence[str]) -> dict[str, Found]:
     """Those of the figure's rows that are saved."""
     store = Store(folder)
     named = {row: store.found(base, "one-step", 1, "name", row) for row in rows}
+    first = next((f for row, f in named.items() if f is not None and row != "UniKE"), None)
+    if "UniKE" in named:  # which is measured on more edits elsewhere
+        named["UniKE"] = store.found(base, "one-step", 1, "name", "UniKE", first)
     return {row: f for row, f in named.items() if f is not None and not f.reason}
 
 
@@ -58,7 +61,7 @@ def whole(f: Found, kinds: Sequence[str]) -> tuple[float, float]:
 
 def title(base: int, rows: dict[str, Found]) -> str:
     """Which model, and how much was measured."""
-    return f"base model {base}, {max(f.edits for f in rows.values())} one-step edits of names"
+    return f"base model {base}, {min(f.edits for f in rows.values())} one-step edits of names"
 
 
 def items(folder: Path) -> list[Panel]:
@@ -77,7 +80,8 @@ def items(folder: Path) -> list[Panel]:
         axis.set_xticks(ITEMS, [str(n) for n in ITEMS])
         axis.minorticks_off()
         axis.set_xlim(0.9, 45)
-        _finish(axis)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
 
     return _panels(folder, "4a", panel)
 
@@ -96,7 +100,8 @@ def alphas(folder: Path) -> list[Panel]:
                 axis.axhline(y, color=color, linestyle="--", label=f"{label}, adaptive")
                 axis.axhspan(y - e, y + e, color=color, alpha=0.12, linewidth=0)
         axis.set(xlabel="alpha", ylabel="percent", title=title(base, rows))
-        _finish(axis)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
     return _panels(folder, "4b", panel)
 
@@ -121,7 +126,7 @@ def zetas(folder: Path) -> list[Panel]:
         )
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-        axis.legend(fontsize=8, loc="lower left", ncols=2)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
 
     return _panels(folder, "4c", panel)
 
@@ -149,11 +154,6 @@ def spaces(folder: Path) -> list[Panel]:
         for result in [json.loads(path.read_text())]
         for name in result["spaces"]
     ]
-
-
-def _finish(axis: Any) -> None:
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def _panels(folder: Path, name: str, panel: Callable[[Any, int, dict[str, Found]], None]) -> list[Panel]:

@@ -125,7 +125,7 @@ def main(
     if speed_:
         folder = QUICK if quick else RESULTS
         for seed in bases:
-            result = speed.run(seed, 8 if quick else edits or 32, 1 if quick else 3, quick=quick)
+            result = speed.run(seed, 16 if quick else edits or 128, 1 if quick else 3, quick=quick)
             result |= {"environment": environment()}
             save(f"speed-seed{seed}", result, folder)
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)

@@ -5,6 +5,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ from unike_kernels.edits_schema import EditEntry
 from unike_kernels.models import get_module
 
 GOAL = 10.0  # times the naive loop
+NAIVE = "naive loop (deepcopy, one edit, whole forward)"
+SIZES = (32, 128)  # edits in a batch: the default, and what a small model has room for
+FEWER = 4
 SAME_LOSS = 1e-2  # of the edits' final losses, on average: float sums in another order move single steps
+
+Way = Callable[[RowEditor, list[dict[str, Any]]], list[EditEntry]]
 
 
 class WholeForward(GroupTrainer):
@@ -69,42 +75,55 @@ def together(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntr
     return list(editor.edit(requests, independent=True, progress=False).entries)
 
 
-WAYS: dict[str, Callable[[RowEditor, list[dict[str, Any]]], list[EditEntry]]] = {
-    "naive loop (deepcopy, one edit, whole forward)": naive,
+def in_batches(size: int) -> Way:
+    """`together` with this many edits in a batch."""
+
+    def way(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
+        neurons = replace(editor.config.neurons, batch_size=size)
+        like = RowEditor(editor.model, editor.collator.processor).prepare(Row("UniKE"), editor)
+        like.config = replace(like.config, neurons=neurons)
+        return together(like, requests)
+
+    return way
+
+
+WAYS: dict[str, Way] = {
+    NAIVE: naive,
     "Editor, one edit at a time": one_by_one,
-    "Editor, in batches": together,
+    **{f"Editor, batches of {size}": in_batches(size) for size in SIZES},
 }
 
 
-def run(seed: int, edits: int = 32, rounds: int = 3, *, quick: bool = False) -> dict[str, Any]:
-    """Every way in turn, `rounds` times over; raises RuntimeError where they do not come to the same edits."""
+def run(seed: int, edits: int = 128, rounds: int = 3, *, quick: bool = False) -> dict[str, Any]:
+    """Every way in turn, `rounds` times over; raises RuntimeError where they do not come to the same edits.
+
+    What makes one edit at a time makes every fourth of them: rates compare, and their steps are shown.
+    """
     base = with_memory(seed, default_config(), RowEditor, quick=quick)
     base.fit(progress=False)
-    editor = RowEditor(base.model, base.collator.processor, base.config).prepare(Row("UniKE"), base)
     requests = [request(r) for r in records.records("development", "name", edits)]
+    asked = {name: requests if name.startswith("Editor, batches") else requests[::FEWER] for name in WAYS}
     found: dict[str, list[EditEntry]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     cpu: dict[str, list[float]] = {name: [] for name in WAYS}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* edits miss their target")
-        together(editor, requests[:2])  # first calls allocate
-        for _ in tqdm(range(rounds), desc=f"model {seed}", unit="round"):
-            for name, way in WAYS.items():
-                started, used = time.perf_counter(), time.process_time()
-                found[name] = way(editor, requests)
-                seconds[name].append(time.perf_counter() - started)
-                cpu[name].append(time.process_time() - used)
-    check(found)
-    first = next(iter(WAYS))
+        together(base, requests[:2])  # first calls allocate
+        for name in tqdm([*WAYS] * rounds, desc=f"model {seed}", unit="run"):
+            started, used = time.perf_counter(), time.process_time()
+            found[name] = WAYS[name](base, asked[name])
+            seconds[name].append((time.perf_counter() - started) / len(asked[name]))
+            cpu[name].append((time.process_time() - used) / len(asked[name]))
+    check({name: entries if len(entries) < edits else entries[::FEWER] for name, entries in found.items()})
     rows = {
         name: {
-            "edits_per_second": edits / statistics.median(seconds[name]),
-            "edits_per_cpu_second": edits / statistics.median(cpu[name]),
+            "edits_per_second": 1 / statistics.median(seconds[name]),
+            "edits_per_cpu_second": 1 / statistics.median(cpu[name]),
             # within a round, so that what else the machine does changes little
-            "times_naive": statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True)),
-            "times_naive_cpu": statistics.median(a / b for a, b in zip(cpu[first], cpu[name], strict=True)),
+            "times_naive": statistics.median(a / b for a, b in zip(seconds[NAIVE], seconds[name], strict=True)),
+            "times_naive_cpu": statistics.median(a / b for a, b in zip(cpu[NAIVE], cpu[name], strict=True)),
             "mean_steps": statistics.fmean(e.steps or 0 for e in found[name]),
-            "reached": sum(bool(e.success) for e in found[name]),
+            "reached": f"{sum(bool(e.success) for e in found[name])} of {len(found[name])}",
         }
         for name in WAYS
     }
@@ -136,11 +155,11 @@ def table(result: dict[str, Any]) -> str:
             f"{r['edits_per_cpu_second']:.2f}",
             f"{r['times_naive_cpu']:.1f}",
             f"{r['mean_steps']:.1f}",
-            f"{r['reached']} of {result['edits']}",
+            r["reached"],
         ]
         for name, r in result["rows"].items()
     ]
-    best = result["rows"]["Editor, in batches"]["times_naive"]
-    goal = f"- {'met' if best >= GOAL else '**MISSED**'}: {GOAL:g} times the naive loop ({best:.1f})"
+    name, best = max(((n, r["times_naive"]) for n, r in result["rows"].items()), key=lambda pair: pair[1])
+    goal = f"- {'met' if best >= GOAL else '**MISSED**'}: {GOAL:g} times the naive loop ({best:.1f}, {name})"
     about = f"{result['edits']} edits, median of {result['rounds']} rounds, {result['threads']} threads"
     return f"#### Base model {result['seed']}: {about}\n\n{markdown(head, lines)}\n\n{goal}"
