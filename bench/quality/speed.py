@@ -80,7 +80,7 @@ def in_batches(size: int) -> Way:
 
     def way(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
         neurons = replace(editor.config.neurons, batch_size=size)
-        like = RowEditor(editor.model, editor.collator.processor).prepare(Row("UniKE"), editor)
+        like = RowEditor(editor.model, editor.collator.processor, editor.config).prepare(Row("UniKE"), editor)
         like.config = replace(like.config, neurons=neurons)
         return together(like, requests)
 
