@@ -106,3 +106,24 @@ def test_generate_says_the_same_with_the_kernels(demo):
             said[backend] = editor.collator.generate(samples, max_new_tokens=3)
         assert (backend == "triton") == bool(started)
     assert said["triton"] == said["reference"] != said["base"]
+
+
+@pytest.mark.parametrize(("attention", "alpha"), [("projected", None), ("projected", 0.3), ("raw", None)])
+@pytest.mark.parametrize("base", [ALWAYS, ROUTED], ids=["always", "routed"])
+def test_tokens_that_retrieve_by_themselves(base, attention, alpha):
+    """A prompt, then a step that decodes, in which one row is padding: the search and the shift in one operator."""
+    config = replace(base, shift=replace(base.shift, per="token", attention=attention, alpha=alpha))
+    model = make_model("llama", layers=2)
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1,))
+    mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [1], [0]])], dim=1)
+    token, found = torch.full((3, 1), 7), {}
+    for backend in ("reference", "triton"):
+        with torch.no_grad(), uk.patch(model, edits, backend=backend), launches() as started:
+            first = model(**inputs, use_cache=True)
+            step = model(input_ids=token, attention_mask=mask, past_key_values=first.past_key_values)
+            found[backend] = first.logits, step.logits
+        assert started["knowledge_shift_attend"] == (2 if backend == "triton" else 0)
+        assert not started["cosine_topk_merge"] or base is ROUTED  # by the router
+    for ours, theirs in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,8 @@ from unike_kernels import backends
 from unike_kernels.cases import as_if_capturing
 from unike_kernels.triton_kernels import launching
 
-SEARCH = {"cosine_topk_scan": 1, "cosine_topk_merge": 1}
+SCAN = "cosine_topk_scan"
+SEARCH = {SCAN: 1, "cosine_topk_merge": 1}
 ALWAYS_ON, SELECTED = {"hidden": 1, "weighted_rows": 1}, {"selected_rows": 1}
 ATTEND, LINEAR, MIX = "knowledge_shift_attend", "knowledge_shift_linear", "knowledge_shift_mix"
 PROJECT = "knowledge_shift_project"
@@ -83,19 +84,22 @@ def test_retrieval_per_case_adds_three_at_most(alpha, attention, monkeypatch):
 
 @pytest.mark.parametrize("positions", ["all", "from_case_token"])
 @pytest.mark.parametrize("attention", ["projected", "raw"])
-def test_retrieval_per_token_with_a_fixed_alpha_adds_five(attention, positions, monkeypatch):
-    shift = replace(ALWAYS.shift, per="token", alpha=0.3, attention=attention, positions=positions)
-    found = added(replace(ALWAYS, shift=shift), monkeypatch)
-    assert found == {**ALWAYS_ON, **SEARCH, ATTEND: 1} and sum(found.values()) == 5
+def test_retrieval_per_token_with_a_fixed_alpha_adds_four(attention, positions, monkeypatch):
+    """The search's scan, and attention, which merges what that found and mixes."""
+    for config, neurons in ((ALWAYS, ALWAYS_ON), (ROUTED, SELECTED)):
+        shift = replace(config.shift, per="token", alpha=0.3, attention=attention, positions=positions)
+        found = added(replace(config, shift=shift), monkeypatch)
+        assert found == {**neurons, SCAN: 1, ATTEND: 1} and sum(found.values()) <= 4
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_an_alpha_for_every_token(name, monkeypatch):
+def test_retrieval_per_token_with_an_alpha_of_each_adds_five(name, monkeypatch):
     """`raw` takes it from rows of the encoder; `projected` from weights that are folded, in the launch that mixes."""
-    for attention, more in (("projected", {PROJECT: 1}), ("raw", {})):
-        shift = replace(ALWAYS.shift, per="token", attention=attention)
-        found = added(replace(ALWAYS, shift=shift), monkeypatch, name)
-        assert found == {**ALWAYS_ON, **SEARCH, ATTEND: 1, **more}
+    for config, neurons in ((ALWAYS, ALWAYS_ON), (ROUTED, SELECTED)):
+        for attention, more in (("projected", {PROJECT: 1}), ("raw", {})):
+            shift = replace(config.shift, per="token", attention=attention)
+            found = added(replace(config, shift=shift), monkeypatch, name)
+            assert found == {**neurons, SCAN: 1, ATTEND: 1, **more} and sum(found.values()) <= 5
 
 
 def test_an_encoder_with_an_activation_costs_its_linear_maps(monkeypatch):

@@ -18,8 +18,10 @@ from .memory import ExternalMemory
 from .models import LayerSites
 from .projections import Projections
 from .routing import Router
+from .triton_kernels import MAX_K
 
 FEW_TOKENS = 64  # up to here a decode step
+PRECOMPUTED = ("encoder_rows", "folded_weight", "folded_bias")
 PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
 
 __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
@@ -162,7 +164,7 @@ class KnowledgeShift(ChoosesBackend):
         for i, (weight, bias) in enumerate(encoder):
             self.register_buffer(f"encoder_weight_{i}", weight.to(like), persistent=False)
             self.register_buffer(f"encoder_bias_{i}", bias.to(like), persistent=False)
-        for name in ("encoder_rows", "folded_weight", "folded_bias"):
+        for name in PRECOMPUTED:
             self.register_buffer(name, None, persistent=False)
         self.choose(backend)
 
@@ -186,7 +188,7 @@ class KnowledgeShift(ChoosesBackend):
                 found["encoder_rows"] = folding.encoded_rows(self.memory.values, self.encoder)
             elif (plain := projections.plain_output(attention)) is not None:
                 found["folded_weight"], found["folded_bias"] = folding.folded(*plain, self.encoder)
-        for name in ("encoder_rows", "folded_weight", "folded_bias"):
+        for name in PRECOMPUTED:
             old, new = getattr(self, name), found.get(name)
             if old is not None and new is not None and (old.shape, old.dtype) == (new.shape, new.dtype):
                 old.copy_(new)  # captured graphs follow
@@ -195,16 +197,14 @@ class KnowledgeShift(ChoosesBackend):
 
     def _encoder(self, attention: nn.Module, projections: Projections) -> dict[str, Any]:
         """The encoder as `ops.knowledge_shift` takes it: as is, or what is known of it, where no gradient is wanted."""
-        general = {"encoder": self.encoder or None, "encoder_act": self.encoder_act}
-        if torch.is_grad_enabled() or self.backend not in PRECOMPUTE:
-            return general
-        if self.encoder_rows is None and self.folded_weight is None and may_ask():
-            self.precompute(attention, projections)  # it came to this device by .to()
-        if self.encoder_rows is not None:
-            return {"encoder_rows": self.encoder_rows}
-        if self.folded_weight is not None:
-            return {"folded": (self.folded_weight, self.folded_bias)}
-        return general
+        if not torch.is_grad_enabled() and self.backend in PRECOMPUTE:
+            if self.encoder_rows is None and self.folded_weight is None and may_ask():
+                self.precompute(attention, projections)  # it came to this device by .to()
+            if self.encoder_rows is not None:
+                return {"encoder_rows": self.encoder_rows}
+            if self.folded_weight is not None:
+                return {"folded": (self.folded_weight, self.folded_bias)}
+        return {"encoder": self.encoder or None, "encoder_act": self.encoder_act}
 
     def mix(
         self,
@@ -231,6 +231,10 @@ class KnowledgeShift(ChoosesBackend):
         if config.per == "token":
             if config.alpha is None:
                 return None
+            if self._at_once(len(tap)):
+                alpha = cases.filled(config.alpha, self.memory.sem_norm)
+                query = projections.query(attention, tap, projected)
+                return self._retrieve_and_shift(heads, query, tap, token_to_case, cases, alpha=alpha)
             scores, indices, token_to_case = self._items_of_tokens(tap, token_to_case, cases)
             if token_to_case is not None:
                 alpha = cases.filled(config.alpha, scores)
@@ -299,6 +303,13 @@ class KnowledgeShift(ChoosesBackend):
         token_to_case: Tensor | None = cases.rows(self.config.positions)
         alpha: Tensor | float | None
         if self.config.per == "token":
+            known = self._of_tokens(attention, projections) if self._at_once(len(tap)) else None
+            if known is not None:
+                raw = self.config.attention == "raw"
+                query = tap if raw else projections.query(attention, tap, projected)
+                if self.config.alpha is not None:
+                    known["alpha"] = cases.filled(self.config.alpha, self.memory.sem_norm)
+                return self._retrieve_and_shift(h_att, query, tap, token_to_case, cases, **known)
             scores, indices, token_to_case = self._items_of_tokens(tap, token_to_case, cases)
             alpha = fixed = self.config.alpha
             if fixed is not None and token_to_case is not None:
@@ -390,6 +401,36 @@ class KnowledgeShift(ChoosesBackend):
         idle = ~(selected >= 0).any(dim=1, keepdim=True)
         return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1)
 
+    def _at_once(self, tokens: int) -> bool:
+        """Whether one operator finds items for so many tokens and shifts by them."""
+        few = tokens <= FEW_TOKENS and self.config.k <= MAX_K
+        return few and self.backend == "triton" and not torch.is_grad_enabled()
+
+    def _of_tokens(self, attention: nn.Module, projections: Projections) -> dict[str, Any] | None:
+        """What `ops.retrieve_and_shift` needs besides for the layer's output; None: it cannot be had that way."""
+        raw, fixed = self.config.attention == "raw", self.config.alpha is not None
+        if raw and (fixed or self.depth == 0):
+            return {}
+        encoder = self._encoder(attention, projections)
+        if raw:
+            return encoder if "encoder_rows" in encoder else None
+        plain = None if fixed else projections.plain_output(attention)
+        if plain is None or (self.depth and "folded" not in encoder):
+            return None
+        return {"out_proj": plain, "folded": encoder.get("folded", plain)}
+
+    def _retrieve_and_shift(
+        self, h_input: Tensor, q: Tensor, tap: Tensor, rows: Tensor, cases: Cases, **known: Any
+    ) -> Tensor:
+        memory, config = self.memory, self.config
+        h, alpha, scores, indices = ops.retrieve_and_shift(
+            h_input, q, memory.keys, memory.values, tap, memory.sem, config.k, spans=memory.spans,
+            sem_norm=memory.sem_norm, token_to_case=rows, selected=cases.selected, orientation=config.orientation,
+            clamp=config.clamp, backend=self.backend, **self._scores, **known,
+        )  # fmt: skip
+        self._note(scores, indices, alpha, cases)
+        return h
+
     def _note(self, scores: Tensor, indices: Tensor, alpha: Tensor, cases: Cases) -> None:
         """Keeps what the case tokens found, for `explain` alone: with per="token" nothing of it is used again."""
         if not cases.decided:
@@ -397,16 +438,14 @@ class KnowledgeShift(ChoosesBackend):
             cases.state.layers[self.layer] = LayerDecision(indices[at], scores[at], alpha[at])
 
     def _items(self, indices: Tensor, token_to_case: Tensor | None) -> dict[str, Any]:
+        items = {"item_keys": self.memory.keys, "item_values": self.memory.values, "indices": indices}
+        return {**items, "token_to_case": token_to_case, **self._scores, "backend": self.backend}
+
+    @property
+    def _scores(self) -> dict[str, Any]:
+        """How scores become softmax weights: as in the layer, or 1 / sqrt(d)."""
         raw = self.config.attention == "raw"
-        return {
-            "item_keys": self.memory.keys,
-            "item_values": self.memory.values,
-            "indices": indices,
-            "token_to_case": token_to_case,
-            "scaling": None if raw else self.scaling,
-            "softcap": None if raw else self.softcap,
-            "backend": self.backend,
-        }
+        return {"scaling": None if raw else self.scaling, "softcap": None if raw else self.softcap}
 
     def _shift(
         self,

@@ -3,6 +3,9 @@
 Sizes that hit tails: tokens, neurons, items and columns that are no multiples of any block.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +58,36 @@ def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     heads = {"h_input": rand(tokens, 160), "q": rand(tokens, 4, 40), **items}
     hold("knowledge_shift", heads, indices=indices, alpha=torch.linspace(0, 1, tokens, device=device))
     hold("knowledge_shift", heads, indices=indices, clamp=False)
+    if tokens <= 64:
+        with torch.no_grad():
+            check_known(rand, indices, tokens)
+
+
+def check_known(rand: Callable[..., Tensor], indices: Tensor, tokens: int) -> None:
+    """What is known of an affine encoder, given the items and searching for them: the kernels without gradients."""
+
+    def hold(parts: list[Tensor], known: dict[str, Any]) -> None:
+        wide = {name: [t.double() for t in v] if isinstance(v, list) else v.double() for name, v in known.items()}
+        exact = reference.knowledge_shift(*(t.double() for t in parts), indices, clamp=False, **wide)
+        same = reference.knowledge_shift(*parts, indices, clamp=False, **known)
+        tap, sem = rand(tokens, 72), rand(130, 72)
+        spans = torch.tensor([[0, 100], [0, 130]], device=tap.device)
+        cases = torch.arange(tokens, device=tap.device) % 3 - 1
+        options = {"spans": spans, "token_to_case": cases, "selected": torch.tensor([[3], [-1]], device=tap.device)}
+        found = ops.knowledge_shift(*parts, indices, clamp=False, backend="triton", **known)
+        at_once = ops.retrieve_and_shift(*parts, tap, sem, 9, **options, clamp=False, backend="triton", **known)
+        apart = ops.knowledge_shift(*parts, at_once[3], clamp=False, backend="triton", **known)
+        expected = ops.retrieve_and_shift(*parts, tap, sem, 9, **options, clamp=False, backend="reference", **known)
+        for mine, right, rounded in zip(found, exact, same, strict=True):
+            assert_close_to_reference(mine, right, rounded, 2)
+        if not (torch.equal(at_once[0], apart[0]) and torch.equal(at_once[1], apart[1])):
+            raise AssertionError("retrieve_and_shift differs from its two parts")
+        torch.testing.assert_close(at_once[2], expected[2], rtol=0, atol=1e-5)
+
+    raw = [rand(tokens, 90), rand(tokens, 90), rand(130, 90), rand(130, 90)]
+    hold(raw, {"encoder_rows": rand(130, 90)})
+    heads = [rand(tokens, 170), rand(tokens, 4, 40), rand(130, 2, 40), rand(130, 2, 40)]
+    hold(heads, {"out_proj": [rand(170, 160), rand(170)], "folded": [rand(170, 160), rand(170)]})
 
 
 def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:

@@ -18,6 +18,8 @@ from .augmented_ffn import check_arguments as check_augmented_ffn
 from .cosine_topk import check_arguments as check_cosine_topk
 from .extra_neurons import check_arguments as check_extra_neurons
 from .knowledge_shift import check_arguments as check_knowledge_shift
+from .retrieve_and_shift import check_arguments as check_retrieve_and_shift
+from .retrieve_and_shift import scores_dtype
 
 LIB = torch.library.Library("unike", "DEF")
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -243,3 +245,51 @@ def _knowledge_shift_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _define_differentiable("knowledge_shift", _SHIFT, "(Tensor, Tensor)", _knowledge_shift, _knowledge_shift_fake)
+
+
+_RETRIEVE = (
+    "(Tensor h_input, Tensor q, Tensor item_keys, Tensor item_values, Tensor tap, Tensor sem, SymInt k, "
+    "Tensor? sem_norm, Tensor spans, Tensor? token_to_case, Tensor? selected, Tensor? alpha, Tensor? out_weight, "
+    "Tensor? out_bias, Tensor? encoder_rows, Tensor? folded_weight, Tensor? folded_bias, str orientation, bool clamp, "
+    "float? scaling, float? softcap, bool rescale, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _retrieve_and_shift(*args: Any) -> tuple[Tensor, ...]:
+    h_input, q, item_keys, item_values, tap, sem, k, sem_norm, spans, token_to_case, selected, alpha = args[:12]
+    weight, bias, encoder_rows, folded_weight, folded_bias, orientation, clamp, scaling, softcap, rescale = args[12:]
+    # All items in order, of which those that a token does not see are taken out.
+    scores, indices = reference.cosine_topk(tap, sem, len(sem), key_norm=sem_norm)
+    (start, end), (_, last) = spans[int(selected is None)], spans[1]
+    seen = (indices >= start) & (indices < end)
+    if token_to_case is not None:
+        case = token_to_case.clamp(min=0)
+        if selected is not None:
+            edits = torch.where(selected >= 0, selected + spans[0, 1], -1)[case]  # [T, M] rows of their own items
+            edits = edits.masked_fill(edits >= last, -1)
+            seen |= (indices[:, :, None] == edits[:, None, :]).any(-1) & (indices >= 0)
+            seen &= (selected[case] >= 0).any(-1, keepdim=True)
+        seen &= (token_to_case >= 0)[:, None]
+    order = (~seen).int().argsort(dim=1, stable=True)[:, :k]
+    seen = seen.gather(1, order) & (indices := indices.gather(1, order)).ge(0)
+    scores, indices = scores.gather(1, order).masked_fill(~seen, -torch.inf), indices.masked_fill(~seen, -1)
+    scores = torch.nn.functional.pad(scores, (0, k - scores.shape[1]), value=-torch.inf)
+    indices = torch.nn.functional.pad(indices, (0, k - indices.shape[1]), value=-1)
+    options = ("identity", orientation, clamp, scaling, softcap, rescale, encoder_rows, folded_weight, folded_bias)
+    no_cases = (None, None)
+    shifted = _knowledge_shift(
+        h_input, q, item_keys, item_values, indices, alpha, *no_cases, weight, bias, [], *options
+    )
+    return (*shifted, scores, indices)
+
+
+def _retrieve_and_shift_fake(*args: Any) -> tuple[Tensor, ...]:
+    check_retrieve_and_shift(torch._check, *args[:17])
+    h_input, q, tap, sem, k = args[0], args[1], args[4], args[5], args[6]
+    tokens, (of_alpha, of_scores) = h_input.shape[0], scores_dtype(h_input, q, tap, sem)
+    scores = tap.new_empty((tokens, k), dtype=of_scores)
+    found = tap.new_empty((tokens, k), dtype=torch.int64)
+    return h_input.new_empty(h_input.shape), h_input.new_empty(tokens, dtype=of_alpha), scores, found
+
+
+_define("retrieve_and_shift", _RETRIEVE, _retrieve_and_shift, _retrieve_and_shift_fake)

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 MOST_ITEMS = 1024  # of one token, for knowledge_shift: all its scores lie in one tile
+FEW_TOKENS = 64  # that retrieve_and_shift takes at once
 MAX_K = 128  # items that cosine_topk keeps for a query: more would not stay in registers
 
 # Operator -> file of this folder; the launcher in it has the operator's name.
@@ -22,6 +23,7 @@ LAUNCHERS = {
     "cosine_topk": "cosine_topk",
     "knowledge_shift": "knowledge_shift",
     "knowledge_shift_backward": "knowledge_shift_backward",
+    "retrieve_and_shift": "retrieve_and_shift",
 }
 
 
@@ -33,6 +35,15 @@ def refusal(name: str, args: Sequence[Any]) -> str | None:
             return f"k is {k}, and it finds at most {MAX_K} items"
         if keys.shape[0] >= 2**31:
             return f"there are {keys.shape[0]} keys, and it takes fewer than {2**31}"
+    if name == "retrieve_and_shift":
+        tokens, k, selected = args[0].shape[0], args[6], args[10]
+        if tokens > FEW_TOKENS:
+            return f"there are {tokens} tokens, and it takes at most {FEW_TOKENS}"
+        if k > MAX_K or (selected is not None and selected.shape[1] > MAX_K):
+            edits = 0 if selected is None else selected.shape[1]
+            return f"k is {k} and a case has {edits} edits, and it finds at most {MAX_K} of each"
+        if args[5].shape[0] >= 2**31:
+            return f"there are {args[5].shape[0]} items, and it takes fewer than {2**31}"
     if name.startswith("knowledge_shift"):
         after = int(name.endswith("_backward"))  # the gradients come first
         item_keys, indices = args[2 + after], args[4 + after]

@@ -40,6 +40,9 @@ def cosine_topk_scan(
     keys,  # [N, d]
     key_norm,  # [N] or None
     ranges,  # [T, 2] int64, rows maybe all the same one, or None
+    token_to_case,  # [T] int64, -1: a query that retrieves nothing; or None: all do
+    selected,  # [C, M] int64, with token_to_case: the edits of each case, -1 padded; or None
+    spans,  # [2, 2] int64, with selected: spans[0, 1] rows belong to no edit, those of edits end at spans[1, 1]
     found,  # [T, KP, P] int64, out: the best of this program's rows for each query, the best of all programs first
     T,
     N,
@@ -48,22 +51,35 @@ def cosine_topk_scan(
     key_stride,
     norm_stride,
     range_stride,
+    M,
     WIDE: tl.constexpr,  # products in float32 instead of on tensor cores
     EVEN: tl.constexpr,  # d is a multiple of BLOCK_D
     KP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr = 16,  # at least M
+    OWN: tl.constexpr = 0,  # with selected: how many programs, the last ones, see a query's own rows each
 ):
     """Program (p, t): the KP best of row blocks p, p + P, ... for a tile of queries. q and keys: float16, bfloat16 or
     float32, each on its own. Bytes: the keys once per tile of queries, the queries per block (L1), 8 KP a list out.
+    With selected, a query of a case without any edit retrieves nothing; one of others also sees row spans[0, 1] + e of
+    every edit e of its case: program P + j takes these for query j of the tile, and its list is the one behind all P.
 
     Dot of keys [BLOCK_N, BLOCK_D] and queries [BLOCK_D, BLOCK_T]: keys on the left, so that few queries waste little.
     Accumulates in float32; nothing is rounded after that but the two divisions.
     """
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(0) - OWN
     of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_query = of_tile < T
+    if token_to_case is not None:
+        case = tl.load(token_to_case + of_tile, mask=is_query, other=-1)
+        is_query = is_query & (case >= 0)
+    if selected is not None:
+        edit = tl.arange(0, BLOCK_M)
+        routed = is_query[:, None] & (edit < M)[None, :]
+        routed_to = tl.load(selected + case[:, None] * M + edit[None, :], mask=routed, other=-1)
+        is_query = is_query & (tl.max((routed_to >= 0).to(tl.int32), axis=1) > 0)
     if ranges is not None:
         start = tl.load(ranges + range_stride * of_tile, mask=is_query, other=0)
         end = tl.load(ranges + range_stride * of_tile + 1, mask=is_query, other=0)
@@ -77,14 +93,33 @@ def cosine_topk_scan(
     # Blocks keep their places whatever the range, so that a row is always in the same place of its tile.
     first_block = (first // BLOCK_N).to(tl.int32)
     last_block = tl.cdiv(last, BLOCK_N).to(tl.int32)
-    begin = first_block + (tl.program_id(0) - first_block % programs + programs) % programs
+    if selected is None:
+        begin = first_block + (tl.program_id(0) - first_block % programs + programs) % programs
+        step_of = programs
+    else:
+        stride = tl.maximum(programs, 1)  # no program for the memory's rows where there are none
+        begin = first_block + (tl.program_id(0) - first_block % stride + stride) % stride
+        step_of = stride
+        mine = tl.program_id(0) - programs  # the query of the tile whose own rows these are; below 0: none
+        is_mine = tl.arange(0, BLOCK_T) == mine
+        if mine >= 0:
+            begin = tl.zeros([], tl.int32)
+            last_block = tl.max((is_mine & is_query).to(tl.int32))  # M is at most BLOCK_N: one block
+            case_of = tl.sum(tl.where(is_mine & is_query, case, 0))
+        else:
+            case_of = tl.zeros([], tl.int64)
+        shared, total = tl.load(spans + 1), tl.load(spans + 3)
 
     at_query = q + of_tile.to(tl.int64)[:, None] * q_stride
     column = tl.arange(0, BLOCK_D)
     best = tl.full([BLOCK_T, KP], NOTHING, tl.int64)
-    for block in tl.range(begin, last_block, programs):
+    for block in tl.range(begin, last_block, step_of):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         is_row = row < N
+        if selected is not None:
+            one = tl.load(selected + case_of * M + row, mask=(mine >= 0) & (row < M), other=-1)
+            is_row = tl.where(mine >= 0, (one >= 0) & (one + shared < total), is_row)
+            row = tl.where(mine >= 0, one + shared, row)
         at_key = keys + row[:, None] * key_stride
         dots = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         squares_q = tl.zeros([BLOCK_T], tl.float32)
@@ -116,14 +151,50 @@ def cosine_topk_scan(
         scores = tl.div_rn(dots, tl.where(norm_q == 0, float("inf"), norm_q)[None, :] + tl.zeros_like(dots))
         scores = tl.div_rn(scores, tl.where(norm == 0, float("inf"), norm)[:, None] + tl.zeros_like(dots))
         seen = (is_row[:, None] & is_query[None, :]) & (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
+        if selected is not None:
+            own = (is_row[:, None] & is_query[None, :]) & is_mine[None, :]
+            seen = tl.where(mine >= 0, own, seen)
         packed = tl.where(seen, _pack(scores, row.to(tl.int32)[:, None]), NOTHING)
         packed = tl.trans(packed)  # [BLOCK_T, BLOCK_N]
         # Most blocks hold nothing better than what is known: no sort for them.
         worst = tl.min(best, axis=1)
         if tl.max((packed > worst[:, None]).to(tl.int32)) > 0:
             best = _keep_best(best, tl.topk(packed, KP), KP)
-    place = (of_tile.to(tl.int64)[:, None] * KP + tl.arange(0, KP)[None, :]) * programs + tl.program_id(0)
-    tl.store(found + place, best, mask=is_query[:, None])
+    written = of_tile < T
+    if selected is None:
+        lists = programs
+        list_of = tl.program_id(0)
+    else:
+        lists = programs + 1
+        list_of = tl.minimum(tl.program_id(0), programs)
+        written = written & ((mine < 0) | is_mine)
+    place = (of_tile.to(tl.int64)[:, None] * KP + tl.arange(0, KP)[None, :]) * lists + list_of
+    tl.store(found + place, best, mask=written[:, None])
+
+
+@triton.jit
+def merged(found, row, count, KP: tl.constexpr, BLOCK: tl.constexpr):
+    """The KP best [1, KP], packed, of the `count` that all programs found for query `row`, in chunks of BLOCK.
+
+    Every program's best come first, so that a chunk or two hold the result and the others are not sorted.
+    """
+    best = tl.full([1, KP], NOTHING, tl.int64)
+    for start in tl.range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)[None, :]
+        new = tl.load(found + row * count + at, mask=at < count, other=NOTHING)
+        if tl.max((new > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
+            best = _keep_best(best, tl.topk(new, KP), KP)
+    return best
+
+
+@triton.jit
+def unpacked(best):
+    """Scores and indices of packed ones: -inf and -1 where there is nothing."""
+    ordered = (best >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    missing = best == NOTHING
+    score = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))
+    return score, tl.where(missing, -1, 0x7FFFFFFF - (best & 0xFFFFFFFF))
 
 
 @triton.jit
@@ -138,21 +209,9 @@ def cosine_topk_merge(
 ):
     """Program t: the K best of what all programs found for query t. Reads 8 P KP bytes of int64, writes 12 K. Rounds
     nothing.
-
-    Every program's best come first, so that a chunk or two hold the result and the others are not sorted.
     """
     row = tl.program_id(0).to(tl.int64)
-    best = tl.full([1, KP], NOTHING, tl.int64)
-    for start in tl.range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        new = tl.load(found + row * count + at, mask=at < count, other=NOTHING)
-        if tl.max((new > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
-            best = _keep_best(best, tl.topk(new, KP), KP)
-    ordered = (best >> 32).to(tl.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    missing = best == NOTHING
-    score = tl.where(missing, float("-inf"), bits.to(tl.float32, bitcast=True))
-    index = tl.where(missing, -1, 0x7FFFFFFF - (best & 0xFFFFFFFF))
+    score, index = unpacked(merged(found, row, count, KP, BLOCK))
     at = tl.arange(0, KP)[None, :]
     tl.store(scores + row * K + at, score, mask=at < K)
     tl.store(indices + row * K + at, index, mask=at < K)
@@ -209,22 +268,55 @@ def _launch(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None, scores: Tensor, indices: Tensor
 ) -> None:
     """Both launches for queries q [T, d]; scores and indices [T, k] are written."""
+    found = scan(q, keys, k, key_norm, ranges)
+    tokens, kp, programs = found.shape
+    merge = {"KP": kp, "BLOCK": merge_block(found), "num_warps": 4}
+    launching.launch(cosine_topk_merge, (tokens,), found, scores, indices, programs * kp, k, **merge)
+
+
+def merge_block(found: Tensor) -> int:
+    """How many of what `scan` found are merged at once."""
+    _, kp, programs = found.shape
+    return max(kp, min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
+
+
+def scan(
+    q: Tensor,
+    keys: Tensor,
+    k: int,
+    key_norm: Tensor | None,
+    ranges: Tensor | None,
+    token_to_case: Tensor | None = None,
+    selected: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor:
+    """The first launch for queries q [T, d]: found [T, KP, lists] int64, packed, to be merged.
+
+    q, keys and ranges with contiguous columns; token_to_case [T], selected [C, M] and spans [2, 2] contiguous, as
+    `cosine_topk_scan` takes them.
+    """
     tokens, (n, d) = q.shape[0], keys.shape
     wide = q.dtype != keys.dtype or q.dtype == torch.float32
     choice = dict(tuning.choose("cosine_topk", q.device, T=tokens, bytes=4 if wide else 2))
     block_n, block_t, most = choice["BLOCK_N"], choice["BLOCK_T"], choice.pop("programs")
     kp = max(16, triton.next_power_of_2(k))
-    choice["BLOCK_N"] = block_n = max(block_n, kp)  # a block holds at least as many rows as are kept of it
+    width = 0 if selected is None else selected.shape[1]
+    block_m = max(16, triton.next_power_of_2(width))
+    choice["BLOCK_N"] = block_n = max(block_n, kp, block_m)  # a block holds at least as many rows as are kept of it
     tiles = triton.cdiv(tokens, block_t)
     programs = min(triton.cdiv(n, block_n), max(1, most // tiles))
-    found = launching.new((tokens, kp, programs), torch.int64, q.device)
+    own = 0 if selected is None else min(tokens, block_t)
+    found = launching.new((tokens, kp, programs + (own > 0)), torch.int64, q.device)
     launching.launch(
         cosine_topk_scan,
-        (programs, tiles),
+        (programs + own, tiles),
         q,
         keys,
         key_norm,
         ranges,
+        token_to_case,
+        selected,
+        spans,
         found,
         tokens,
         n,
@@ -233,11 +325,12 @@ def _launch(
         keys.stride(0),
         0 if key_norm is None else key_norm.stride(0),
         0 if ranges is None else ranges.stride(0),
+        width,
         WIDE=wide,
         EVEN=d % choice["BLOCK_D"] == 0,
         KP=kp,
+        BLOCK_M=block_m,
+        OWN=own,
         **choice,
     )
-    block = max(kp, min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
-    merge = {"KP": kp, "BLOCK": block, "num_warps": 4}
-    launching.launch(cosine_topk_merge, (tokens,), found, scores, indices, programs * kp, k, **merge)
+    return found

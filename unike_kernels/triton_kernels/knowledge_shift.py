@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import launching, tuning
+from .cosine_topk import merge_block
 from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
 from .knowledge_shift_project import project
@@ -94,13 +95,21 @@ def knowledge(s: Shift) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
     return know, encoded, (heads, inputs)
 
 
-def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool, arrived: Tensor | None = None) -> None:
-    """Starts `knowledge_shift_attend`: the heads into `out`, or, with mix, the result and the alphas."""
+def attend(
+    s: Shift, out: Tensor, used: Tensor, *, mix: bool, arrived: Tensor | None = None, found: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Starts `knowledge_shift_attend`: the heads into `out`, or, with mix, the result and the alphas.
+
+    found: of a search; then s.indices and scores are written.
+    """
     encoded = s.encoder_rows if mix and s.mode == "token" else None
     tokens, heads, hd = s.q.shape
     kv_heads, hv = s.item_values.shape[1:]
     tiled = s.token_to_case is not None and tokens > FEW_TOKENS
     options = attend_options(s, tiled)
+    if found is not None:
+        options["BLOCK_MERGE"] = min(merge_block(found), 1024 if s.block_k < 128 else 512)  # 128 of 1024 spill
     rows = options["BLOCK_R"]
     grid = (-(-tokens * (heads // kv_heads) // rows) if tiled else max(tokens, 1), kv_heads)
     launching.launch(
@@ -109,7 +118,8 @@ def attend(s: Shift, out: Tensor, used: Tensor, *, mix: bool, arrived: Tensor | 
         s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices,
         s.indices if s.token_to_case is None else s.token_to_case, s.h_input, s.h_input.stride(0),
         s.h_input if s.alpha is None else s.alpha, out, used, encoded, 0 if encoded is None else encoded.stride(0),
-        arrived, tokens, s.indices.shape[0], s.indices.shape[1],
+        arrived, found, 0 if found is None else found.shape[1] * found.shape[2], scores, tokens, s.indices.shape[0],
+        s.indices.shape[1],
         s.scaling, 1.0 if s.softcap is None else s.softcap,
         HEADS=heads, GROUP=heads // kv_heads, HD=hd, HV=hv, PER_CASE=s.token_to_case is not None, TILED=tiled, MIX=mix,
         COS=mix and s.mode == "token", ALPHA_PER_CASE=s.alpha_per_case, INPUT=s.orientation == "input",
@@ -126,7 +136,8 @@ def attend_options(s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend"
     options: dict[str, int] = dict(tuning.choose(kernel, s.q.device, rows=1 << 30 if tiled else few, **sizes))
     if not tiled:
         options["BLOCK_R"] = few
-    wide = 128 if s.block_k <= 64 else 64
+    # With a second table beside the values, float16 in two parts spills at 128.
+    wide = 128 if s.block_k <= 64 and (s.encoder_rows is None or s.encoder_rows.dtype != torch.float16) else 64
     options["BLOCK_D"] = min(options.get("BLOCK_D", wide), block(hd))
     options["BLOCK_V"] = min(options.get("BLOCK_V", wide), block(hv))
     return {"BLOCK_K": s.block_k, **options}

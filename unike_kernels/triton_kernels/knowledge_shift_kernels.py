@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import activate, tanh
+from .cosine_topk import merged, unpacked
 
 NO_CASE = tl.constexpr(1 << 62)  # of rows past the last token
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the score of a missing item, as in the reference
@@ -116,14 +117,13 @@ def mixed(h, know, a, INPUT: tl.constexpr):
 
 @triton.jit
 def _attend_case(
-    case, mine, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, h_input, h_t, alpha, out, used,
-    encoded, e_n, K, scaling, cap,
+    case, ids, there, live, mine, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, h_input, h_t, alpha,
+    out, used, encoded, e_n, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr,
     ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr, CLAMP: tl.constexpr, RESCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The rows `mine` of a tile, which share the items of one case."""
-    ids, there, live = items_of(indices, case, K, BLOCK_K)
+    """The rows `mine` of a tile, which share the items of one case: ids, which are there, whether any is."""
     rows = token.to(tl.int64)
     out_row = out + rows * (HEADS * HV) + (kv * GROUP + head) * HV
     h_row = h_input + rows * h_t + (kv * GROUP + head) * HV
@@ -197,11 +197,12 @@ def _attend_case(
 @triton.jit(do_not_specialize=["T", "C"])
 def knowledge_shift_attend(
     q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
-    encoded, e_n, arrived, T, C, K, scaling, cap,
+    encoded, e_n, arrived, found, count, scores, T, C, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, PER_CASE: tl.constexpr,
     TILED: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr, ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr,
     CLAMP: tl.constexpr, RESCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_MERGE: tl.constexpr = 16,
 ):  # fmt: skip
     """softmax(scaling q . k_i) v_i over the items of each token; MIX: mixed with h_input at once, by a given alpha or
     (COS, one head as wide as h) alpha = cos(Enc(h_know), h_input).
@@ -210,6 +211,8 @@ def knowledge_shift_attend(
     with its strides; indices [T, K], or (PER_CASE) [C, K] with token_to_case [T]: int64. alpha [T] or (ALPHA_PER_CASE)
     [C]; used float32 likewise. out [T, HEADS HV]: MIX: dtype of h_input, else float32, zeros in rows without items.
     encoded [N, HV] (COS): Enc of every item, None: Enc is the identity. arrived [16] int32, or None: set to zero.
+    found, count: None, or what `cosine_topk_scan` found, [T, count] packed; every program merges its token's lists by
+    itself, 8 count bytes from L2, and that of the first head writes indices [T, K] and scores float32 [T, K].
     Grid (T, Hkv), a program per token and key head, or (TILED) (ceil(T GROUP / BLOCK_R), Hkv), a program per BLOCK_R
     rows (token, query head), which takes the cases of its rows one after the other: mostly one.
     Bytes: q, h_input, out once; K (HD + HV) of items per program and case, from L2 after the first; with COS or RESCALE
@@ -229,9 +232,10 @@ def knowledge_shift_attend(
         case = tl.where(inside, tl.maximum(case, -1), NO_CASE)
         current = tl.min(case, 0)
         while current < NO_CASE:
+            ids, there, live = items_of(indices, current, K, BLOCK_K)
             _attend_case(
-                current, case == current, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices,
-                h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
+                current, ids, there, live, case == current, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n,
+                v_h, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
                 ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
             )  # fmt: skip
             current = tl.min(tl.where(case > current, case, NO_CASE), 0)
@@ -240,17 +244,30 @@ def knowledge_shift_attend(
         owner = tl.where(tile < T, tile, -1).to(tl.int64)
         if PER_CASE:
             owner = tl.load(token_to_case + tile, mask=tile < T, other=-1)
+        if found is None:
+            ids, there, live = items_of(indices, owner, K, BLOCK_K)
+        else:
+            k = tl.arange(0, BLOCK_K)
+            score, index = unpacked(merged(found, tl.maximum(owner, 0), count, BLOCK_K, BLOCK_MERGE))
+            ids = tl.reshape(index, [BLOCK_K])
+            if kv == 0:
+                at = tile.to(tl.int64) * K + k
+                tl.store(indices + at, ids, mask=(k < K) & (tile < T))
+                tl.store(scores + at, tl.reshape(score, [BLOCK_K]), mask=(k < K) & (tile < T))
+            there = (ids >= 0) & (k < K) & (owner >= 0)
+            ids = tl.where(there, ids, 0)
+            live = tl.max(there.to(tl.int32), 0) > 0
         _attend_case(
-            owner, inside, tile + tl.zeros((BLOCK_R,), tl.int32), r, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h,
-            indices, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
-            ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
+            owner, ids, there, live, inside, tile + tl.zeros((BLOCK_R,), tl.int32), r, kv, q, q_t, q_h, keys, k_n, k_h,
+            values, v_n, v_h, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX,
+            COS, ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if MIX and ALPHA_PER_CASE:
         if kv == 0:
             for c in range(tile, C, tl.num_programs(0)):
-                _, _, found = items_of(indices, tl.cast(c, tl.int64), K, BLOCK_K)
+                _, _, some = items_of(indices, tl.cast(c, tl.int64), K, BLOCK_K)
                 a = tl.load(alpha + c).to(tl.float32)
-                tl.store(used + c, tl.where(found, a, 1.0 if INPUT else 0.0))
+                tl.store(used + c, tl.where(some, a, 1.0 if INPUT else 0.0))
 
 
 @triton.jit(do_not_specialize=["M"])

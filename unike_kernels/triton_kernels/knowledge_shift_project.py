@@ -20,7 +20,12 @@ from .tuning import Row
 # As the linear maps of the general path; estimated, no GPU has measured them.
 tuning.ROWS += [
     Row("knowledge_shift_project", tuning.INTERPRETER, {}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}),
-    Row("knowledge_shift_project", 0, {"rows": 16, "bytes": 2}, _FEW := {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}),
+    Row(
+        "knowledge_shift_project",
+        0,
+        {"rows": 16, "bytes": 2, "fp16": 0},
+        _FEW := {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128},
+    ),
     Row("knowledge_shift_project", 0, {"rows": 16}, {**_FEW, "BLOCK_K": 64}),
     Row("knowledge_shift_project", 0, {"bytes": 2}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}),
     Row("knowledge_shift_project", 0, {}, {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8}),
@@ -117,7 +122,8 @@ def project(s: Shift, heads: Tensor, arrived: Tensor, indices: Tensor, out: Tens
     assert s.weight is not None and s.folded is not None
     (tokens, d), device = s.h_input.shape, s.h_input.device
     widest = max(s.weight.dtype.itemsize, s.folded.dtype.itemsize)
-    options = tuning.choose("knowledge_shift_project", device, rows=tokens, bytes=widest)
+    fp16 = int(torch.float16 in (s.weight.dtype, s.folded.dtype))  # in two parts: BLOCK_K 128 spills
+    options = tuning.choose("knowledge_shift_project", device, rows=tokens, bytes=widest, fp16=fp16)
     tiles, rows = -(-d // options["BLOCK_N"]), -(-tokens // options["BLOCK_M"])
     sums = launching.new((rows, tiles, 3, options["BLOCK_M"]), torch.float32, device)
     launching.launch(
