@@ -36,6 +36,14 @@ def test_auto_takes_it_and_the_rest_is_the_reference(monkeypatch):
     assert called == [9] and torch.equal(scores, reference.cosine_topk(q.double(), keys.double(), 3)[0])
 
 
+def test_autocast_rounds_no_product():
+    q, keys = torch.randn(3, 64), torch.randn(50, 64)
+    expected = ops.cosine_topk(q, keys, 5, backend="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.cosine_topk(q, keys, 5, backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_many_more_items_than_are_compared_at_a_time():
     """Chunks of 256 with a better score at either end of each."""
     keys = torch.zeros(2000, 4)

@@ -47,14 +47,12 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
         at = len(args) - 1 - after
         backend, args = args[at], args[:at] + args[at + 1 :]
         tensors = [leaf for leaf in _flat(args) if isinstance(leaf, Tensor)]
-        chosen = backends.implementation(name, backend, tensors, args)
-        if chosen is not None:
-            return chosen(*args)
+        chosen = backends.implementation(name, backend, tensors, args) or kernel
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
-            return kernel(*args)
-        with torch.autocast(device, enabled=False):  # which would round what is accumulated in float32
-            return kernel(*args)
+            return chosen(*args)
+        with torch.autocast(device, enabled=False):  # it would round the products of what is accumulated in float32
+            return chosen(*args)
 
     LIB.define(f"{name}{schema}")
     LIB.impl(name, run, "CompositeExplicitAutograd")
