@@ -214,7 +214,7 @@ def cases(
                 for routing in ("always", "selected"):
                     args = _neurons(make, m, x, routing)
                     found[f"extra_neurons {routing} {at}"] = partial(_run, "extra_neurons", *args)
-                for form in ("given", "computed"):
+                for form in ("given", "computed", "folded"):
                     shift = _shift(make, m, x, form)
                     found[f"knowledge_shift {form} {at}"] = partial(_run, "knowledge_shift", *shift)
                 for form in ("given", "raw"):
@@ -274,8 +274,8 @@ def _neurons(make: Callable[..., Tensor], m: Model, x: Tensor, routing: str) -> 
 
 
 def _shift(make: Callable[..., Tensor], m: Model, x: Tensor, form: str) -> tuple[Any, ...]:
-    """Knowledge_shift: items per token and alpha given, or (raw) computed from one head; or items of a case, alpha
-    computed, projections.
+    """Knowledge_shift: items per token and alpha given, or (raw) computed from one head, or (folded) from the encoder
+    and the projection in one; or items of a case, alpha computed, projections.
     """
     t, hd, device = len(x), m.d // m.heads, x.device
     head = (m.d,) if form == "raw" else (m.heads, hd)
@@ -288,6 +288,9 @@ def _shift(make: Callable[..., Tensor], m: Model, x: Tensor, form: str) -> tuple
     if form == "given":
         alpha = make(rows).float().abs().clamp(max=1.0)
         return (x, q, keys, values, indices, alpha, None, None, None, None, [], "identity", *rest)
+    if form == "folded":
+        out, known = (make(m.d, m.d), make(m.d)), (make(m.d, m.d), make(m.d))
+        return (x, q, keys, values, indices, None, None, None, *out, [], "identity", *rest[:-2], *known)
     of_token = torch.arange(t, device=device) * rows // t
     case_tokens = (torch.arange(rows, device=device) * t + rows - 1) // rows
     encoder = [make(m.d, m.d), make(m.d)]
