@@ -1,5 +1,6 @@
 """The paper's Figures 4a to 4c and 5a as PNG files, drawn from saved results."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +27,13 @@ def draw(name: str, folder: Path) -> Path | None:
     panels = PANELS[name](folder)
     if not panels:
         return None
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(max(6.4, 5.0 * len(panels)), 4.2), layout="constrained", squeeze=False
+        down, across, figsize=(max(6.4, 5.0 * across), 4.2 * down), layout="constrained", squeeze=False
     )
-    for panel, axis in zip(panels, axes[0], strict=True):
-        panel(axis)
+    for panel, axis in itertools.zip_longest(panels, axes.flat):
+        panel(axis) if panel else axis.set_axis_off()
     path = folder / f"figure-{name}.png"
     half = path.with_suffix(".half.png")
     figure.savefig(half, dpi=110, metadata={"Software": None})
@@ -137,13 +140,13 @@ def spaces(folder: Path) -> list[Panel]:
     def panel(axis: Any, result: dict[str, Any], name: str) -> None:
         space = result["spaces"][name]
         for part, label, color in (("pos", "right answers", COLORS[0]), ("neg", "wrong answers", COLORS[1])):
-            x, y = zip(*space[part], strict=True)
+            x, y = zip(*(map(float, point.split(",")) for point in space[part].split()), strict=True)
             axis.scatter(x, y, s=7, color=color, label=label, alpha=0.7, linewidths=0)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_title(
             f"base model {result['seed']}, layer {result['layer']}, {name} space\n"
-            f"neighbours of the same kind: {100 * space['same_kind']:.0f} % (mixed: 50 %)",
+            f"{result['held_out']} held-out triplets, AUC of right over wrong {space['auc']:.2f} (mixed: 0.50)",
             fontsize=9,
         )
         axis.legend(fontsize=8)

@@ -99,6 +99,8 @@ def main(
 ) -> None:
     """Runs a part of the quality benchmark and prints its tables. A stopped run goes on where it was.
 
+    Whole tables take hours: two runs, with --seeds 0 and with --seeds 1, may work side by side.
+
     Examples:
 
     python -m bench.quality.run --table all --figure all --quick
