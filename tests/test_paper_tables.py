@@ -345,9 +345,13 @@ def test_the_goal_of_speed_is_printed():
     row = {"edits_per_second": 1, "edits_per_cpu_second": 1, "times_naive": 9.9, "times_naive_cpu": 9.9}
     rows = {name: row | {"mean_steps": 3, "reached": "4 of 4"} for name in speed.WAYS}
     result = {"seed": 0, "edits": 4, "rounds": 1, "threads": 1, "rows": rows}
-    assert "**MISSED**: 10 times the naive loop (9.9, " in speed.table(result)
-    rows["Editor, batches of 32"] = row | {"mean_steps": 3, "reached": "4 of 4", "times_naive": 10.0}
-    assert "- met: 10 times the naive loop (10.0, Editor, batches of 32)" in speed.table(result)
+    assert "**MISSED**: 10 times the naive loop, in wall and in CPU time (9.9, " in speed.table(result)
+    rows["Editor, batches of 32"] = rows["Editor, batches of 32"] | {"times_naive": 12.0}
+    assert "**MISSED**" in speed.table(result)  # a busy machine, perhaps
+    rows["Editor, batches of 32"] = rows["Editor, batches of 32"] | {"times_naive_cpu": 10.0}
+    assert "- met: 10 times the naive loop, in wall and in CPU time (10.0, Editor, batches of 32)" in speed.table(
+        result
+    )
 
 
 # --- the command ---

@@ -154,7 +154,10 @@ def table(result: dict[str, Any]) -> str:
         ]
         for name, r in result["rows"].items()
     ]
-    name, best = max(((n, r["times_naive"]) for n, r in result["rows"].items()), key=lambda pair: pair[1])
-    goal = f"- {'met' if best >= GOAL else '**MISSED**'}: {GOAL:g} times the naive loop ({best:.1f}, {name})"
+    rows = result["rows"]  # what else the machine does slows wall time, never CPU time: the smaller ratio counts
+    times = {name: min(r["times_naive"], r["times_naive_cpu"]) for name, r in rows.items()}
+    name = max(times, key=lambda n: times[n])
+    verdict = "met" if times[name] >= GOAL else "**MISSED**"
+    goal = f"- {verdict}: {GOAL:g} times the naive loop, in wall and in CPU time ({times[name]:.1f}, {name})"
     about = f"{result['edits']} edits, median of {result['rounds']} rounds, {result['threads']} threads"
     return f"#### Base model {result['seed']}: {about}\n\n{markdown(head, lines)}\n\n{goal}"
