@@ -321,7 +321,7 @@ def test_figure_rows_change_what_they_name():
     for layer, fit in editor.fits.items():
         semantic, truthful = fresh.fits[layer].zeta_prime, fit.zeta_prime
         torch.testing.assert_close(semantic.norm(), truthful.norm(), rtol=1e-4, atol=0)
-        assert not torch.allclose(semantic, truthful)
+        assert torch.nn.functional.cosine_similarity(semantic, truthful, dim=0) < 0.99
 
 
 # --- speed ---
