@@ -84,7 +84,7 @@ def items(folder: Path) -> list[Panel]:
         axis.minorticks_off()
         axis.set_xlim(0.9, 45)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
     return _panels(folder, "4a", panel)
 
