@@ -237,7 +237,7 @@ def test_own_items_hold_the_state_that_is_asked_for(editor: latent.ValueEditor) 
     said = "The capital of Peru is Mexico City"
     wanted = {"answer": (said, 0), "predicting": (said, 1), "stated": (f"{said}\nThe capital of Peru is", 0)}
     for value, (text, back) in wanted.items():
-        editor.value, editor.control = value, "own"  # type: ignore[assignment]
+        editor.value, editor.control = value, "own"
         h_sem, h_pos = editor.own_items(samples)[layer]
         assert torch.allclose(h_sem[0], tap("The capital of Peru is", 0), atol=1e-5)
         assert torch.allclose(h_pos[0], tap(text, back), atol=1e-5)

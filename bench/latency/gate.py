@@ -25,7 +25,7 @@ def verdicts(case: Case, inputs: Inputs) -> dict[str, str]:
             continue
         try:
             words[name] = judge(run(**inputs))
-        except Exception as failed:
+        except Exception as failed:  # code of others, which may fail in any way: told, not timed; ours is not forgiven
             if name == OURS:
                 raise
             words[name] = f"does not run: {type(failed).__name__}: {failed}"[:300]

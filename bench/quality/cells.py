@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def needed(tables: Sequence[int], figures: Sequence[str], scale: Scale) -> list[
     out = []
     for draw in scale.draws:
         for base in scale.bases:
-            at: Callable[..., Cell] = lambda *a, base=base, draw=draw, **k: _cell(base, draw, *a, **k)  # noqa: E731
+            at = partial(_cell, base, draw)
             out += [at("one-step", 1, t, scale.edits, m) for t in ("name", "caption") for m in TABLE_1 if 1 in tables]
             if 3 in tables:
                 out += [at("cross-task", 10, "both", scale.stacked, m) for m in STACKED]

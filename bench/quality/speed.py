@@ -33,7 +33,7 @@ class WholeForward(GroupTrainer):
 
     def _pass(self, samples: Any, rows: Tensor) -> _Pass:
         batch = self.collator.batch(samples, rows.tolist())
-        return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, None)  # type: ignore[arg-type]
+        return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, None)
 
     def _tail(self, work: _Pass) -> Tensor:
         kept: list[Tensor] = []

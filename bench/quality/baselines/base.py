@@ -84,7 +84,7 @@ class Host:
             module = get_module(self.model, ".".join(parts[:i]))
             try:
                 return module.get_input_embeddings()
-            except (AttributeError, NotImplementedError):
+            except (AttributeError, NotImplementedError):  # no such method; transformers: one that cannot tell
                 continue
         raise ValueError(f"no token embeddings around {self.decoder.name!r} in {type(self.model).__name__}")
 

@@ -191,7 +191,7 @@ def points() -> list[Point]:
             grid.append(Point(layers, "projected", "answer", alpha, "zero"))
             for attention in ("projected", "raw"):
                 for value in values:
-                    grid += [Point(layers, attention, value, alpha, c) for c in CONTROLS[:2]]  # type: ignore[arg-type]
+                    grid += [Point(layers, attention, value, alpha, c) for c in CONTROLS[:2]]
     return grid
 
 

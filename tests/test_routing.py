@@ -1,0 +1,96 @@
+"""The router: which edits act on a case, by a calibrated threshold and against the nearest training case."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from tests.models_tiny import ROUTED, edits_for, inputs_for, make_model
+from unike_kernels.config import RoutingConfig
+from unike_kernels.edits import Calibration
+from unike_kernels.routing import Router, calibrate, nearest
+
+
+def test_calibrate_lets_at_most_the_share_pass():
+    generator = torch.Generator().manual_seed(0)
+    cases = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=-1)
+    keys = torch.nn.functional.normalize(torch.randn(30, 8, generator=generator), dim=-1)
+    best = (cases @ keys.T).amax(dim=1)
+    for rate in (0.0, 0.01, 0.1, 0.5):
+        threshold = calibrate(nearest(cases, keys), rate)
+        assert (best > threshold).sum() == int(rate * 200)
+        fewer = calibrate(nearest(cases, keys[:3]), rate)
+        assert fewer <= threshold  # more edits, more chances of a false accept
+    assert calibrate(nearest(cases[:0], keys), 0.1) == calibrate(nearest(cases, keys[:0]), 0.1) == -1.0
+
+
+def unit(degrees):
+    angle = torch.deg2rad(torch.tensor(degrees))
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def test_a_case_nearer_to_a_training_case_than_to_an_edit_is_left_alone():
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5)  # a threshold that keeps nothing out here
+    calibration = Calibration(2, torch.zeros(2), unit([30.0, 180.0]))
+    asked = unit([0.0, 10.0, 14.9, 15.1, 20.0])
+    router = Router(config, 3, asked, max_cases=2)
+    router.load(unit([0.0]), calibration)
+    assert router(asked)[1].flatten().tolist() == [0, 0, 0, -1, -1]
+
+    router = Router(replace(config, margin=-2.0), 3, asked, max_cases=2)  # the threshold alone
+    router.load(unit([0.0]), calibration)
+    assert router(asked)[1].flatten().tolist() == [0] * 5
+
+    router = Router(replace(config, margin=0.1), 3, asked, max_cases=2)
+    router.load(unit([0.0]), calibration)
+    assert router(asked)[1].flatten().tolist() == [0, -1, -1, -1, -1]  # cos 10 is 0.985, cos 20 is 0.940
+
+
+def test_a_training_case_that_asks_what_an_edit_asks_does_not_compete_with_it():
+    calibration = Calibration(2, torch.zeros(2), unit([0.0, 30.0, 180.0]))
+    router = Router(RoutingConfig(mode="routed", false_accept_rate=0.5), 1, calibration.cases, max_cases=3)
+    router.load(unit([0.0]), calibration)
+    assert router.n_cases.item() == 2
+    assert router(unit([0.0, 1.0, 20.0]))[1].flatten().tolist() == [0, 0, -1]
+
+
+def test_router_refuses_more_than_it_has_room_for():
+    router = Router(RoutingConfig(mode="routed"), 1, torch.zeros(2), max_cases=2)
+    with pytest.raises(ValueError, match="room for 1 edits .* but got 2"):
+        router.load(unit([0.0, 90.0]), Calibration(2, torch.zeros(2), unit([30.0])))
+    with pytest.raises(ValueError, match="room for 2 calibration cases .* but got 3"):
+        router.load(unit([0.0]), Calibration(2, torch.zeros(2), unit([30.0, 60.0, 90.0])))
+    assert router.n_groups.item() == 0 and not router.keys.any() and not router.cases.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_keeps_its_precision_when_the_model_changes_its_own(dtype):
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3, 4))
+    edits = edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()})
+    handle = uk.patch(model, edits)
+    router = handle.record.layers[0].router
+    before = {name: tensor.clone() for name, tensor in router.named_buffers()}
+    model.to(dtype).to(torch.float32)
+    for name, tensor in router.named_buffers():
+        assert torch.equal(tensor, before[name])
+    model.to(dtype)
+    model(**inputs)
+    assert handle.record.runtime.tracker.current.state.selected.tolist() == [[0], [1], [-1]]
+
+
+def test_more_edits_than_one_may_act():
+    model = make_model("llama", dtype=torch.float64)
+    inputs = inputs_for(model, (5, 5))
+    config = replace(ROUTED, routing=replace(ROUTED.routing, top=2))
+    one = {k: v[[0, 0, 1]] for k, v in inputs.items()}
+    one["input_ids"] = one["input_ids"].clone()
+    edits = edits_for(model, config, prompts=one)
+    generator = torch.Generator().manual_seed(1)
+    for own in edits.layers.values():  # edit 1 asks almost what edit 0 asks
+        own.h_sem[1] = own.h_sem[0] + 1e-3 * torch.randn(own.h_sem.shape[1], generator=generator)
+    with uk.patch(model, edits) as handle:
+        reports = handle.explain(**inputs)
+    assert [[i for i, _ in r.edits] for r in reports] == [edits.ids[:2], edits.ids[2:]]
+    assert reports[0].edits[0][1] > reports[0].edits[1][1]
