@@ -64,7 +64,11 @@ VARIANTS = (
     *(Variant("threshold of the keys", f"{t:g}", neurons(key_threshold=t)) for t in (0.0, 0.3, 0.5, 0.7)),
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
-    *(Variant("false accepts", f"{r:g}", routing(false_accept_rate=r)) for r in (0.01, 0.002, 0.001)),
+    *(
+        Variant("routing", f"{r:g} accepted, {name}", routing(false_accept_rate=r, margin=m))
+        for name, m in (("whatever is near", -2.0), ("nearer than a training case", 0.0))
+        for r in (0.01, 0.003, 0.001)
+    ),
     *(Variant("neurons a layer", f"{n}", neurons(per_layer=n)) for n in (5, 10, 20)),
     Variant("keys centred", "yes", neurons(center_keys=True)),
     Variant("keys centred", "no", neurons(center_keys=False)),
@@ -72,7 +76,7 @@ VARIANTS = (
 
 
 def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """UniKE, always on and routed, under every variant (of `points`); one result a variant."""
+    """UniKE, always on, routed, and routed in stacks, under every variant (of `points`); one result a variant."""
     world = World(seed, items, default_config())
     out = []
     chosen = [v for v in VARIANTS if points is None or v.point in points]
@@ -86,7 +90,8 @@ def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None
         editor.prepare(Row("UniKE"), like)
         edits = editor.edit([request(r) for r in items], independent=True, progress=False)
         always = world.score(Row("UniKE"), editor, edits)
-        routed = world.score(Row("UniKE, routed", routed=True), editor, edits)
+        row = Row("UniKE, routed", routed=True)
+        routed, stacked = world.score(row, editor, edits), world.stacked(row, editor, edits)
         out.append(
             {
                 "point": variant.point,
@@ -94,6 +99,7 @@ def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None
                 "missed": sum(not e.success for e in edits.entries),
                 "always": always["metrics"],
                 "routed": routed["metrics"],
+                "stacked": stacked["metrics"],
                 "alpha": always["alpha"],
                 "exact": always["exact"],
                 "acts": routed["routed"],

@@ -83,7 +83,7 @@ def localities(result: dict[str, Any]) -> str:
 
 
 def variants(results: Sequence[dict[str, Any]]) -> str:
-    """The alternatives that were measured: always on / routed, locality A, and how often a routed edit acted."""
+    """The alternatives: always on / routed / routed in stacks of 20, locality A; and how often a routed edit acted."""
     acts = {
         "m_gen": "acts M-Gen",
         "m_loc.same_subgroup": "acts same subgroup",
@@ -94,7 +94,7 @@ def variants(results: Sequence[dict[str, Any]]) -> str:
         [
             r["point"],
             r["variant"],
-            *(f"{r['always'][k]:.1f} / {r['routed'][k]:.1f}" for k in (*KINDS, "mean")),
+            *(" / ".join(f"{r[how][k]:.1f}" for how in ("always", "routed", "stacked")) for k in (*KINDS, "mean")),
             f"{r['alpha']['rel']:.2f}",
             *(number(r["acts"].get(k)) for k in acts),
             str(r["missed"]),
