@@ -78,9 +78,7 @@ class Cases:
     state: CaseState
     decided: bool = False  # True: every case was decided before, nothing to retrieve
     fresh: bool = False  # True: every case is decided in this pass, nothing to keep
-    native: bool = (
-        False  # True: few tokens of decided cases on the CPU, which native code may serve past the dispatcher
-    )
+    native: bool = False  # few tokens of decided cases on the CPU, which native code may serve past the dispatcher
     once: dict[Any, Tensor] = field(default_factory=dict)  # what is the same for all layers of the pass
 
     @property

@@ -269,19 +269,9 @@ class KnowledgeShift(ChoosesBackend):
         if self.backend not in cpu_kernels.BACKENDS:
             return None
         q = projected if projections.sites.q_norm is None else projections.query(attention, projected, projected)
-        memory: Any = self._modules["memory"]
-        return cpu_kernels.mix_items(
-            *(
-                heads,
-                q,
-                memory._buffers["keys"],
-                memory._buffers["values"],
-                before.indices,
-                before.alpha,
-                cases.token_to_case,
-            ),
-            *(self.scaling, self.softcap, config.orientation == "input"),
-        )
+        items: Any = self._modules["memory"]._buffers  # as in add_natively
+        table = (items["keys"], items["values"], before.indices, before.alpha, cases.token_to_case)
+        return cpu_kernels.mix_items(heads, q, *table, self.scaling, self.softcap, config.orientation == "input")
 
     def shift(
         self,
