@@ -191,6 +191,14 @@ def test_a_naming_of_the_case_that_took_the_answers_token_would_be_seen(editor):
     assert acted == [[[0]]] * 3
 
 
+def test_a_model_that_does_not_carry_the_edits_is_not_asked(editor):
+    """Another instance of the same model would answer as the base does, and nobody would know why."""
+    other = make_editor("blip2")
+    plan = protocols.plan("one-step", [make_records(1)])
+    with pytest.raises(ValueError, match="the edits are on one .* that is no part of it is asked"):
+        list(protocols.run(plan, Unike(editor), examiner_of(other)))
+
+
 def test_one_step_edits_are_each_alone(editor):
     """Trained in one batch, put on one by one; each as if the others had never been asked for."""
     records = make_records(3)

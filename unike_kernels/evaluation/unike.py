@@ -32,7 +32,15 @@ class UnikeEdited(Edited):
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
-        """A teacher-forced batch has its cases named: its last token is the answer's. Generation finds them itself."""
+        """A teacher-forced batch has its cases named: its last token is the answer's. Generation finds them itself.
+
+        ValueError for a batch of another model than the one that carries the edits: it would be asked unedited.
+        """
+        if all(part is not batch.model for part in self.handle.model.modules()):
+            raise ValueError(
+                f"the edits are on one {type(self.handle.model).__name__}, but a {type(batch.model).__name__} that is "
+                "no part of it is asked: make the Examiner of the editor's own collator"
+            )
         if not bool(batch.target_mask.any()):
             yield
             return

@@ -115,14 +115,14 @@ class Bench:
             out |= {"in_context": method.follows, "without": method.without, "shown": method.followed}
             if not method.followed:
                 return out
-        return out | self.asked(method, whole=whole)
+        return out | self.asked(method, self.examiner, whole=whole)
 
-    def asked(self, method: Method, *, whole: bool = True) -> dict[str, Any]:
-        """The row of a method that is ready."""
+    def asked(self, method: Method, examiner: Examiner, *, whole: bool = True) -> dict[str, Any]:
+        """The row of a method that is ready, on the model that `examiner` asks."""
         out = {}
         if whole:
-            out["training_rel"] = one_step(method, self.seen, self.examiner, generate=False)["after"]["rel"]
-        return out | one_step(method, self.development, self.examiner, generate=whole)
+            out["training_rel"] = one_step(method, self.seen, examiner, generate=False)["after"]["rel"]
+        return out | one_step(method, self.development, examiner, generate=whole)
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -199,10 +199,11 @@ def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> 
             save(path, name, bench.measured(name) | {"of": of})
     if "UniKE" in names:
         editor = prepared(seed, default_config())
+        examiner = Examiner(editor.collator)
         for method in (Unike(editor), Unike(editor, routing="routed")):
             of = bench.settings(method)
             if kept(path)["rows"].get(method.name, {}).get("of") != of:
-                save(path, method.name, bench.asked(method) | {"of": of})
+                save(path, method.name, bench.asked(method, examiner) | {"of": of})
     rows = kept(path)["rows"]
     order = [*METHODS, "UniKE", "UniKE, routed"]
     console.print(Markdown(table({name: rows[name] for name in order if name in rows})))
