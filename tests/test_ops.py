@@ -724,3 +724,8 @@ def test_the_operators_check_shapes_without_the_functions(name, args, message):
         fakes = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         with pytest.raises(RuntimeError, match=message):
             getattr(torch.ops.unike, name)(*fakes)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_every_operator_has_its_specification(name):
+    assert callable(getattr(reference, name))

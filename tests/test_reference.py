@@ -1,6 +1,7 @@
 """The reference against what is plainer still: loops, numbers worked out by hand, torch's own attention, identities."""
 
 import math
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -525,3 +526,27 @@ def test_half_precision_is_rounded_once(dtype):
     assert_close_to_reference(actual, in_64, once, 1)
     with pytest.raises(AssertionError, match="allowed"):  # the tolerance has teeth
         assert_close_to_reference(actual + 0.05 * actual.abs().max(), in_64, once, 2)
+
+
+def test_retrieve_and_shift_is_the_search_and_the_shift_of_every_token():
+    """Own items: as if the memory held, behind its own, those of the case's edits alone."""
+    generator = torch.Generator().manual_seed(0)
+    rand = partial(torch.randn, dtype=torch.float64, generator=generator)
+    h_input, q, keys, values, tap, sem = rand(4, 8), rand(4, 2, 3), rand(9, 2, 3), rand(9, 2, 4), rand(4, 5), rand(9, 5)
+    spans, alpha = torch.tensor([[0, 5], [0, 8]]), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    args = (h_input, q, keys, values, tap, sem, 3)
+
+    h, used, scores, indices = reference.retrieve_and_shift(*args, spans=spans, alpha=alpha)
+    found = reference.cosine_topk(tap, sem[:8], 3)
+    assert torch.equal(scores, found[0]) and torch.equal(indices, found[1]) and torch.equal(used, alpha)
+    assert torch.equal(h, reference.knowledge_shift(h_input, q, keys, values, indices, alpha=alpha)[0])
+
+    token_to_case, selected = torch.tensor([0, 1, -1, 2]), torch.tensor([[2, -1], [0, 1], [-1, -1]])
+    routed = {"token_to_case": token_to_case, "selected": selected}
+    h, used, scores, indices = reference.retrieve_and_shift(*args, spans=spans, alpha=alpha, **routed)
+    for token, rows in ((0, [0, 1, 2, 3, 4, 7]), (1, [0, 1, 2, 3, 4, 5, 6])):
+        best, place = reference.cosine_topk(tap[token], sem[rows], 3)
+        torch.testing.assert_close(scores[token], best)
+        assert indices[token].tolist() == [rows[i] for i in place.tolist()]
+    for token in (2, 3):  # of no case, and of one without an edit
+        assert (indices[token] == -1).all() and torch.equal(h[token], h_input[token]) and used[token] == 0.0

@@ -458,6 +458,50 @@ def knowledge_shift(
     return shift(h_input, h_know, per_token, orientation=orientation).to(dtype), a
 
 
+def retrieve_and_shift(
+    h_input: Tensor,
+    q: Tensor,
+    item_keys: Tensor,
+    item_values: Tensor,
+    tap: Tensor,
+    sem: Tensor,
+    k: int,
+    *,
+    spans: Tensor,
+    sem_norm: Maybe = None,
+    token_to_case: Maybe = None,
+    selected: Maybe = None,
+    **shift_options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`cosine_topk` of every token by itself, and `knowledge_shift` by what it finds: retrieval with per="token".
+
+    tap [T, d'] are the queries, sem [N, d'] the items' keys, sem_norm [N]. spans [2, 2] int64: the rows of the memory,
+    and of all items, from and to. Without selected every token sees all items. selected [C, M] int64, -1 padded: the
+    edits of each case; its tokens see the memory and these edits' own items, rows spans[0, 1] + e; nothing, if there is
+    no edit. token_to_case [T] int64 (-1: sees nothing). shift_options: as of `knowledge_shift`.
+    Returns h [T, d], alpha [T], scores and indices [T, k].
+    """
+    # All items in order, of which those that a token does not see are taken out.
+    scores, indices = cosine_topk(tap, sem, len(sem), key_norm=sem_norm)
+    (start, end), (_, last) = spans[int(selected is None)], spans[1]
+    seen = (indices >= start) & (indices < end)
+    if token_to_case is not None:
+        case = token_to_case.clamp(min=0)
+        if selected is not None:
+            edits = torch.where(selected >= 0, selected + spans[0, 1], -1)[case]  # [T, M] rows of their own items
+            edits = edits.masked_fill(edits >= last, -1)
+            seen |= (indices[:, :, None] == edits[:, None, :]).any(-1) & (indices >= 0)
+            seen &= (selected[case] >= 0).any(-1, keepdim=True)
+        seen &= (token_to_case >= 0)[:, None]
+    order = (~seen).int().argsort(dim=1, stable=True)[:, :k]
+    seen = seen.gather(1, order) & (indices := indices.gather(1, order)).ge(0)
+    scores, indices = scores.gather(1, order).masked_fill(~seen, -math.inf), indices.masked_fill(~seen, -1)
+    scores = F.pad(scores, (0, k - scores.shape[1]), value=-math.inf)
+    indices = F.pad(indices, (0, k - indices.shape[1]), value=-1)
+    h, used = knowledge_shift(h_input, q, item_keys, item_values, indices, **shift_options)
+    return h, used, scores, indices
+
+
 # --------------------------------------------------------------------------------------------------- disentanglement
 
 

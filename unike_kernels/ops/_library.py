@@ -256,29 +256,29 @@ _RETRIEVE = (
 def _retrieve_and_shift(*args: Any) -> tuple[Tensor, ...]:
     h_input, q, item_keys, item_values, tap, sem, k, sem_norm, spans, token_to_case, selected, alpha = args[:12]
     weight, bias, encoder_rows, folded_weight, folded_bias, orientation, clamp, scaling, softcap, rescale = args[12:]
-    # All items in order, of which those that a token does not see are taken out.
-    scores, indices = reference.cosine_topk(tap, sem, len(sem), key_norm=sem_norm)
-    (start, end), (_, last) = spans[int(selected is None)], spans[1]
-    seen = (indices >= start) & (indices < end)
-    if token_to_case is not None:
-        case = token_to_case.clamp(min=0)
-        if selected is not None:
-            edits = torch.where(selected >= 0, selected + spans[0, 1], -1)[case]  # [T, M] rows of their own items
-            edits = edits.masked_fill(edits >= last, -1)
-            seen |= (indices[:, :, None] == edits[:, None, :]).any(-1) & (indices >= 0)
-            seen &= (selected[case] >= 0).any(-1, keepdim=True)
-        seen &= (token_to_case >= 0)[:, None]
-    order = (~seen).int().argsort(dim=1, stable=True)[:, :k]
-    seen = seen.gather(1, order) & (indices := indices.gather(1, order)).ge(0)
-    scores, indices = scores.gather(1, order).masked_fill(~seen, -torch.inf), indices.masked_fill(~seen, -1)
-    scores = torch.nn.functional.pad(scores, (0, k - scores.shape[1]), value=-torch.inf)
-    indices = torch.nn.functional.pad(indices, (0, k - indices.shape[1]), value=-1)
-    options = ("identity", orientation, clamp, scaling, softcap, rescale, encoder_rows, folded_weight, folded_bias)
-    no_cases = (None, None)
-    shifted = _knowledge_shift(
-        h_input, q, item_keys, item_values, indices, alpha, *no_cases, weight, bias, [], *options
+    h, used, scores, indices = reference.retrieve_and_shift(
+        h_input,
+        q,
+        item_keys,
+        item_values,
+        tap,
+        sem,
+        k,
+        spans=spans,
+        sem_norm=sem_norm,
+        token_to_case=token_to_case,
+        selected=selected,
+        alpha=alpha,
+        out_proj=None if weight is None else (weight, bias),
+        encoder_rows=encoder_rows,
+        folded=None if folded_weight is None else (folded_weight, folded_bias),
+        orientation=orientation,
+        clamp=clamp,
+        scaling=scaling,
+        softcap=softcap,
+        rescale=rescale,
     )
-    return (*shifted, scores, indices)
+    return h.contiguous(), used, scores, indices
 
 
 def _retrieve_and_shift_fake(*args: Any) -> tuple[Tensor, ...]:
