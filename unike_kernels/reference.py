@@ -92,21 +92,10 @@ def ffn(
 
 
 def extra_neurons(
-    x: Tensor,
-    keys: Tensor,
-    key_bias: Maybe,
-    values: Tensor,
-    *,
-    act: str,
-    up: Maybe = None,
-    up_bias: Maybe = None,
-    zeta: Maybe = None,
-    beta: float = 0.0,
-    group_ptr: Maybe = None,
-    route: Maybe = None,
-    token_to_case: Maybe = None,
-    selected: Maybe = None,
-) -> Tensor:
+    x: Tensor, keys: Tensor, key_bias: Maybe, values: Tensor, *,
+    act: str, up: Maybe = None, up_bias: Maybe = None, zeta: Maybe = None, beta: float = 0.0,
+    group_ptr: Maybe = None, route: Maybe = None, token_to_case: Maybe = None, selected: Maybe = None,
+) -> Tensor:  # fmt: skip
     """sum over groups g of r[t, g] o_g (V_g + beta zeta'_g), o_g = act(q K_g + b_g): what an FFN gains. Equations 3, 6.
 
     x [..., d], T tokens; keys, up [n, d]; key_bias, up_bias [n]; values [n, d_out]; zeta [d_out] or [G, d_out].
@@ -178,23 +167,10 @@ def _grouped(x: Tensor, act: str, neurons: Sequence[Any], sizes: list[int], weig
 
 
 def augmented_ffn(
-    x: Tensor,
-    w_k: Tensor,
-    b_k: Maybe,
-    w_v: Tensor,
-    b_v: Maybe,
-    keys: Tensor,
-    key_bias: Maybe,
-    values: Tensor,
-    *,
-    act: str,
-    w_up: Maybe = None,
-    b_up: Maybe = None,
-    up: Maybe = None,
-    up_bias: Maybe = None,
-    zeta: Maybe = None,
-    beta: float = 0.0,
-) -> Tensor:
+    x: Tensor, w_k: Tensor, b_k: Maybe, w_v: Tensor, b_v: Maybe, keys: Tensor, key_bias: Maybe, values: Tensor, *,
+    act: str, w_up: Maybe = None, b_up: Maybe = None, up: Maybe = None, up_bias: Maybe = None,
+    zeta: Maybe = None, beta: float = 0.0,
+) -> Tensor:  # fmt: skip
     """FFN_edit(q) = FFN(q) + o_x (W_Vx + beta zeta'), rounded once. Equations 3 (beta = 0) and 6.
 
     Shapes as in `ffn` and `extra_neurons`; zeta [d]. Returns [..., d].
@@ -249,15 +225,9 @@ def _topk_lowest_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def knowledge_attention(
-    q: Tensor,
-    item_keys: Tensor,
-    item_values: Tensor,
-    indices: Tensor,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    token_to_case: Maybe = None,
-) -> Tensor:
+    q: Tensor, item_keys: Tensor, item_values: Tensor, indices: Tensor, *,
+    scaling: float | None = None, softcap: float | None = None, token_to_case: Maybe = None,
+) -> Tensor:  # fmt: skip
     """softmax(scaling q . k_i) v_i over the retrieved items i: equations 2 and 8, before the output projection.
 
     `projected`: q [T, H, hd], item_keys [N, Hkv, hd], item_values [N, Hkv, hv], H a multiple of Hkv -> [T, H, hv].
@@ -304,16 +274,9 @@ def _attend(
 
 
 def softmax_share(
-    q: Tensor,
-    item_keys: Tensor,
-    input_keys: Tensor,
-    indices: Tensor,
-    *,
-    q_input: Maybe = None,
-    visible: Maybe = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+    q: Tensor, item_keys: Tensor, input_keys: Tensor, indices: Tensor, *,
+    q_input: Maybe = None, visible: Maybe = None, scaling: float | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """sum_know exp(s) / (sum_know exp(s) + sum_input exp(s)) per token and head: the knowledge's share. Equation 9.
 
     q [T, H, hd] (not rotated: a memory has no position), q_input [T, H, hd] (rotated; None: q), item_keys [N, Hkv, hd],
@@ -459,20 +422,9 @@ def knowledge_shift(
 
 
 def retrieve_and_shift(
-    h_input: Tensor,
-    q: Tensor,
-    item_keys: Tensor,
-    item_values: Tensor,
-    tap: Tensor,
-    sem: Tensor,
-    k: int,
-    *,
-    spans: Tensor,
-    sem_norm: Maybe = None,
-    token_to_case: Maybe = None,
-    selected: Maybe = None,
-    **shift_options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h_input: Tensor, q: Tensor, item_keys: Tensor, item_values: Tensor, tap: Tensor, sem: Tensor, k: int, *,
+    spans: Tensor, sem_norm: Maybe = None, token_to_case: Maybe = None, selected: Maybe = None, **shift_options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`cosine_topk` of every token by itself, and `knowledge_shift` by what it finds: retrieval with per="token".
 
     tap [T, d'] are the queries, sem [N, d'] the items' keys, sem_norm [N]. spans [2, 2] int64: the rows of the memory,
