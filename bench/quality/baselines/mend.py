@@ -36,7 +36,7 @@ class MendConfig:
     lr: float = 3e-3
     steps: int = 800
     batch: int = 8
-    edit_weight: float = 1.0
+    edit_weight: float = 10.0
     locality_weight: float = 1.0
     seed: int = 0
 
@@ -126,9 +126,9 @@ class Mend(GradientEditor):
         """Three weights of the edit's loss (published: 0.1), three rates."""
         return (
             MendConfig(),
+            MendConfig(edit_weight=1.0),
             MendConfig(edit_weight=0.1),
-            MendConfig(edit_weight=10.0),
-            MendConfig(lr=1e-2),
+            MendConfig(edit_weight=1.0, lr=1e-2),
         )
 
     def make(self) -> Network:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class SeracConfig:
     """Widths and depths of both models, and their training: `steps` of the scope, `answer_steps` of the answers."""
 
     width: int = 128
-    depth: int = 2
+    depth: int = 3
     heads: int = 4
     embedding: int = 64  # of the classifier
     lr: float = 1e-3
@@ -164,8 +164,9 @@ class Serac(Baseline):
 
     @classmethod
     def trials(cls) -> tuple[SeracConfig, ...]:
-        """Two rates, two depths, with and without made-up answers."""
-        return SeracConfig(), SeracConfig(lr=3e-3), SeracConfig(made_up=0.0), SeracConfig(depth=3)
+        """Two depths, two rates, with and without made-up answers."""
+        shallow = SeracConfig(depth=2)
+        return SeracConfig(), shallow, replace(shallow, lr=3e-3), replace(shallow, made_up=0.0)
 
     # ------------------------------------------------------------------------------------------------ texts
 
