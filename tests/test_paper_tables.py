@@ -280,12 +280,22 @@ def test_the_report_holds_every_table_and_figure(tmp_path):
     assert "IKE: n/a, the base model does not follow demonstrations." in text and "Not measured yet: KE." in text
     assert "| IKE | n/a | n/a |" in text and "| KE | - | - |" in text
     assert "met: routed UniKE's mean is above every other row's (98.0; next, UniKE: 88.0)" in text
+    cost = "routing costs under three points of generality (-10.0: T-Gen -10.0, M-Gen -10.0)"
+    assert f"met: {cost}, and changes T-Loc +10.0, M-Loc +10.0" in text
     assert "| base | 10.0 | 10.0 | 10.0 | 100.0 | 100.0 | 46.0 |" in text
     assert "K = 1000" in text and "met: K = 1000 keeps 95 % of Rel (100.0)" in text
     assert "| 8 in 2 draws |" in text and "Taken with commit abc, machine x." in text
     assert "![Figure 4a](figure-4a.png)" in text and "figure-5a" not in text
     assert "quick run" not in text
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*half*"))
+
+
+def test_what_routing_costs_by_hand():
+    at = dict(zip(KINDS, (98.0, 96.5, 97.0, 96.0, 81.0), strict=True))
+    always, routed = Found(metrics=at), Found(metrics=at | {"t_gen": 96.0, "m_gen": 90.5, "t_loc": 100.0})
+    told = paper_tables.cost({"UniKE": always, "UniKE, routed": routed})
+    assert told.startswith("- **missed**: ") and "(3.5: T-Gen 0.5, M-Gen 6.5), and changes T-Loc +4.0, M-Loc" in told
+    assert paper_tables.cost({"UniKE": always, "UniKE, routed": None}) == ""
 
 
 def test_a_quick_report_says_so(tmp_path):
