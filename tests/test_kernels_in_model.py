@@ -123,7 +123,8 @@ def test_tokens_that_retrieve_by_themselves(base, attention, alpha):
             first = model(**inputs, use_cache=True)
             step = model(input_ids=token, attention_mask=mask, past_key_values=first.past_key_values)
             found[backend] = first.logits, step.logits
-        assert started["knowledge_shift_attend"] == (2 if backend == "triton" else 0)
+        shift = "project" if attention == "projected" and alpha is None else "attend"
+        assert started[f"knowledge_shift_{shift}"] == (2 if backend == "triton" else 0)
         assert not started["cosine_topk_merge"] or base is ROUTED  # by the router
     for ours, theirs in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -93,13 +93,13 @@ def test_retrieval_per_token_with_a_fixed_alpha_adds_four(attention, positions, 
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_retrieval_per_token_with_an_alpha_of_each_adds_five(name, monkeypatch):
-    """`raw` takes it from rows of the encoder; `projected` from weights that are folded, in the launch that mixes."""
+def test_retrieval_per_token_with_an_alpha_of_each_adds_four(name, monkeypatch):
+    """`raw` takes it from rows of the encoder; `projected` from weights that are folded, in the launch that attends."""
     for config, neurons in ((ALWAYS, ALWAYS_ON), (ROUTED, SELECTED)):
-        for attention, more in (("projected", {PROJECT: 1}), ("raw", {})):
+        for attention, kernel in (("projected", PROJECT), ("raw", ATTEND)):
             shift = replace(config.shift, per="token", attention=attention)
             found = added(replace(config, shift=shift), monkeypatch, name)
-            assert found == {**neurons, SCAN: 1, ATTEND: 1, **more} and sum(found.values()) <= 5
+            assert found == {**neurons, SCAN: 1, kernel: 1} and sum(found.values()) <= 4
 
 
 def test_an_encoder_with_an_activation_costs_its_linear_maps(monkeypatch):

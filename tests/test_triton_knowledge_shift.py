@@ -46,7 +46,7 @@ def test_projection_and_encoder(act, tokens, weight_dtype):
     cases = on_cases(tokens)
     at = case_tokens(cases["token_to_case"], 3)
     check(parts, path={ATTEND: 1, LINEAR: 3, MIX: 1}, case_tokens=at, **cases, **options)
-    check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, alpha=torch.rand(3, device=DEVICE), **cases, **options)
+    check(parts, path={PROJECT: 1}, alpha=torch.rand(3, device=DEVICE), **cases, **options)
     check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, out_proj=out_proj, case_tokens=at, **cases)
 
 
@@ -57,25 +57,32 @@ def test_rows_of_the_encoder_are_one_launch(tokens, dtype):
 
 @pytest.mark.parametrize("orientation", ["knowledge", "input"])
 @pytest.mark.parametrize(("tokens", "dtype"), [*((3, dtype) for dtype in DTYPES), (1, F16), (16, BF16), (17, BF16)])
-def test_folded_weights_are_two_launches(tokens, dtype, orientation):
+def test_folded_weights_are_one_launch(tokens, dtype, orientation):
     """Several tiles of columns, and from 17 tokens on of tokens; widths that no block divides."""
     parts = inputs(tokens, **SHAPES["7 heads on 1"], d=150, dtype=dtype)
     out_proj, folded = layer(150, 14 * 8, dtype), layer(150, 14 * 8, dtype, bias=tokens > 1)
     options = {"out_proj": out_proj, "folded": folded, "orientation": orientation}
-    check(parts, ids(tokens, 5), {ATTEND: 1, PROJECT: 1}, clamp=tokens == 3, **options)
-    check(parts, path={ATTEND: 1, PROJECT: 1}, clamp=False, **on_cases(tokens), **options)
+    check(parts, ids(tokens, 5), {PROJECT: 1}, clamp=tokens == 3, **options)
+    check(parts, path={PROJECT: 1}, clamp=False, **on_cases(tokens), **options)
 
 
-@pytest.mark.parametrize("tokens", [3, 65, 130])
-def test_what_is_known_of_the_encoder_where_alpha_is_a_cases(tokens):
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize("tokens", [0, 3, 65, 130])
+def test_what_is_known_of_the_encoder_where_alpha_is_a_cases(tokens, orientation):
+    """More cases than tokens too; cases without a token, without an item, tokens of no case."""
+    parts = inputs(tokens, d=72)
+    options = {"out_proj": layer(72, 64), "folded": layer(72, 64), "clamp": False, "orientation": orientation}
+    for count in (3, 37):
+        cases = on_cases(tokens, count)
+        at = case_tokens(cases["token_to_case"], count)
+        check(parts, path={PROJECT: 1}, case_tokens=at, **cases, **options)
+        check(parts, path={PROJECT: 1}, **cases, **options, alpha=torch.rand(count, device=DEVICE))
+        check(parts, path={PROJECT: 1}, **cases, **options)  # an alpha of each token
+        if tokens:
+            check(parts, path={PROJECT: 1}, **cases, **options, alpha=torch.rand(tokens, device=DEVICE))
+    check(parts, ids(tokens, 5), {PROJECT: 1}, alpha=torch.rand(tokens, device=DEVICE), **options)
     cases = on_cases(tokens)
     at = case_tokens(cases["token_to_case"], 3)
-    parts, folded = inputs(tokens, d=72), layer(72, 64)
-    options = {"out_proj": layer(72, 64), "folded": folded, "clamp": False}
-    check(parts, path={ATTEND: 1, LINEAR: 2, MIX: 1}, case_tokens=at, **cases, **options)
-    check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, **cases, **options, alpha=torch.rand(3, device=DEVICE))
-    if tokens > 64:  # a weight is read once, not once per tile of 16 tokens
-        check(parts, path={ATTEND: 1, LINEAR: 2, MIX: 1}, **cases, **options)
     raw = inputs(tokens, heads=1, kv_heads=1, hd=64, hv=64)
     rows = torch.randn(9, 64, device=DEVICE)
     check(raw, path={ATTEND: 2, MIX: 1}, case_tokens=at, encoder_rows=rows, clamp=False, **cases)
@@ -86,11 +93,11 @@ def test_what_is_known_in_other_dtypes_and_views():
     weight, bias = layer(64, 64)
     for view in (shifted, strided):
         known = {"out_proj": (view(weight), shifted(bias)), "folded": (view(weight.to(BF16)), None)}
-        check([view(t) for t in (h.to(F16), *rest)], ids(3, 5), {ATTEND: 1, PROJECT: 1}, clamp=False, **known)
+        check([view(t) for t in (h.to(F16), *rest)], ids(3, 5), {PROJECT: 1}, clamp=False, **known)
         raw = [view(t) for t in inputs(3, heads=1, kv_heads=1, hd=33, hv=33)]
         check(raw, ids(3, 5), ONE, clamp=False, encoder_rows=view(torch.randn(9, 33).to(DEVICE, BF16)))
     known = {"out_proj": (weight.t(), bias), "folded": (weight.t(), bias)}
-    check([h, *rest], ids(3, 5), {ATTEND: 1, PROJECT: 1}, clamp=False, **known)
+    check([h, *rest], ids(3, 5), {PROJECT: 1}, clamp=False, **known)
 
 
 def test_three_equal_runs_with_folded_weights():

@@ -41,7 +41,7 @@ def check(args, options):
         h, used, scores, indices = ops.retrieve_and_shift(*args, **options, backend="triton")
     if len(args[0]):
         scans = {SCAN: 1} if len(args[5]) else {}
-        assert counted == {**scans, ATTEND: 1, **({PROJECT: 1} if "folded" in options else {})}
+        assert counted == {**scans, PROJECT if "out_proj" in options else ATTEND: 1}
     expected = ops.retrieve_and_shift(*args, **options, backend="reference")
     assert torch.equal(indices, expected[3])
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=1e-6)

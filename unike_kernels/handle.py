@@ -30,11 +30,10 @@ class PatchHandle:
 
     Launches: with retrieval per case a decode step adds two operators to an edited layer, extra_neurons_ (at most two
     launches) and knowledge_shift (one). Retrieval per token has retrieve_and_shift instead of that, for up to 64 tokens
-    on triton: two launches, three where every token takes an alpha behind the output projection, own items of routed
-    edits included. An encoder with an activation, or a projection that is not plain, goes step by step: the search
-    (two), attention, the projection, each map of the encoder and the mix, and for routed edits some twenty small
-    operators of torch. Norms on q, where a layer has them, run once more, as does q_proj where the layer does not call
-    it as a module.
+    on triton: two launches, own items of routed edits included. An encoder with an activation, or a projection that is
+    not plain, goes step by step: the search (two), attention, the projection, each map of the encoder and the mix, and
+    for routed edits some twenty small operators of torch. Norms on q, where a layer has them, run once more, as does
+    q_proj where the layer does not call it as a module.
     """
 
     def __init__(self, model: nn.Module, record: PatchRecord) -> None:

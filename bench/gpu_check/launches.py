@@ -1,6 +1,6 @@
 """How many kernels a patch adds to each edited layer of a decoding step: at most three with retrieval per case.
 
-With retrieval per token at most five: four where alpha is fixed, or taken from one head.
+With retrieval per token at most four, of which the goal allows five.
 """
 
 import json
@@ -22,9 +22,9 @@ FORMS: dict[str, tuple[bool, dict[str, Any], int]] = {
     "per case, always on": (False, {}, 3),
     "per case, routed": (True, {}, 3),
     "per token, fixed alpha": (False, {"per": "token", "alpha": 0.3}, 4),
-    "per token": (False, {"per": "token"}, 5),
+    "per token": (False, {"per": "token"}, 4),
     "per token, raw": (False, {"per": "token", "attention": "raw"}, 4),
-    "per token, routed": (True, {"per": "token"}, 4),
+    "per token, routed": (True, {"per": "token"}, 3),
 }
 
 

@@ -111,10 +111,16 @@ def _cases() -> dict[str, Case]:
         for tokens in (1, 64):
             add("vicuna", tokens, 40, dtype, "cosine", projected=True, known=True)
     for dtype in ("bf16", "fp16", "fp32"):
+        add("vicuna", 2048, 128, dtype, "case", projected=True)
+        add("vicuna", 2048, 40, dtype, "case cosine", projected=True, known=True)
         add("raw", 1, 40, dtype, "cosine", known=True)
+    for model in ("opt", "qwen"):
+        add(model, 64, 40, "bf16", "case", projected=True)
+        add(model, 64, 40, "bf16", "case cosine", projected=True, known=True)
     add("raw", 2048, 128, "bf16", "cosine", known=True)
     for model in ("one", "odd"):
         add(model, 3, 5, "bf16", "cosine", projected=True, known=True)
+        add(model, 66, 5, "fp16", "case cosine", projected=True, known=True)
     for model in ("vicuna", "raw"):
         add(model, 256, 40, "bf16", "case cosine", projected=True, act="silu", run=backward)
         add(model, 256, 128, "bf16", "token", run=backward)

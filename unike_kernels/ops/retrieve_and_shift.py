@@ -33,7 +33,7 @@ def retrieve_and_shift(
     rescale: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """knowledge_shift by the k items that cosine_topk finds for every token: two launches, three with out_proj.
+    """knowledge_shift by the k items that cosine_topk finds for every token, in two launches.
 
     h_input, q, item_keys, item_values, out_proj, encoder_rows, folded, orientation, clamp, scaling, softcap, rescale:
         as in `knowledge_shift`; alpha: [T], or None, which takes one head (`raw`) or out_proj and folded (`projected`).

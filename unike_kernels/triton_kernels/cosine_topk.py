@@ -44,6 +44,7 @@ def cosine_topk_scan(
     selected,  # [C, M] int64, with token_to_case: the edits of each case, -1 padded; or None
     spans,  # [2, 2] int64, with selected: spans[0, 1] rows belong to no edit, those of edits end at spans[1, 1]
     found,  # [T, KP, P] int64, out: the best of this program's rows for each query, the best of all programs first
+    counters,  # [4] int32, out: zeros, which the next launch counts in; or None
     T,
     N,
     d,
@@ -69,6 +70,9 @@ def cosine_topk_scan(
     Dot of keys [BLOCK_N, BLOCK_D] and queries [BLOCK_D, BLOCK_T]: keys on the left, so that few queries waste little.
     Accumulates in float32; nothing is rounded after that but the two divisions.
     """
+    if counters is not None:
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(counters + tl.arange(0, 4), tl.zeros((4,), tl.int32))
     programs = tl.num_programs(0) - OWN
     of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_query = of_tile < T
@@ -289,11 +293,12 @@ def scan(
     token_to_case: Tensor | None = None,
     selected: Tensor | None = None,
     spans: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
-    """The first launch for queries q [T, d]: found [T, KP, lists] int64, packed, to be merged.
+    """The first launch for queries q [T, d]: found [T, KP, lists] int64, packed, to be merged; 0 lists: not started.
 
-    q, keys and ranges with contiguous columns; token_to_case [T], selected [C, M] and spans [2, 2] contiguous, as
-    `cosine_topk_scan` takes them.
+    q, keys and ranges with contiguous columns; token_to_case [T], selected [C, M], spans [2, 2] and counters [4]
+    contiguous, as `cosine_topk_scan` takes them.
     """
     tokens, (n, d) = q.shape[0], keys.shape
     wide = q.dtype != keys.dtype or q.dtype == torch.float32
@@ -318,6 +323,7 @@ def scan(
         selected,
         spans,
         found,
+        counters,
         tokens,
         n,
         d,

@@ -1,7 +1,6 @@
-"""Launcher of `knowledge_shift`: one launch where alpha is given and nothing is projected, or one head is compared.
+"""Launcher of `knowledge_shift`: one launch where alpha is given, one head is compared, or weights are folded.
 
-Two where few tokens take an alpha each from folded weights: attention, then the projection, its alpha and the mix. Else
-attention, linear maps as exact as float32, and the mix.
+Else, for encoders that are not affine or that gradients reach: attention, linear maps as exact as float32, and the mix.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from . import launching, tuning
 from .cosine_topk import merge_block
 from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
-from .knowledge_shift_project import project
+from .knowledge_shift_project import COUNTERS, knowledge_shift_project
 from .tuning import Row
 
 FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
@@ -58,11 +57,9 @@ def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     if s.weight is None and (s.mode == "given" or (s.mode == "token" and not s.encoder and one_head)):
         attend(s, out, used, mix=True)
         return out, used
-    if s.weight is not None and s.folded is not None and s.mode == "token" and tokens <= FEW_TOKENS:
-        heads = launching.new((tokens, s.weight.shape[1]), torch.float32, s.h_input.device)
-        arrived = launching.new((16,), torch.int32, s.h_input.device)
-        attend(s, heads, heads, mix=False, arrived=arrived)
-        project(s, heads, arrived, s.indices, out, used)
+    if s.weight is not None and not s.rescale and (s.mode == "given" or s.folded is not None):
+        # Nothing runs before it that could set its counters to zero, hence a fill of 16 bytes.
+        project(s, torch.zeros(COUNTERS, dtype=torch.int32, device=out.device), out, used)
         return out, used
     know, encoded, _ = knowledge(s)
     mix(s, know, encoded, out, used)
@@ -96,9 +93,8 @@ def knowledge(s: Shift) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
 
 
 def attend(
-    s: Shift, out: Tensor, used: Tensor, *, mix: bool, arrived: Tensor | None = None, found: Tensor | None = None,
-    scores: Tensor | None = None,
-) -> None:  # fmt: skip
+    s: Shift, out: Tensor, used: Tensor, *, mix: bool, found: Tensor | None = None, scores: Tensor | None = None
+) -> None:
     """Starts `knowledge_shift_attend`: the heads into `out`, or, with mix, the result and the alphas.
 
     found: of a search; then s.indices and scores are written.
@@ -107,18 +103,15 @@ def attend(
     tokens, heads, hd = s.q.shape
     kv_heads, hv = s.item_values.shape[1:]
     tiled = s.token_to_case is not None and tokens > FEW_TOKENS
-    options = attend_options(s, tiled)
-    if found is not None:
-        options["BLOCK_MERGE"] = min(merge_block(found), 1024 if s.block_k < 128 else 512)  # 128 of 1024 spill
-    rows = options["BLOCK_R"]
-    grid = (-(-tokens * (heads // kv_heads) // rows) if tiled else max(tokens, 1), kv_heads)
+    options = attend_options(s, tiled, found=found)
+    grid = (attend_tiles(s, tiled, options["BLOCK_R"]), kv_heads)
     launching.launch(
         knowledge_shift_attend, grid,
         s.q, s.q.stride(0), s.q.stride(1), s.item_keys, s.item_keys.stride(0), s.item_keys.stride(1),
         s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices,
         s.indices if s.token_to_case is None else s.token_to_case, s.h_input, s.h_input.stride(0),
         s.h_input if s.alpha is None else s.alpha, out, used, encoded, 0 if encoded is None else encoded.stride(0),
-        arrived, found, 0 if found is None else found.shape[1] * found.shape[2], scores, tokens, s.indices.shape[0],
+        found, 0 if found is None else found.shape[1] * found.shape[2], scores, tokens, s.indices.shape[0],
         s.indices.shape[1],
         s.scaling, 1.0 if s.softcap is None else s.softcap,
         HEADS=heads, GROUP=heads // kv_heads, HD=hd, HV=hv, PER_CASE=s.token_to_case is not None, TILED=tiled, MIX=mix,
@@ -127,7 +120,15 @@ def attend(
     )  # fmt: skip
 
 
-def attend_options(s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend") -> dict[str, int]:
+def attend_tiles(s: Shift, tiled: bool, rows: int) -> int:
+    """How many tiles of `rows` rows (token, query head) a key head has; one per token, unless tiled."""
+    tokens, heads, _ = s.q.shape
+    return -(-tokens * (heads // s.item_values.shape[1]) // rows) if tiled else max(tokens, 1)
+
+
+def attend_options(
+    s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend", found: Tensor | None = None
+) -> dict[str, int]:
     """Blocks and warps of the attention kernels: rows (token, head) of a tile, items, columns."""
     heads, hd = s.q.shape[1:]
     group, hv = heads // s.item_values.shape[1], s.item_values.shape[2]
@@ -140,7 +141,45 @@ def attend_options(s: Shift, tiled: bool, kernel: str = "knowledge_shift_attend"
     wide = 128 if s.block_k <= 64 and (s.encoder_rows is None or s.encoder_rows.dtype != torch.float16) else 64
     options["BLOCK_D"] = min(options.get("BLOCK_D", wide), block(hd))
     options["BLOCK_V"] = min(options.get("BLOCK_V", wide), block(hv))
+    if found is not None:
+        options["BLOCK_MERGE"] = min(merge_block(found), 1024 if s.block_k < 128 else 512)  # 128 of 1024 spill
     return {"BLOCK_K": s.block_k, **options}
+
+
+def project(
+    s: Shift, counters: Tensor, out: Tensor, used: Tensor, found: Tensor | None = None, scores: Tensor | None = None
+) -> None:
+    """Starts `knowledge_shift_project`; counters [COUNTERS] int32, zeros. found: of a search, as in `attend`."""
+    assert s.weight is not None
+    (tokens, d), (_, heads, hd), (kv_heads, hv) = s.h_input.shape, s.q.shape, s.item_values.shape[1:]
+    cases, device, width = s.indices.shape[0], s.h_input.device, heads * hv
+    tiled = s.token_to_case is not None and tokens > FEW_TOKENS
+    attending = attend_options(s, tiled, found=found)
+    folded = None if s.mode == "given" else s.folded
+    weights = [w for w in (s.weight, folded) if w is not None]
+    options = tuning.choose(
+        "knowledge_shift_project", device, rows=tokens, bytes=max(w.dtype.itemsize for w in weights),
+        fp16=int(torch.float16 in (w.dtype for w in weights)),  # in two parts: BLOCK_W 128 spills
+    )  # fmt: skip
+    block_m, tiles = options["BLOCK_M"], -(-d // options["BLOCK_N"])
+    rows = -(-(cases if s.mode == "case" else tokens) // block_m)
+    heads_of = launching.new((tokens, width), torch.float32, device)
+    sums = None if folded is None else launching.new((rows, tiles, 3, block_m), torch.float32, device)
+    attend_tickets = attend_tiles(s, tiled, attending["BLOCK_R"]) * kv_heads
+    fold_tickets = 0 if folded is None else rows * tiles
+    launching.launch(
+        knowledge_shift_project, (attend_tickets + fold_tickets + max(1, -(-tokens // block_m)) * tiles,),
+        s.q, s.q.stride(0), s.q.stride(1), s.item_keys, s.item_keys.stride(0), s.item_keys.stride(1),
+        s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices, s.token_to_case, s.h_input,
+        s.h_input.stride(0), s.alpha, s.case_tokens, found, 0 if found is None else found.shape[1] * found.shape[2],
+        scores, s.weight, s.weight.stride(0), s.weight.stride(1), s.bias, folded,
+        0 if folded is None else folded.stride(0), 0 if folded is None else folded.stride(1),
+        None if folded is None else s.folded_bias, heads_of, sums, counters, out, used, tokens, cases, d,
+        s.indices.shape[1], s.scaling, 1.0 if s.softcap is None else s.softcap, attend_tickets, fold_tickets,
+        HEADS=heads, GROUP=heads // kv_heads, HD=hd, HV=hv, TILED=tiled, MODE=s.mode, ALPHA_PER_CASE=s.alpha_per_case,
+        INPUT=s.orientation == "input", CLAMP=s.clamp, SOFTCAP=s.softcap is not None, TILES=tiles,
+        **{**attending, **options},
+    )  # fmt: skip
 
 
 def linear(

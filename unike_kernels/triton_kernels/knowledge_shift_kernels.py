@@ -194,35 +194,17 @@ def _attend_case(
         tl.store(used + rows, a, mask=mine)
 
 
-@triton.jit(do_not_specialize=["T", "C"])
-def knowledge_shift_attend(
-    q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
-    encoded, e_n, arrived, found, count, scores, T, C, K, scaling, cap,
+@triton.jit
+def attend_tile(
+    tile, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
+    encoded, e_n, found, count, scores, T, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, PER_CASE: tl.constexpr,
     TILED: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr, ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr,
     CLAMP: tl.constexpr, RESCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_MERGE: tl.constexpr = 16,
+    BLOCK_MERGE: tl.constexpr,
 ):  # fmt: skip
-    """softmax(scaling q . k_i) v_i over the items of each token; MIX: mixed with h_input at once, by a given alpha or
-    (COS, one head as wide as h) alpha = cos(Enc(h_know), h_input).
-
-    q [T, HEADS, HD], keys [N, Hkv, HD], values [N, Hkv, HV], h_input [T, HEADS HV]: float16, bfloat16 or float32, each
-    with its strides; indices [T, K], or (PER_CASE) [C, K] with token_to_case [T]: int64. alpha [T] or (ALPHA_PER_CASE)
-    [C]; used float32 likewise. out [T, HEADS HV]: MIX: dtype of h_input, else float32, zeros in rows without items.
-    encoded [N, HV] (COS): Enc of every item, None: Enc is the identity. arrived [16] int32, or None: set to zero.
-    found, count: None, or what `cosine_topk_scan` found, [T, count] packed; every program merges its token's lists by
-    itself, 8 count bytes from L2, and that of the first head writes indices [T, K] and scores float32 [T, K].
-    Grid (T, Hkv), a program per token and key head, or (TILED) (ceil(T GROUP / BLOCK_R), Hkv), a program per BLOCK_R
-    rows (token, query head), which takes the cases of its rows one after the other: mostly one.
-    Bytes: q, h_input, out once; K (HD + HV) of items per program and case, from L2 after the first; with COS or RESCALE
-    the values twice (COS with encoded and without RESCALE: once), and encoded once. Scores, weights and sums are
-    float32; the result is rounded once, where it is stored.
-    """
-    tile, kv = tl.program_id(0), tl.program_id(1)
-    if arrived is not None:
-        if tile + kv == 0:
-            tl.store(arrived + tl.arange(0, 16), tl.zeros((16,), tl.int32))
+    """What a program of `knowledge_shift_attend` does for one tile and one key head."""
     r = tl.arange(0, BLOCK_R)
     if TILED:
         token = (tile * BLOCK_R + r) // GROUP
@@ -262,6 +244,39 @@ def knowledge_shift_attend(
             values, v_n, v_h, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX,
             COS, ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def knowledge_shift_attend(
+    q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
+    encoded, e_n, found, count, scores, T, C, K, scaling, cap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, PER_CASE: tl.constexpr,
+    TILED: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr, ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr,
+    CLAMP: tl.constexpr, RESCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_MERGE: tl.constexpr = 16,
+):  # fmt: skip
+    """softmax(scaling q . k_i) v_i over the items of each token; MIX: mixed with h_input at once, by a given alpha or
+    (COS, one head as wide as h) alpha = cos(Enc(h_know), h_input).
+
+    q [T, HEADS, HD], keys [N, Hkv, HD], values [N, Hkv, HV], h_input [T, HEADS HV]: float16, bfloat16 or float32, each
+    with its strides; indices [T, K], or (PER_CASE) [C, K] with token_to_case [T]: int64. alpha [T] or (ALPHA_PER_CASE)
+    [C]; used float32 likewise. out [T, HEADS HV]: MIX: dtype of h_input, else float32, zeros in rows without items.
+    encoded [N, HV] (COS): Enc of every item, None: Enc is the identity.
+    found, count: None, or what `cosine_topk_scan` found, [T, count] packed; every program merges its token's lists by
+    itself, 8 count bytes from L2, and that of the first head writes indices [T, K] and scores float32 [T, K].
+    Grid (T, Hkv), a program per token and key head, or (TILED) (ceil(T GROUP / BLOCK_R), Hkv), a program per BLOCK_R
+    rows (token, query head), which takes the cases of its rows one after the other: mostly one.
+    Bytes: q, h_input, out once; K (HD + HV) of items per program and case, from L2 after the first; with COS or RESCALE
+    the values twice (COS with encoded and without RESCALE: once), and encoded once. Scores, weights and sums are
+    float32; the result is rounded once, where it is stored.
+    """
+    tile, kv = tl.program_id(0), tl.program_id(1)
+    attend_tile(
+        tile, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, indices, token_to_case, h_input, h_t, alpha, out, used,
+        encoded, e_n, found, count, scores, T, K, scaling, cap, HEADS, GROUP, HD, HV, PER_CASE, TILED, MIX, COS,
+        ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V, BLOCK_MERGE,
+    )  # fmt: skip
     if MIX and ALPHA_PER_CASE:
         if kv == 0:
             for c in range(tile, C, tl.num_programs(0)):

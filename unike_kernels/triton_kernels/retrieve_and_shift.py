@@ -1,6 +1,5 @@
-"""Launcher of `retrieve_and_shift`: the search's scan, then attention that merges what it found by itself.
+"""Launcher of `retrieve_and_shift`, two launches: the scan of the search, then the shift, which merges what that found.
 
-Two launches where one head is compared or alpha is given, a third one for an alpha behind the output projection.
 Merging in every program of a token reads the lists (8 KP bytes each, 80 KB for 10,000 items) once per key head from the
 L2 cache, and saves a launch.
 """
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from . import launching
 from .cosine_topk import scan
-from .knowledge_shift import attend
+from .knowledge_shift import attend, project
 from .knowledge_shift_arguments import arguments
-from .knowledge_shift_project import project
+from .knowledge_shift_project import COUNTERS
 
 
 def retrieve_and_shift(
@@ -55,12 +54,12 @@ def retrieve_and_shift(
     spans = spans.contiguous()
     ranges = spans[1 if selected is None else 0].expand(tokens, 2)
     token_to_case, selected = (None if t is None else t.contiguous() for t in (token_to_case, selected))
-    found = scan(tap, sem, k, sem_norm, ranges, token_to_case, selected, spans)
+    counters = launching.new((COUNTERS,), torch.int32, device)
+    found = scan(tap, sem, k, sem_norm, ranges, token_to_case, selected, spans, counters)
+    if found.shape[2] == 0:  # nothing to search: no launch has set them
+        counters.zero_()
     if weight is None:
         attend(s, out, used, mix=True, found=found, scores=scores)
         return out, used, scores, indices
-    heads = launching.new((tokens, weight.shape[1]), torch.float32, device)
-    arrived = launching.new((16,), torch.int32, device)
-    attend(s, heads, heads, mix=False, arrived=arrived, found=found, scores=scores)
-    project(s, heads, arrived, indices, out, used)
+    project(s, counters, out, used, found, scores)
     return out, used, scores, indices
