@@ -12,6 +12,7 @@
 #include "int8_search.cuh"
 #include "knowledge_shift.cuh"
 #include "probe.cuh"
+#include "zeros.cuh"
 
 namespace py = pybind11;
 
@@ -78,20 +79,34 @@ int64_t cosine_topk_workspace(const std::string& q_dtype, const std::string& key
 
 void cosine_topk(uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, uintptr_t key_norm, uintptr_t ranges,
                  const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k,
-                 uintptr_t workspace, int64_t bytes, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
+                 uintptr_t workspace, int64_t bytes, uintptr_t zeros, bool alone, uintptr_t scores, uintptr_t indices,
+                 uintptr_t stream) {
     unike::Search search = search_of(q_dtype, key_dtype, t, n, d, k);
     if (t == 0 || k == 0) return;
     within("q_stride", q_stride, 0, INT64_MAX);
     within("key_stride", key_stride, 0, INT64_MAX);
     within("bytes of workspace", bytes, cosine_topk_workspace(q_dtype, key_dtype, t, n, d, k), INT64_MAX);
-    if (q == 0 || (keys == 0 && n > 0) || (workspace == 0 && bytes > 0) || scores == 0 || indices == 0)
-        throw std::invalid_argument("q, keys, workspace, scores and indices must be addresses of device memory, but one is null");
+    if (q == 0 || (keys == 0 && n > 0) || (workspace == 0 && bytes > 0) || zeros == 0 || scores == 0 || indices == 0)
+        throw std::invalid_argument("q, keys, workspace, zeros, scores and indices must be addresses of device memory, but one is null");
     search.q = at<void>(q), search.keys = at<void>(keys);
     search.q_stride = q_stride, search.key_stride = key_stride;
     search.key_norm = at<float>(key_norm), search.ranges = at<int64_t>(ranges);
-    require(unike::cosine_topk(search, at<void>(workspace), at<float>(scores), at<int64_t>(indices),
+    require(unike::cosine_topk(search, at<void>(workspace), at<void>(zeros), alone, at<float>(scores), at<int64_t>(indices),
                                at<CUstream_st>(stream)),
             "launching cosine_topk");
+}
+
+uintptr_t zeros(int64_t bytes) {
+    within("bytes", bytes, 1, INT64_MAX);
+    void* at = nullptr;
+    require(unike::allocate_zeros(bytes, at), "allocating memory for the blocks of a kernel to meet in");
+    return reinterpret_cast<uintptr_t>(at);
+}
+
+unsigned long long stream_number(uintptr_t stream) {
+    unsigned long long number = 0;
+    require(unike::stream_number(at<CUstream_st>(stream), number), "asking for the number of a stream");
+    return number;
 }
 
 // codes, scale, residual, centre, signs, padded, window, keys, key_norm, their dtype, n, key_stride, d: as csrc/int8_search.cuh.
@@ -164,15 +179,19 @@ PYBIND11_MODULE(_cuda, m) {
             require(unike::knowledge_shift(shift, split, rows, at<CUstream_st>(stream)), "launching knowledge_shift");
         },
         "The arguments of csrc/knowledge_shift.cuh in their order; a missing tensor is address 0.");
+    m.def("zeros", &zeros, py::arg("bytes"), "The address of zeros on the current device, which are never given back.");
+    m.def("stream_number", &stream_number, py::arg("stream"), "A number that no other stream has.");
     m.def("int8_search_workspace", &int8_search_workspace, py::arg("index"), py::arg("t"), py::arg("k"));
     m.def("int8_search", &int8_search, py::arg("index"), py::arg("q"), py::arg("ranges"), py::arg("t"), py::arg("k"),
           py::arg("workspace"), py::arg("bytes"), py::arg("scores"), py::arg("indices"), py::arg("reranked"), py::arg("stream"),
           "As cosine_topk, through an int8 copy of the keys. See csrc/int8_search.cuh.");
     m.def("cosine_topk_workspace", &cosine_topk_workspace, py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
           py::arg("d"), py::arg("k"), "Bytes that cosine_topk needs on the current device.");
+    m.def("cosine_topk_zeros", &unike::cosine_topk_zeros, py::arg("t"), py::arg("k"),
+          "Bytes that are zeros before and after each cosine_topk.");
     m.def("cosine_topk", &cosine_topk, py::arg("q"), py::arg("q_stride"), py::arg("keys"), py::arg("key_stride"),
           py::arg("key_norm"), py::arg("ranges"), py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
-          py::arg("d"), py::arg("k"), py::arg("workspace"), py::arg("bytes"), py::arg("scores"), py::arg("indices"),
-          py::arg("stream"),
+          py::arg("d"), py::arg("k"), py::arg("workspace"), py::arg("bytes"), py::arg("zeros"), py::arg("alone"),
+          py::arg("scores"), py::arg("indices"), py::arg("stream"),
           "The k keys of largest cosine to each query: scores float32 and indices int64 [t, k]. See csrc/cosine_topk.cuh.");
 }

@@ -7,14 +7,21 @@
 
 // The scan: a persistent grid; a block takes units of 16 to 64 rows in turn and streams each through shared memory in slabs of a
 // few hundred columns, several slabs ahead (cp.async). Its eight warps share the columns of a slab, add up their partial products
-// at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. Another
-// kernel, one block for each query, takes the best of the lists.
+// at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. What k rows are
+// known to reach anywhere is told to all blocks, so that few scores are kept. The block that comes last takes the best of the
+// lists, a warp for each query; for many queries another kernel does, a block for each.
 namespace unike {
 namespace {
+
+constexpr int kShort = 8;      // candidates
+constexpr int kCounter = 128;  // bytes of the zeros in front of the bounds
 
 struct Problem {
     Search of;
     Lists to;                 // one for each query and block
+    uint32_t* arrived;        // blocks that have done all their units; null: another kernel chooses
+    float* scores;            // [t, k]
+    int64_t* indices;         // [t, k]
     bool aligned, q_aligned;  // rows of keys, of queries: 16-byte aligned
 };
 
@@ -163,6 +170,9 @@ struct OfQuery {
     float norm;      // of the query, infinity for zero: a zero vector has cosine 0
 };
 
+// The last block's, where the scan's was: each warp chooses for one query at a time. Then a flag.
+constexpr int kChoice = kWarps * static_cast<int>(sizeof(Selection<1>)) + 16;
+
 // Where everything lies in a block's shared memory, in bytes.
 template <class Math>
 struct Layout {
@@ -183,7 +193,8 @@ struct Layout {
     }
     __host__ __device__ static int64_t bytes(int d) {
         const int64_t rows = Math::resident ? Math::queries : 0;
-        return queries + rows * q_pitch(d) * static_cast<int64_t>(sizeof(typename Math::Query));
+        const int64_t scan = queries + rows * q_pitch(d) * static_cast<int64_t>(sizeof(typename Math::Query));
+        return scan > kChoice ? scan : kChoice;
     }
 };
 
@@ -208,7 +219,8 @@ __device__ __forceinline__ float norm_of(const T* row, int d, bool aligned, int 
     return __fsqrt_rn(sum);
 }
 
-// Block (p, y): units p, p + lists, ... for queries [y * Math::queries, ...). Moves n d (keys, once per tile of queries).
+// Block (p, y): units p, p + lists, ... for queries [y * Math::queries, ...). Moves n d (keys, once per tile of queries), 8 bytes for
+// each query and unit, and 8 width for each query the first, second, fourth, ... time.
 template <class Math>
 __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem problem) {
     using Key = typename Math::Key;
@@ -267,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         next_stage = next_stage + 1 == Math::stages ? 0 : next_stage + 1;
         cp_async_commit();
     };
-    int unit = next_unit, slab = 0, stage = 0;
+    int unit = next_unit, slab = 0, stage = 0, done = 0;
     if (Math::resident && unit < units)  // with the first group of copies
         for (int i = 0; i < slabs; ++i)
             fetch<Math::queries, Math::columns>(resident + i * Math::columns, q_pitch, q, of.q_stride, first_query, of.t,
@@ -278,9 +290,15 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         if (lane == 0) of_query[i].norm = norm == 0 ? INFINITY : norm;
     }
 
+    const Bounds& bounds = problem.to.bounds;
+    const auto entries_of = [&](int i) { return problem.to.entries(first_query + i, static_cast<int>(blockIdx.x)); };
+    static_assert(Math::queries <= 32 * kWarps, "");
+    Packed known = 0;  // lane j: of the warp's j-th query
     Math math;
     math.reset();
     while (unit < units) {
+        if (slab == 0 && warp + kWarps * lane < count)  // it is there when the unit is done
+            known = load_relaxed(bounds.reached + first_query + warp + kWarps * lane);
         cp_async_wait<Math::stages - 2>();
         __syncthreads();  // the slab is there for all, and nobody reads the one before it any more
         start_next();
@@ -294,9 +312,15 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         math.store(partial, norms);
         math.reset();
         __syncthreads();
+        ++done;
+        const bool now = (done & (done - 1)) == 0;
         for (int i = warp; i < count; i += kWarps) {
             OfQuery mine = of_query[i];
-            Packed* entries = problem.to.entries(first_query + i, static_cast<int>(blockIdx.x));
+            const Packed bound = __shfl_sync(kWarp, known, i / kWarps);
+            // The first unit's scores had nothing to be held against; one warp reads short lists sooner than long ones.
+            if (problem.arrived != nullptr && mine.list.count > kShort && bound > mine.list.threshold)
+                prune(mine.list, entries_of(i), k, bound, lane);
+            heed(mine.list, bound);
 #pragma unroll
             for (int first = 0; first < Math::rows; first += 32) {
                 const int of_unit = first + lane, row = unit * Math::rows + of_unit;
@@ -313,8 +337,11 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
                     // Dividing twice, as the reference does, cannot overflow where its result does not.
                     candidate = pack(__fdiv_rn(__fdiv_rn(dot, mine.norm), norm == 0 ? INFINITY : norm), row);
                 }
-                offer(mine.list, entries, candidate, k, lane);
+                offer(mine.list, entries_of(i), candidate, bounds, first_query + i, k, lane);
             }
+            // Each block looks after one query if there are not more of them than blocks.
+            if (now && (first_query + i) % lists == static_cast<int>(blockIdx.x) % min(lists, of.t))
+                raise(bounds, first_query + i, k, lane);
             if (lane == 0) of_query[i].list = mine.list;
             __syncwarp();
         }
@@ -323,20 +350,25 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
     __syncthreads();
     for (int i = thread; i < count; i += kThreads)
         problem.to.keep(first_query + i, static_cast<int>(blockIdx.x), of_query[i].list);
+    if (problem.arrived == nullptr) return;
+
+    __syncthreads();
+    uint32_t& last = *reinterpret_cast<uint32_t*>(shared + kWarps * sizeof(Selection<1>));
+    if (thread == 0) last = count_arrival(problem.arrived) == gridDim.x * gridDim.y - 1;
+    __syncthreads();
+    if (!last) return;
+    Selection<1>& choice = reinterpret_cast<Selection<1>*>(shared)[warp];
+    for (int i = warp; i < of.t; i += kWarps) finish(choice, problem.to, i, k, problem.scores, problem.indices);
+    if (thread == 0) *problem.arrived = 0;  // nobody counts any more
 }
 
 // ------------------------------------------------------------------------------------------------- the choice
 
 // Block t: the k best of query t.
-__global__ void __launch_bounds__(kSelectionThreads) cosine_topk_select(const Lists lists, int k, float* scores, int64_t* indices) {
-    Selection& all = *reinterpret_cast<Selection*>(shared_memory());
-    const int64_t query = blockIdx.x;
+__global__ void __launch_bounds__(32 * kSelectionWarps, 1)
+    cosine_topk_select(const Lists lists, int k, float* scores, int64_t* indices) {
     wait_for_previous_kernel();
-    select_best(all, lists, query, k);
-    for (int i = static_cast<int>(threadIdx.x); i < k; i += kSelectionThreads) {
-        scores[query * k + i] = score_of(all.winners[i]);
-        indices[query * k + i] = index_of(all.winners[i]);
-    }
+    finish(*reinterpret_cast<Selection<kSelectionWarps>*>(shared_memory()), lists, blockIdx.x, k, scores, indices);
 }
 
 // ------------------------------------------------------------------------------------------------- the host's part
@@ -385,7 +417,8 @@ cudaError_t make_plan(const Search& search, Plan& plan, Device& device) {
 
 cudaError_t select(const Lists& lists, int t, int k, float* scores, int64_t* indices, bool early, cudaStream_t stream) {
     Launch how;
-    how.grid = t, how.block = kSelectionThreads, how.shared_bytes = sizeof(Selection), how.stream = stream, how.early = early;
+    how.grid = t, how.block = 32 * kSelectionWarps, how.shared_bytes = sizeof(Selection<kSelectionWarps>);
+    how.stream = stream, how.early = early;
     return launch(cosine_topk_select, how, lists, k, scores, indices);
 }
 
@@ -397,7 +430,10 @@ cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes) {
     return error;
 }
 
-cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, int64_t* indices, cudaStream_t stream) {
+int64_t cosine_topk_zeros(int t, int k) { return kCounter + Bounds::bytes(t, k); }
+
+cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, float* scores, int64_t* indices,
+                        cudaStream_t stream) {
     if (search.t == 0 || search.k == 0) return cudaSuccess;
     Plan plan;
     Device device;
@@ -406,16 +442,19 @@ cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, in
     const auto in_sixteens = [](const void* rows, int64_t stride, Dtype dtype) {
         return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride * bytes_of(dtype) % 16 == 0;
     };
+    alone = alone && plan.lists > 0;
     Problem problem;
     problem.of = search;
-    problem.to = Lists::at(workspace, search.t, plan.lists);
+    problem.to = Lists::at(workspace, search.t, plan.lists, Bounds::at(static_cast<char*>(zeros) + kCounter, search.t, search.k));
+    problem.arrived = alone ? static_cast<uint32_t*>(zeros) : nullptr;
+    problem.scores = scores, problem.indices = indices;
     problem.aligned = in_sixteens(search.keys, search.key_stride, search.key_dtype);
     problem.q_aligned = in_sixteens(search.q, search.q_stride, search.q_dtype);
     Launch scan;
     scan.grid = dim3(plan.lists, (search.t + plan.queries - 1) / plan.queries), scan.block = kThreads;
     scan.shared_bytes = plan.shared_bytes, scan.stream = stream;
     if (plan.lists > 0) error = launch(plan.scan, scan, problem);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess || alone) return error;
     return select(problem.to, search.t, search.k, scores, indices, plan.lists > 0, stream);
 }
 

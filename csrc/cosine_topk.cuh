@@ -24,9 +24,14 @@ struct Search {
 // Bytes that cosine_topk needs beside its arguments, on the current device; they need not be set to anything.
 cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes);
 
-// scores, indices [t, k]: largest first, among equal scores the lowest index; -inf and -1 where there is none. Two launches, one
-// where n is 0. Products of half precision on tensor cores, their sums in float32, in an order that depends on t and d alone: equal
-// rows score equally, and the result does not depend on which block runs when.
-cudaError_t cosine_topk(const Search& search, void* workspace, float* scores, int64_t* indices, cudaStream_t stream);
+// Bytes that have to be zeros before a search, and are again after it. 8-byte aligned; no two searches may use the same at a time.
+int64_t cosine_topk_zeros(int t, int k);
+
+// scores, indices [t, k]: largest first, among equal scores the lowest index; -inf and -1 where there is none. alone: one launch, whose
+// last block chooses the best for all queries; otherwise two (one where n is 0), the second with a block for each query. Products of
+// half precision on tensor cores, their sums in float32, in an order that depends on t and d alone: equal rows score equally, and the
+// result does not depend on which block runs when.
+cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, float* scores, int64_t* indices,
+                        cudaStream_t stream);
 
 }  // namespace unike

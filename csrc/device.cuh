@@ -102,6 +102,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* global) {
     return x;
 }
 
+// What others may be writing at the same time: some value that was there, past the first-level cache.
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* global) {
+    unsigned long long x;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(global) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ void store_release(uint32_t* global, uint32_t x) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
 }

@@ -105,6 +105,10 @@ __global__ void __launch_bounds__(kThreads) int8_search_prepare(const Problem pr
         digits[0] = static_cast<int8_t>(high), digits[padded] = static_cast<int8_t>(code - 128 * high);
     }
     left = over_block(left, room, add);
+    for (const Bounds& bounds : {problem.scanned.bounds, problem.scored.bounds}) {
+        for (int i = thread; i < bounds.width; i += kThreads) bounds.slots[query * bounds.width + i] = 0;
+        if (thread == 0) bounds.reached[query] = 0;
+    }
     if (thread > 0) return;
     const int64_t n = of.n;
     const bool finite = unit_squares < INFINITY;
@@ -144,6 +148,9 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
     int8_t* const q = reinterpret_cast<int8_t*>(shared + At::queries);
     const int units = (n + At::rows - 1) / At::rows, slabs = At::slabs(padded), q_pitch = At::q_pitch(padded);
     if (thread < 4 * Tiles) kept[thread] = List{0, 0, 0};
+    const Bounds& bounds = problem.scanned.bounds;
+    Packed known = 0;  // lane j: of the warp's j-th query
+    int done = 0;
 
     int next_unit = static_cast<int>(blockIdx.x), next_slab = 0, next_stage = 0;
     const auto start_next = [&] {
@@ -169,6 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
     int32_t sums[Tiles][4] = {};
     int slab = 0, stage = 0;
     for (int unit = static_cast<int>(blockIdx.x); unit < units;) {
+        if (slab == 0 && warp + kWarps * lane < t) known = load_relaxed(bounds.reached + warp + kWarps * lane);
         cp_async_wait<At::stages - 2>();
         __syncthreads();
         start_next();
@@ -203,6 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
                 sums[j][x] = 0;
             }
         __syncthreads();
+        ++done;
+        const bool now = (done & (done - 1)) == 0;
         for (int i = warp; i < t; i += kWarps) {
             const OfQuery about = problem.about[i];
             const int row = unit * At::rows + lane;
@@ -220,7 +230,9 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
                 if (of.residual[row] < INFINITY) candidate = pack(score, row);
             }
             List list = kept[i];
-            offer(list, problem.scanned.entries(i, static_cast<int>(blockIdx.x)), candidate, problem.k, lane);
+            heed(list, __shfl_sync(kWarp, known, i / kWarps));
+            offer(list, problem.scanned.entries(i, static_cast<int>(blockIdx.x)), candidate, bounds, i, problem.k, lane);
+            if (now && i % lists == static_cast<int>(blockIdx.x) % min(lists, t)) raise(bounds, i, problem.k, lane);
             __syncwarp();
             if (lane == 0) kept[i] = list;
             __syncwarp();
@@ -258,14 +270,14 @@ __device__ __forceinline__ float exactly(const Problem& problem, const float* un
 
 // Block i: the k best by s of query i, scored exactly: L is the least of their scores.
 template <typename Key>
-__global__ void __launch_bounds__(kSelectionThreads) int8_search_bound(const Problem problem) {
-    Selection& all = *reinterpret_cast<Selection*>(shared_memory());
+__global__ void __launch_bounds__(32 * kSelectionWarps, 1) int8_search_bound(const Problem problem) {
+    auto& all = *reinterpret_cast<Selection<kSelectionWarps>*>(shared_memory());
     uint32_t& least = *reinterpret_cast<uint32_t*>(&all + 1);
     const int query = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % 32, k = problem.k;
     wait_for_previous_kernel();
     if (threadIdx.x == 0) least = ordered(INFINITY);
     select_best(all, problem.scanned, query, k);
-    for (int i = static_cast<int>(threadIdx.x) / 32; i < k; i += kSelectionThreads / 32) {
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < k; i += kSelectionWarps) {
         float score = -INFINITY;  // fewer than k: nothing bounds the k-th best
         if (all.winners[i] != 0) score = exactly<Key>(problem, problem.unit + static_cast<int64_t>(query) * problem.of.d,
                                                       index_of(all.winners[i]), lane);
@@ -322,7 +334,7 @@ __global__ void __launch_bounds__(kRerankThreads) int8_search_rerank(const Probl
                     const float score = exactly<Key>(problem, unit, row, lane);
                     if (lane == bit) candidate = pack(score, row);
                 }
-                offer(mine, problem.scored.entries(i, list), candidate, problem.k, lane);
+                offer(mine, problem.scored.entries(i, list), candidate, problem.scored.bounds, i, problem.k, lane);
             }
             __syncwarp();
             if (lane == 0) kept[i] = mine;
@@ -337,10 +349,10 @@ __global__ void __launch_bounds__(kRerankThreads) int8_search_rerank(const Probl
 struct Plan {
     void (*scan)(Problem);
     int scan_bytes, scan_lists, rerank_blocks;
-    int64_t unit, codes, about, scores, lists, bytes;  // offsets in the workspace, and its size
+    int64_t unit, codes, about, scores, scanned, scored, lists, bytes;  // offsets in the workspace, and its size
 };
 
-cudaError_t make_plan(const Int8Keys& keys, int t, Plan& plan) {
+cudaError_t make_plan(const Int8Keys& keys, int t, int k, Plan& plan) {
     Device device;
     const cudaError_t error = current_device(device);
     if (error != cudaSuccess) return error;
@@ -359,6 +371,8 @@ cudaError_t make_plan(const Int8Keys& keys, int t, Plan& plan) {
     place(plan.codes, int64_t{2} * t * keys.padded);
     place(plan.about, static_cast<int64_t>(sizeof(OfQuery)) * t);
     place(plan.scores, int64_t{4} * t * keys.n);
+    place(plan.scanned, Bounds::bytes(t, k));
+    place(plan.scored, Bounds::bytes(t, k));
     const int lists = plan.rerank_blocks * kRerankWarps;  // the scan's are read before these are written
     place(plan.lists, Lists::bytes(t, lists > plan.scan_lists ? lists : plan.scan_lists));
     plan.bytes = end;
@@ -377,7 +391,7 @@ cudaError_t search(const Plan& plan, const Problem& problem, float* scores, int6
         how.grid = plan.scan_lists, how.shared_bytes = plan.scan_bytes;
         error = launch(plan.scan, how, problem);
         if (error != cudaSuccess) return error;
-        how.grid = t, how.block = kSelectionThreads, how.shared_bytes = sizeof(Selection) + 8;
+        how.grid = t, how.block = 32 * kSelectionWarps, how.shared_bytes = sizeof(Selection<kSelectionWarps>) + 8;
         error = launch(int8_search_bound<Key>, how, problem);
         if (error != cudaSuccess) return error;
         how.grid = plan.rerank_blocks, how.block = kRerankThreads;
@@ -390,9 +404,9 @@ cudaError_t search(const Plan& plan, const Problem& problem, float* scores, int6
 
 }  // namespace
 
-cudaError_t int8_search_workspace(const Int8Keys& keys, int t, int, int64_t& bytes) {
+cudaError_t int8_search_workspace(const Int8Keys& keys, int t, int k, int64_t& bytes) {
     Plan plan;
-    const cudaError_t error = make_plan(keys, t, plan);
+    const cudaError_t error = make_plan(keys, t, k, plan);
     if (error == cudaSuccess) bytes = plan.bytes;
     return error;
 }
@@ -401,7 +415,7 @@ cudaError_t int8_search(const Int8Keys& keys, const float* q, const int64_t* ran
                         int64_t* indices, int* reranked, cudaStream_t stream) {
     if (t == 0 || k == 0) return cudaSuccess;
     Plan plan;
-    const cudaError_t error = make_plan(keys, t, plan);
+    const cudaError_t error = make_plan(keys, t, k, plan);
     if (error != cudaSuccess) return error;
     unsigned char* const base = static_cast<unsigned char*>(workspace);
     Problem problem;
@@ -411,8 +425,9 @@ cudaError_t int8_search(const Int8Keys& keys, const float* q, const int64_t* ran
     problem.about = reinterpret_cast<OfQuery*>(base + plan.about);
     problem.scores = reinterpret_cast<float*>(base + plan.scores);
     problem.reranked = reranked;
-    problem.scanned = Lists::at(base + plan.lists, t, plan.scan_lists);
-    problem.scored = Lists::at(base + plan.lists, t, plan.rerank_blocks * kRerankWarps);
+    problem.scanned = Lists::at(base + plan.lists, t, plan.scan_lists, Bounds::at(base + plan.scanned, t, k));
+    problem.scored =
+        Lists::at(base + plan.lists, t, plan.rerank_blocks * kRerankWarps, Bounds::at(base + plan.scored, t, k));
     problem.aligned = reinterpret_cast<uintptr_t>(keys.keys) % 16 == 0 && keys.key_stride * bytes_of(keys.key_dtype) % 16 == 0;
     if (keys.key_dtype == Dtype::float32) return search<float>(plan, problem, scores, indices, stream);
     if (keys.key_dtype == Dtype::bfloat16) return search<bf16>(plan, problem, scores, indices, stream);

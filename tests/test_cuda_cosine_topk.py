@@ -1,16 +1,34 @@
 """cosine_topk in CUDA C++: the tests of the Triton kernels and more, on the emulator where there is no GPU."""
 
+import ctypes
+
 import emulator
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, on_cuda, shifted
+from kernel_tools import DEVICE, DTYPES, on_cuda, poisoned, shifted
 from topk_bodies import CosineTopk, integers, rand
 
 from unike_kernels import backends, native, ops
-from unike_kernels.cuda_kernels.cosine_topk import MOST_QUERIES
+from unike_kernels.cuda_kernels import zeros as of_zeros
+from unike_kernels.cuda_kernels.cosine_topk import KERNEL, MOST_QUERIES, ZEROS
+from unike_kernels.triton_kernels import launching as allocating
+from unike_kernels.triton_kernels import tuning
 
 EMULATED = DEVICE.type == "cpu"
 SEEDS = range(3)
+ALONE = tuning.Row(KERNEL, 0, {"queries": 16}, {"launches": 1})
+
+
+def zeros():
+    """What the launches of this stream share, as a tensor; None before the first."""
+    if not EMULATED:
+        return None  # not torch's memory
+    addresses = list(ZEROS._of_stream.values())
+    return [torch.frombuffer((ctypes.c_char * ZEROS.most).from_address(at), dtype=torch.uint8) for at in addresses]
+
+
+def assert_zeros():
+    assert not any(bytes_of_stream.any() for bytes_of_stream in zeros() or [])
 
 
 def seed(value):
@@ -24,9 +42,21 @@ class TestCuda(CosineTopk):
     @pytest.fixture(autouse=True)
     def here(self, monkeypatch):
         on_cuda(monkeypatch)
+        tuning.ROWS.insert(0, ALONE)  # for memories as small as a test's too; in place, as imports add to it
+        yield
+        tuning.ROWS.remove(ALONE)
 
-    def kernels(self, queries):
-        return ("cosine_topk_stream", "cosine_topk_select") if queries <= MOST_QUERIES else super().kernels(queries)
+    def kernels(self, queries, n):
+        if queries > MOST_QUERIES:
+            return super().kernels(queries, n)
+        alone = n > 0 and tuning.choose(KERNEL, DEVICE, n=n, queries=queries)["launches"] == 1
+        return (*([KERNEL] if n else []), *([] if alone else ["cosine_topk_select"]))
+
+    def found(self, q, keys, k, **options):
+        """And what was zero before is zero again."""
+        results = super().found(q, keys, k, **options)
+        assert_zeros()
+        return results
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64])
@@ -44,11 +74,91 @@ class TestCuda(CosineTopk):
         by = torch.linspace(0, 4, 4000, device=DEVICE)[:, None]
         self.check(q, (q * (by if rising else by.flip(0)) + noise).bfloat16().float(), k)
 
-    def test_more_candidates_than_are_ranked_at_a_time(self):
-        """k above the number of lists: nothing bounds the k-th best, and all lists are read."""
+    @pytest.mark.parametrize("launched", [1, 2])
+    def test_more_candidates_than_are_ranked_at_a_time(self, launched):
+        """The best rows all in one slot: nothing is told of the k-th best, and every list is full."""
         if EMULATED:
             emulator.device(multiprocessors=12)
-        self.check(rand(2, 16), rand(3500, 16), 128)
+        q, keys = rand(2, 16), rand(5000, 16)
+        keys[3::256] = q[0] + 0.1 * keys[3::256]
+        with tuning.trying(lambda row: {"launches": launched}):
+            self.check(q, keys, 128)
+            self.check(q, q[:1].expand(5000, 16), 128)
+
+    @pytest.mark.parametrize("tokens", [1, 3, 16, 64])
+    def test_one_launch_is_two(self, tokens):
+        q, keys = rand(tokens, 32, dtype=torch.float16), integers(300 if tokens > 16 else 700, 32, dtype=torch.float16)
+        with tuning.trying(lambda row: {"launches": 2}):
+            expected = self.found(q, keys, 40)
+        for value in range(8):
+            seed(value)
+            with tuning.trying(lambda row: {"launches": 1}):
+                assert all(torch.equal(a, b) for a, b in zip(expected, self.found(q, keys, 40), strict=True))
+
+    @pytest.mark.skipif(not EMULATED, reason="reads the workspace, and asks for a number of multiprocessors")
+    def test_almost_no_score_is_kept(self, monkeypatch):
+        """Each of 12 blocks sees 500 rows: alone, it would keep 224 of them before it knew of any bound."""
+        emulator.device(multiprocessors=12)
+        new, made = allocating.new, []
+        monkeypatch.setattr(allocating, "new", lambda *args: made.append(new(*args)) or made[-1])
+        q, keys = rand(1, 32), rand(6000, 32)
+        for launched, most in ((1, 300), (2, 500)):  # 192 are the first units', which have nothing to be held against
+            for value in range(6):
+                seed(value)
+                made.clear()
+                with tuning.trying(lambda row, launched=launched: {"launches": launched}):
+                    ops.cosine_topk(q, keys, 10, backend="cuda")
+                counts = made[-1][12 * 8 * 257 :].view(torch.int32)
+                assert len(counts) == 12 and 10 <= counts.sum() <= most
+
+    @pytest.mark.skipif(not EMULATED, reason="writes to memory that is not torch's")
+    @pytest.mark.parametrize("planted", ["counter behind", "counter ahead", "bound", "slots"])
+    def test_what_a_launch_left_behind_would_show(self, planted):
+        """The zeros matter: with anything else in them this file's checks fail."""
+        q, keys = rand(1, 16), rand(300, 16)
+        expected = self.found(q, keys, 5)
+        (shared,) = zeros()
+        words = shared.view(torch.int64)  # a counter in the first 128 bytes, a bound, then slots
+        noticed = 0
+        for value in range(6):
+            seed(value)
+            if planted.startswith("counter"):
+                words[0] = 1 if planted == "counter ahead" else 2**32 - 1
+            else:
+                words[16 if planted == "bound" else slice(17, 17 + 32)] = 2**62 + 2**61 + 2**60 - 1 - 2**63  # above all
+            with poisoned():
+                scores, indices = ops.cosine_topk(q, keys, 5, backend="cuda")
+            noticed += not torch.equal(indices, expected[1]) or bool(shared.any())
+            shared.zero_()
+        assert noticed >= (3 if planted == "counter ahead" else 6)  # the last block is not always late
+        assert torch.equal(self.found(q, keys, 5)[1], expected[1])
+
+    def test_zeros_of_streams_captures_and_failures(self, monkeypatch):
+        """A captured launch has its own for good; those of a launch that failed are not used again."""
+        used, module = [], native.cuda()
+        launch = module.cosine_topk
+        monkeypatch.setattr(module, "cosine_topk", lambda *args: used.append(args[14]) or launch(*args))
+        q, keys = rand(1, 16), rand(300, 16)
+        first = self.found(q, keys, 5)
+        self.found(q, keys, 5)
+        monkeypatch.setattr(of_zeros, "captured", lambda device: True)
+        for _ in range(2):
+            assert torch.equal(self.found(q, keys, 5)[1], first[1])
+        monkeypatch.setattr(of_zeros, "captured", lambda device: False)
+        self.found(q, keys, 5)
+        assert used[0] == used[1] == used[4] and len(set(used)) == 3
+        size = module.cosine_topk_zeros(1, 5)
+        assert abs(used[2] - used[3]) >= size and abs(used[0] - used[2]) >= ZEROS.most
+
+        def fail(*args):
+            raise RuntimeError("launching cosine_topk: failed")
+
+        monkeypatch.setattr(module, "cosine_topk", fail)
+        with pytest.raises(RuntimeError, match="failed"):
+            self.found(q, keys, 5)
+        monkeypatch.setattr(module, "cosine_topk", lambda *args: used.append(args[14]) or launch(*args))
+        assert torch.equal(self.found(q, keys, 5)[1], first[1])
+        assert used[-1] not in used[:-1]
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_many_tenants(self, dtype):
@@ -61,10 +171,10 @@ class TestCuda(CosineTopk):
     def test_neither_order_nor_size_of_the_grid_changes_a_bit(self, dtype):
         q, keys = rand(3, 80, dtype=dtype), integers(900, 80, dtype=dtype)  # many ties
         expected = self.found(q, keys, 30)
-        for value in SEEDS:
+        for value in range(6):
             seed(value)
             if EMULATED:
-                emulator.device(multiprocessors=1 + 7 * value)
+                emulator.device(multiprocessors=1 + 7 * (value % 3))
             assert all(torch.equal(a, b) for a, b in zip(expected, self.found(q, keys, 30), strict=True))
 
     def test_equal_rows_score_equally_wherever_they_are(self):
@@ -102,7 +212,7 @@ class TestCuda(CosineTopk):
         sizes = {"q_dtype": "float16", "key_dtype": "float16", "t": 1, "n": 10, "d": 8, "k": 3}
         needed = module.cosine_topk_workspace(**sizes)
         good = {"q": 16, "q_stride": 8, "keys": 16, "key_stride": 8, "key_norm": 0, "ranges": 0, **sizes}
-        good |= {"workspace": 16, "bytes": needed, "scores": 16, "indices": 16, "stream": 0}
+        good |= {"workspace": 16, "bytes": needed, "zeros": 16, "alone": True, "scores": 16, "indices": 16, "stream": 0}
         for change, said in (
             ({"t": 65}, "t must be 0 to 64, but is 65"),
             ({"k": 129}, "k must be 0 to 128, but is 129"),
@@ -113,6 +223,7 @@ class TestCuda(CosineTopk):
             ({"key_stride": -8}, "key_stride must be 0 to .*, but is -8"),
             ({"bytes": needed - 1}, f"bytes of workspace must be {needed} to .*, but is {needed - 1}"),
             ({"scores": 0}, "one is null"),
+            ({"zeros": 0}, "one is null"),
         ):
             with pytest.raises(ValueError, match=said):
                 module.cosine_topk(**{**good, **change})

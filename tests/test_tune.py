@@ -20,6 +20,7 @@ def test_neighbours_differ_in_one_entry():
     assert len(found) == 1 + 2 + 1 + 2  # 32; 32 and 128; 8; 2 and 4
     in_cuda = list(tune.neighbours({"SPLIT": 1, "ROWS": 4}))
     assert {"SPLIT": 8, "ROWS": 4} in in_cuda and {"SPLIT": 1, "ROWS": 2} in in_cuda and len(in_cuda) == 5
+    assert list(tune.neighbours({"launches": 1})) == [{"launches": 2}]
 
 
 def test_same_allows_another_order_of_summation_only():

@@ -4,6 +4,7 @@ Sizes that hit tails: tokens, neurons, items and columns that are no multiples o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from bench.tolerance import assert_close_to_reference
 from unike_kernels import native, ops, reference
 from unike_kernels.cuda_kernels.int8_search import CudaInt8Index
+from unike_kernels.triton_kernels import tuning
 
 
 def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
@@ -120,16 +122,29 @@ def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
 
 
 def check_searches(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
-    """The CUDA C++ searches, at most 16 queries: several units of rows for a block, lists that are pruned, ranges."""
+    """The CUDA C++ searches, at most 16 queries: several units of rows for a block, lists that are pruned, ranges; in
+    one launch and in two, and captured in a graph.
+    """
     generator = torch.Generator().manual_seed(tokens)
 
     d, n = 72, 3000
     q, keys = (torch.randn(rows, d, generator=generator).to(device, dtype) for rows in (tokens, n))
     starts = torch.arange(tokens, device=device) * 37
     for k, ranges in ((9, torch.stack([starts, starts + 500], dim=1)), (128, None)):
-        scores, _ = ops.cosine_topk(q, keys, k, ranges=ranges, backend="cuda")
         truth, _ = reference.cosine_topk(q.double(), keys.double(), k, ranges=ranges)
-        assert_close_to_reference(scores, truth, reference.cosine_topk(q, keys, k, ranges=ranges)[0], 2)
+        search = partial(ops.cosine_topk, keys=keys, k=k, ranges=ranges, backend="cuda")
+        for launches in (1, 2):
+            with tuning.trying(lambda row, launches=launches: {"launches": launches}):
+                scores, indices = search(q)
+                assert_close_to_reference(scores, truth, reference.cosine_topk(q, keys, k, ranges=ranges)[0], 2)
+                graph, captured = torch.cuda.CUDAGraph(), torch.zeros_like(q)
+                with torch.cuda.graph(graph):
+                    found = search(captured)
+                captured.copy_(q)
+                for _ in range(3):  # each leaves behind what the next one needs, searches beside it or not
+                    graph.replay()
+                    assert torch.equal(search(q)[1], indices)
+                    assert torch.equal(found[0], scores) and torch.equal(found[1], indices)
         scores, _ = CudaInt8Index(keys).search(q, k, ranges)
         torch.testing.assert_close(scores.double(), truth, rtol=0, atol=(d + 8) * 2**-24)
 

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #define CUDART_VERSION 0
 
@@ -12,6 +14,7 @@ using cudaStream_t = CUstream_st*;
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorNoDevice = 100,
     cudaErrorLaunchFailure = 719,
@@ -26,4 +29,28 @@ struct dim3 {
 cudaError_t cudaGetDeviceCount(int* count);
 const char* cudaGetErrorString(cudaError_t error);  // what the last failed launch did wrong
 const char* cudaGetErrorName(cudaError_t error);
+
+// Streams: nothing runs beside anything here.
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+constexpr unsigned cudaStreamNonBlocking = 1;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+    *id = reinterpret_cast<uintptr_t>(stream);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** at, size_t bytes) {
+    *at = std::malloc(bytes);
+    return *at != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+    std::memset(at, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* at) {
+    std::free(at);
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -270,6 +270,10 @@ inline uint32_t load_acquire(const uint32_t* global) {
     emulator::yield(true);  // a loop that waits for another block must let it run
     return *global;
 }
+inline unsigned long long load_relaxed(const unsigned long long* global) {
+    emulator::yield(false);
+    return *global;
+}
 inline void store_release(uint32_t* global, uint32_t x) {
     emulator::yield(false);
     *global = x;

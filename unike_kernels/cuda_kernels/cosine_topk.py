@@ -9,9 +9,24 @@ from torch import Tensor
 
 from .. import native
 from ..triton_kernels import launching as allocating
+from ..triton_kernels import tuning
+from ..triton_kernels.tuning import Row
 from .launching import address, launch, name_of, on
+from .zeros import Zeros
 
 MOST_QUERIES, MOST_ITEMS, MOST_COLUMNS = 64, 128, 2**20  # as csrc/cosine_topk.cuh has them
+KERNEL = "cosine_topk_stream"
+
+# launches: 1, the block that comes last chooses for all queries, a warp for each; or 2, a block for each. Estimated:
+# 3.3 us for one to eight queries and 2.6 for each eight more, against 3.5 for any number with a second launch, or 4.7
+# where it cannot start early (before sm_90). Where a block sees only a unit or two, lists are too long for a warp.
+tuning.ROWS += [
+    Row(KERNEL, 0, {"n": 4096}, {"launches": 2}),
+    Row(KERNEL, 0, {"queries": 8}, {"launches": 1}),
+    Row(KERNEL, 0, {}, {"launches": 2}),
+]
+
+ZEROS = Zeros(MOST_QUERIES * 8 * 257 + 128)  # what csrc/cosine_topk.cu wants for the most queries and items
 
 
 def refusal(args: Sequence[Any]) -> str | None:
@@ -32,7 +47,7 @@ def refusal(args: Sequence[Any]) -> str | None:
 def cosine_topk(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launches the scan and the choice of the best. Workspace: 2060 bytes for each query and SM at most.
+    """Launches the scan, and the choice of the best if the table says so. Workspace: 2060 bytes a query and SM.
 
     q [..., d], at most 64 queries; keys [N, d] of fp16, bf16 or fp32; k at most 128. Half precision runs on tensor
     cores where both have the same dtype, all others in float32. Without key_norm the norms are computed on the way.
@@ -54,11 +69,17 @@ def cosine_topk(
     with on(device):
         needed = native.cuda().cosine_topk_workspace(*sizes)
     workspace = allocating.new((needed,), torch.uint8, device)
-    launch(
-        "cosine_topk",
-        device,
-        ("cosine_topk_stream", "cosine_topk_select") if n else ("cosine_topk_select",),
-        *(address(q), q.stride(0), address(keys), keys.stride(0), address(key_norm), address(ranges), *sizes),
-        *(address(workspace), needed, address(scores), address(indices)),
-    )
+    alone = n > 0 and tuning.choose(KERNEL, device, n=n, queries=tokens)["launches"] == 1
+    zeros = ZEROS.of(device, native.cuda().cosine_topk_zeros(tokens, k))
+    try:
+        launch(
+            "cosine_topk",
+            device,
+            (*([KERNEL] if n else []), *([] if alone else ["cosine_topk_select"])),
+            *(address(q), q.stride(0), address(keys), keys.stride(0), address(key_norm), address(ranges), *sizes),
+            *(address(workspace), needed, zeros, alone, address(scores), address(indices)),
+        )
+    except BaseException:
+        ZEROS.forget(zeros)
+        raise
     return scores.view(*lead, k), indices.view(*lead, k)

@@ -26,10 +26,14 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def stream_of(device: torch.device) -> int:
+    """The device's current stream, as the module takes it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def launch(function: str, device: torch.device, kernels: tuple[str, ...], *args: Any) -> None:
     """Calls a function of the module, the device's current stream as its last argument; it starts these kernels."""
     run: Callable[..., None] = getattr(native.cuda(), function)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     LAUNCHES.update(kernels)
     with on(device):
-        run(*args, stream)
+        run(*args, stream_of(device))

@@ -45,11 +45,12 @@ def key(row: tuning.Row) -> Key:
 
 def neighbours(choice: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Choices that differ in one entry: warps, stages, or a block (also a number of programs) halved or doubled; of a
-    CUDA C++ kernel (SPLIT, ROWS) all that it is built for.
+    CUDA C++ kernel (SPLIT, ROWS, launches) all that it is built for.
     """
-    if "SPLIT" in choice:
-        for name, most in (("SPLIT", 8), ("ROWS", 4)):
-            yield from ({**choice, name: n} for n in (1, 2, 4, 8) if n != choice[name] and n <= most)
+    in_cuda = {"SPLIT": 8, "ROWS": 4, "launches": 2}
+    if in_cuda.keys() & choice.keys():
+        for name in choice:
+            yield from ({**choice, name: n} for n in (1, 2, 4, 8) if n != choice[name] and n <= in_cuda[name])
         return
     for name, options in (("num_warps", (4, 8)), ("num_stages", (2, 3, 4))):
         for option in options:
@@ -198,7 +199,8 @@ def cases(
 ) -> dict[str, Run]:
     """Every operator at the sizes of real models, in CUDA C++ too; backward at the largest number of tokens."""
     found: dict[str, Run] = {}
-    in_cuda = cuda_kernels.launcher("knowledge_shift") if native.no_cuda() is None else None
+    in_cuda = native.no_cuda() is None
+    shift_in_cuda, search_in_cuda = (cuda_kernels.launcher(name) for name in ("knowledge_shift", "cosine_topk"))
     for model_name, m in models.items():
         for dtype in dtypes:
             make = partial(_random, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
@@ -210,7 +212,10 @@ def cases(
                 x = make(t, m.d)
                 if t <= 64:
                     found[f"augmented_ffn {at}"] = partial(_run, "augmented_ffn", x, *ffn)
-                found[f"cosine_topk {at}"] = partial(_run, "cosine_topk", x, memory, m.k, norm, None)
+                search = (x, memory, m.k, norm, None)
+                found[f"cosine_topk {at}"] = partial(_run, "cosine_topk", *search)
+                if in_cuda and cuda_kernels.refusal("cosine_topk", search) is None:
+                    found[f"cosine_topk cuda {at}"] = partial(search_in_cuda, *search)
                 for routing in ("always", "selected"):
                     args = _neurons(make, m, x, routing)
                     found[f"extra_neurons {routing} {at}"] = partial(_run, "extra_neurons", *args)
@@ -219,8 +224,8 @@ def cases(
                     found[f"knowledge_shift {form} {at}"] = partial(_run, "knowledge_shift", *shift)
                 for form in ("given", "raw"):
                     shift = _shift(make, m, x, form)
-                    if in_cuda is not None and cuda_kernels.refusal("knowledge_shift", shift) is None:
-                        found[f"knowledge_shift cuda {form} {at}"] = partial(in_cuda, *shift)
+                    if in_cuda and cuda_kernels.refusal("knowledge_shift", shift) is None:
+                        found[f"knowledge_shift cuda {form} {at}"] = partial(shift_in_cuda, *shift)
             for routing in ("route", "selected"):
                 args = _neurons(make, m, x, routing)
                 run = partial(_run, "extra_neurons_backward", [make(t, m.d)], *args, _needs(args))
