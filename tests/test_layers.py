@@ -37,6 +37,7 @@ LAYERS = {
     "routing": 3,
     "tracker": 3,
     "attaching": 4,
+    "forwards": 4,
     "fused": 4,
     "explain": 4,
     "handle": 4,

@@ -50,19 +50,29 @@ class Recording:
     """What enters and leaves the sites of the edited layers, before and after the patch's own hooks."""
 
     def __init__(self, model, layers):
-        self.decoder, self.seen, self.of, self.hooks = find_decoder(model), {}, {}, []
+        self.decoder, self.seen, self.of, self.hooks, self.first = find_decoder(model), {}, {}, [], []
         for i in layers:
             sites = self.decoder.layers[i]
             for what, name in (("tap", sites.attention), ("x", sites.ffn_input)):
                 hook = self._input(i, what)
                 self.hooks.append(get_module(model, name).register_forward_pre_hook(hook, with_kwargs=True))
             # Knowledge may be mixed into what enters the output projection, so "before" is computed from there.
-            out_proj = get_module(model, sites.out_proj)
-            self.hooks.append(out_proj.register_forward_pre_hook(self._heads(i), prepend=True))
-            ffn = get_module(model, sites.ffn_output)
-            self.hooks.append(ffn.register_forward_hook(self._output(i, "ffn before"), prepend=True))
+            self._put_first(get_module(model, sites.out_proj), "before", self._heads(i))
+            self._put_first(get_module(model, sites.ffn_output), "after", self._output(i, "ffn before"))
             for what, name in (("att", sites.attention), ("ffn", sites.ffn_output)):
-                self.hooks.append(get_module(model, name).register_forward_hook(self._output(i, f"{what} after")))
+                hook = self._output(i, f"{what} after")
+                self.hooks.append(get_module(model, name).register_forward_hook(hook, with_kwargs=True))
+
+    def _put_first(self, module, when, hook):
+        """Before the patch's own hooks, where there are any: hooks of others stand around those."""
+        hooked = vars(module).get("forward")
+        if hooked is not None:
+            getattr(hooked, when).insert(0, hook)
+            self.first.append((getattr(hooked, when), hook))
+        elif when == "before":
+            self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            self.hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _input(self, layer, what):
         def hook(module, args, kwargs):
@@ -71,7 +81,7 @@ class Recording:
         return hook
 
     def _heads(self, layer):
-        def hook(module, args):
+        def hook(module, args, kwargs):
             tap = self.seen.get((layer, "tap"))
             if tap is not None and self.of.get(layer) is not tap:  # the layer's own call comes first
                 self.of[layer] = tap
@@ -82,7 +92,7 @@ class Recording:
         return hook
 
     def _output(self, layer, what):
-        def hook(module, args, output):
+        def hook(module, args, kwargs, output):
             self.seen[layer, what] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
 
         return hook
@@ -93,6 +103,8 @@ class Recording:
     def __exit__(self, *exc):
         for hook in self.hooks:
             hook.remove()
+        for hooks, hook in self.first:
+            hooks.remove(hook)
 
 
 def item_keys_values(attention, sites, h_pos):

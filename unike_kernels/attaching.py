@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .forwards import HookHandle, hook_after, hook_before, hooks_before
 from .fused import FusedFfn
 from .hooks import (
     AttentionHook,
@@ -62,6 +63,8 @@ def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
         for i in range(len(path)):
             _hook_around(get_module(model, ".".join(path[:i])), record)
         keep = record.hooks.append  # one by one: what is registered must be known if the next one fails
+        own = {id(hook.forward): hook.forward for hook in record.hooks if isinstance(hook, HookHandle)}
+        record.runtime.forwards = list(own.values())
         keep(holder.register_forward_pre_hook(BeginHook(record.runtime), with_kwargs=True))
         keep(holder.register_forward_hook(EndHook(record.runtime)))
         keep(holder.register_state_dict_pre_hook(SaveWarning(record)))
@@ -76,6 +79,7 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     for hook in record.hooks:
         hook.remove()
     record.hooks.clear()
+    record.runtime.forwards.clear()
     for fused in record.fused:
         fused.leave()
     record.fused.clear()
@@ -111,31 +115,30 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
         attention = get_module(holder, sites.attention)
         _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
         site = AttentionSite(runtime, layer.router, layer.shift, Projections(sites))
-        there = [hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, AttentionInputHook)]
+        there = [hook for hook in hooks_before(attention) if isinstance(hook, AttentionInputHook)]
         if there:
             site.join(there[0].site.queue)
         runtime.sites.append(site)
-        record.hooks.append(attention.register_forward_pre_hook(AttentionInputHook(site), with_kwargs=True))
+        record.hooks.append(hook_before(attention, AttentionInputHook(site), watched=True))
         if layer.shift is not None and layer.shift.config.attention == "projected":
             q_proj, out_proj = get_module(holder, sites.q_proj), get_module(holder, sites.out_proj)
-            record.hooks.append(q_proj.register_forward_hook(QueryHook(site)))
-            record.hooks.append(out_proj.register_forward_pre_hook(HeadsHook(site)))
-        hook = AttentionHook(site)
-        record.hooks.append(attention.register_forward_hook(hook, with_kwargs=True, always_call=True))
+            record.hooks.append(hook_after(q_proj, QueryHook(site)))
+            record.hooks.append(hook_before(out_proj, HeadsHook(site)))
+        record.hooks.append(hook_after(attention, AttentionHook(site), watched=True))
     if layer.neurons is not None:
         # Below an adapter that wraps the module: it calls its base layer, and may leave without notice.
         first, last = (base_layer(get_module(holder, name)) for name in (sites.ffn_input, sites.ffn_output))
         _add(last, record.name, {"neurons": layer.neurons})
-        source = None
+        source, fuse = None, record.mode == "fuse"
         if first is not last:
             source = FfnInputHook(runtime)
-            record.hooks.append(first.register_forward_pre_hook(source, with_kwargs=True))
+            record.hooks.append(hook_before(first, source, torchs=fuse))
         out = FfnOutputHook(runtime, layer.neurons, source, record.config.shift.positions)
-        if record.mode == "fuse":
+        if fuse:
             out.fused = FusedFfn(holder, sites, runtime, layer.neurons)
             record.fused.append(out.fused)
             out.fused.enter()
-        record.hooks.append(last.register_forward_hook(out, with_kwargs=True))
+        record.hooks.append(hook_after(last, out, torchs=fuse))
 
 
 def _add(site: nn.Module, name: str, children: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .forwards import HookedForward
 from .hooks import FfnInputHook, FfnOutputHook, Runtime, first
 from .models import LayerSites, get_module
 from .modules import ExtraNeurons
@@ -93,7 +94,15 @@ def _hooks_on_all() -> bool:
 
 
 def _replaced(module: nn.Module) -> str | None:
-    return "already has a forward of its own (another fused patch, or a wrapper)" if "forward" in vars(module) else None
+    if _replacement(module) is None:
+        return None
+    return "already has a forward of its own (another fused patch, or a wrapper)"
+
+
+def _replacement(module: nn.Module) -> Any:
+    """What stands in for the module's own forward, below the hooks of other patches."""
+    there = vars(module).get("forward")
+    return there.inner if isinstance(there, HookedForward) else there
 
 
 @torch.no_grad()
@@ -128,13 +137,19 @@ class FusedFfn:
     def enter(self) -> None:
         """Puts the forwards on their modules."""
         for module, forward in self.forwards:
-            vars(module)["forward"] = forward
+            there = vars(module).get("forward")
+            if isinstance(there, HookedForward):
+                there.inner = forward
+            else:
+                vars(module)["forward"] = forward
 
     def leave(self) -> None:
         """Takes them off again."""
         for module, forward in self.forwards:
             for name, value in list(vars(module).items()):
-                if value is forward and name == "forward":
+                if isinstance(value, HookedForward) and value.inner is forward:
+                    value.inner = None
+                elif value is forward and name == "forward":
                     del vars(module)[name]
                 elif value is forward:  # accelerate keeps what it has put its own forward around
                     vars(module)[name] = MethodType(type(module).forward, module)
@@ -153,7 +168,7 @@ class FusedFfn:
         if not same or any(why_not_plain(linear) is not None for linear in self.linears):
             return False
         own = [None] * 3 if self.gated else [forward for _, forward in self.forwards]
-        if any(vars(linear).get("forward") is not f for linear, f in zip(self.linears, own, strict=True)):
+        if any(_replacement(linear) is not f for linear, f in zip(self.linears, own, strict=True)):
             return False
         if why_watched(activation_of(self.places[-1][0], self.gated)[1]) is not None:
             return False

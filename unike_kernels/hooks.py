@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Cases, all_missing
+from .forwards import HookedForward
 from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import OwnHook, Projections
 from .tracker import CaseTracker
@@ -22,6 +23,7 @@ class Runtime:
         self.enabled = True
         self.tracker = tracker
         self.sites: list[AttentionSite] = []  # of the edited layers
+        self.forwards: list[HookedForward] = []  # that hold hooks of this patch
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -123,7 +125,7 @@ class QueryHook(OwnHook):
     def __init__(self, site: AttentionSite) -> None:
         self.site = site
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         site = self.site
         # The very tensor that the layer was called with: the shift calls q_proj too, on other rows.
         if site.attention is None or not args or args[0] is not site.tap:
@@ -139,12 +141,14 @@ class HeadsHook(OwnHook):
     def __init__(self, site: AttentionSite) -> None:
         self.site = site
 
-    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         site = self.site
         if not site.waiting or site.attention is None or not args:
             return None
         if not site.projections.is_output(site.attention, module):
             return None  # an adapter came around it since: it would see the heads as they were
+        if module._forward_pre_hooks and any(not isinstance(h, OwnHook) for h in module._forward_pre_hooks.values()):
+            return None  # what others do to the heads is to reach the knowledge too
         for earlier in site.queue:
             if earlier is site:
                 break
@@ -157,12 +161,12 @@ class HeadsHook(OwnHook):
             mixed = site.shift.mix_natively(heads, site.projected, site.attention, site.projections, cases)
             if mixed is not None:
                 site.waiting = False
-                return (mixed, *args[1:])
+                return (mixed, *args[1:]), kwargs
         mixed = site.shift.mix(_rows(heads), _rows(site.tap), site.query, site.attention, site.projections, cases)
         if mixed is None:
             return None
         site.waiting = False
-        return (mixed.reshape(heads.shape), *args[1:])
+        return (mixed.reshape(heads.shape), *args[1:]), kwargs
 
 
 class AttentionHook:
@@ -267,8 +271,11 @@ class BeginHook:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tracker = self.runtime.tracker
-        (tracker.begin if self.runtime.enabled else tracker.skip)(args, kwargs)
+        runtime = self.runtime
+        if not torch.compiler.is_compiling():
+            for forward in runtime.forwards:
+                forward.yield_if_replaced()
+        (runtime.tracker.begin if runtime.enabled else runtime.tracker.skip)(args, kwargs)
 
 
 class EndHook:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .config import UnikeConfig
 from .edits import Edits
+from .forwards import Handle
 from .fused import FusedFfn
 from .hooks import Runtime
 from .models import Decoder, LayerSites
@@ -43,7 +43,7 @@ class PatchRecord:
     decoder: Decoder  # names below the decoder
     layers: list[LayerPatch]
     runtime: Runtime
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    hooks: list[Handle] = field(default_factory=list)
     mode: str = "attach"
     fused: list[FusedFfn] = field(default_factory=list)  # of mode "fuse"
     warned: bool = False  # that saving the model does not save the edits
