@@ -15,8 +15,8 @@ if native.cpu() is None:
     pytest.skip(f"no CPU module: {native.no_cpu()}", allow_module_level=True)
 
 
-@pytest.mark.parametrize("portable", [False, True])
-@hypothesis.settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("level", native.LEVELS)
+@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(
     kind=st.sampled_from(KINDS),
     n=st.integers(1, 300),
@@ -28,7 +28,7 @@ if native.cpu() is None:
     limited=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_finds_what_scoring_every_key_finds(portable, kind, n, d, k, t, dtype, query, limited, seed):
+def test_finds_what_scoring_every_key_finds(level, kind, n, d, k, t, dtype, query, limited, seed):
     generator = torch.Generator().manual_seed(seed)
     keys = make_keys(kind, n, d, dtype, generator)
     q = torch.randn(t, d, generator=generator)
@@ -39,10 +39,10 @@ def test_finds_what_scoring_every_key_finds(portable, kind, n, d, k, t, dtype, q
     ranges = None
     if limited:
         ranges = torch.randint(-3, n + 4, (t, 2), generator=generator).sort(dim=1).values
-    index = native.Int8Index(keys, portable=portable)
+    index = native.Int8Index(keys, level=level)
     scores, indices = index.search(q, k, ranges)
     # Where k is at least half of the keys every key is scored: the oracle, to the last bit.
-    all_scores, all_indices = native.Int8Index(keys, portable=portable).search(q, n + k, ranges)
+    all_scores, all_indices = native.Int8Index(keys, level=level).search(q, n + k, ranges)
     assert torch.equal(scores, all_scores[:, :k]) and torch.equal(indices, all_indices[:, :k])
 
     # And the oracle is the reference in float64, but for the rounding of a sum of d products of fp32.
@@ -67,13 +67,13 @@ def test_among_equal_scores_the_lowest_index_wins():
     assert indices.tolist() == [[2, 7, 12, 17, 22, 27]] and scores.unique().numel() == 1
 
 
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("level", native.LEVELS)
 @pytest.mark.parametrize("kind", ["spread", "outliers"])
 @pytest.mark.parametrize("d", [256, 320, 448])  # powers of two, and what needs two windows, as 2560 and 3584 do
-def test_few_keys_are_scored_where_keys_are_spread(kind, d, portable):
+def test_few_keys_are_scored_where_keys_are_spread(kind, d, level):
     generator = torch.Generator().manual_seed(1)
     keys = make_keys(kind, 4000, d, torch.float32, generator)
-    index = native.Int8Index(keys, portable=portable)
+    index = native.Int8Index(keys, level=level)
     index.search(torch.randn(8, d, generator=generator), 20)
     assert (index.reranked >= 20).all() and index.reranked.float().mean() < 400
     assert index.bytes < 0.4 * keys.numel() * 4

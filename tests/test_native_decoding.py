@@ -12,6 +12,7 @@ from transformers import StaticCache
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
 from unike_kernels import cpu_kernels, native
+from unike_kernels.modules import ExtraNeurons, KnowledgeShift
 
 if native.cpu() is None:
     pytest.skip(f"no CPU module: {native.no_cpu()}", allow_module_level=True)
@@ -25,17 +26,17 @@ CONFIGS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the native calls that were made past the dispatcher, and how each ended."""
+    """The names of the calls that were made past the dispatcher, and how each ended."""
     made = []
-    for name in ("add_neurons", "mix_items"):
-        real = getattr(cpu_kernels, name)
+    for module, name in ((ExtraNeurons, "add_natively"), (KnowledgeShift, "mix_natively")):
+        real = getattr(module, name)
 
         def call(*args, real=real, name=name):
             result = real(*args)
             made.append((name, result is not False and result is not None))
             return result
 
-        monkeypatch.setattr(cpu_kernels, name, call)
+        monkeypatch.setattr(module, name, call)
     return made
 
 
@@ -71,7 +72,7 @@ def test_it_says_what_the_operators_say(name, config, mode, calls, monkeypatch):
         with mode():
             found = decode(model, inputs)
             sites = len(handle.record.layers)
-            assert calls == [("mix_items", True), ("add_neurons", True)] * 3 * sites
+            assert calls == [("mix_natively", True), ("add_natively", True)] * 3 * sites
             with monkeypatch.context() as patch:
                 patch.setattr(cpu_kernels, "unwatched", lambda: False)
                 by_dispatcher = decode(model, inputs)
@@ -203,3 +204,54 @@ def test_generate_says_the_same(calls, monkeypatch):
     assert any(done for _, done in calls)
     monkeypatch.setattr(cpu_kernels, "unwatched", lambda: False)
     assert torch.equal(model.generate(**inputs, **greedy), found)
+
+
+def test_steps_follow_buffers_that_are_put_in_the_place_of_others(calls):
+    """A prepared step reads what stands in the module now, in the middle of an answer too."""
+    model, inputs, handle = patched("opt")
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        cache, token = out.past_key_values, torch.full((2, 1), 5)
+
+        def step():
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            cache.crop(-1)
+            return logits
+
+        before = step()
+        assert torch.equal(step(), before)
+        for layer in handle.record.layers:
+            layer.neurons.values = -layer.neurons.values
+            layer.shift.memory.values = -layer.shift.memory.values
+        calls.clear()
+        after = step()
+        assert calls and all(done for _, done in calls) and not torch.allclose(after, before)
+        for layer in handle.record.layers:
+            layer.neurons.values = layer.neurons.values.double()  # native code takes one dtype
+        calls.clear()
+        torch.testing.assert_close(step(), after)
+        assert [done for name, done in calls if name == "add_natively"] == [False] * len(handle.record.layers)
+
+
+def test_two_sequences_that_decode_in_turn_and_padding_in_a_step(calls, monkeypatch):
+    model, inputs, handle = patched("llama")
+    with torch.no_grad():
+        caches = [model(**inputs, use_cache=True).past_key_values for _ in range(2)]
+        with handle.choosing([handle.edits.ids[0], None]):
+            caches.append(model(**inputs, use_cache=True).past_key_values)
+
+        def steps():
+            found = []
+            for cache in (*caches, *caches):
+                mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long)
+                mask[1, -1] = 0  # the second row has no token in this step
+                for given in ({}, {"attention_mask": mask}):
+                    token = torch.full((2, 1), 6)
+                    found.append(model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits)
+                    cache.crop(-1)
+            return torch.stack(found)
+
+        found = steps()
+        assert calls and all(done for _, done in calls)
+        monkeypatch.setattr(cpu_kernels, "unwatched", lambda: False)
+        assert torch.equal(found, steps())

@@ -63,10 +63,10 @@ def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
         for i in range(len(path)):
             _hook_around(get_module(model, ".".join(path[:i])), record)
         keep = record.hooks.append  # one by one: what is registered must be known if the next one fails
+        keep(hook_before(holder, BeginHook(record.runtime)))
+        keep(hook_after(holder, EndHook(record.runtime)))
         own = {id(hook.forward): hook.forward for hook in record.hooks if isinstance(hook, HookHandle)}
         record.runtime.forwards = list(own.values())
-        keep(holder.register_forward_pre_hook(BeginHook(record.runtime), with_kwargs=True))
-        keep(holder.register_forward_hook(EndHook(record.runtime)))
         keep(holder.register_state_dict_pre_hook(SaveWarning(record)))
         holder.__dict__.setdefault(RECORDS, {})[record.name] = record
     except BaseException:
@@ -153,8 +153,8 @@ def _add(site: nn.Module, name: str, children: dict[str, Any]) -> None:
 def _hook_around(module: nn.Module, record: PatchRecord) -> None:
     """On a module around the decoder: its labels tell where the prompts end."""
     tracker = record.runtime.tracker
-    record.hooks.append(module.register_forward_pre_hook(LabelsHook(tracker, module), with_kwargs=True))
-    record.hooks.append(module.register_forward_hook(LabelsDoneHook(tracker), always_call=True))
+    record.hooks.append(hook_before(module, LabelsHook(tracker, module), watched=True))
+    record.hooks.append(hook_after(module, LabelsDoneHook(tracker), watched=True))
     if "_reorder_cache" not in module.__dict__:  # tuple caches, transformers < 4.48
         reorder = inspect.getattr_static(type(module), "_reorder_cache", None)
         if not isinstance(reorder, staticmethod):

@@ -80,6 +80,7 @@ class Cases:
     fresh: bool = False  # True: every case is decided in this pass, nothing to keep
     native: bool = False  # few tokens of decided cases on the CPU, which native code may serve past the dispatcher
     once: dict[Any, Tensor] = field(default_factory=dict)  # what is the same for all layers of the pass
+    steps: dict[Any, Any] = field(default_factory=dict, repr=False)  # by module: its prepared native call, or None
 
     @property
     def selected(self) -> Tensor | None:

@@ -6,7 +6,7 @@ gradients, an alpha that is still to be found, an output projection) is the refe
 which torch does well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -236,85 +236,78 @@ def _address(index: Tensor | None, kept: list[Tensor]) -> int:
 
 
 # For one token the native code runs for a microsecond or two, and the operators' checks and torch's dispatcher for
-# twenty. The two functions below are called past both, by modules that know what they pass, while `unwatched`. They
-# look at what a user can change (dtypes, devices, shapes, layouts), and say no wherever something does not suit.
+# twenty. So modules that know what they pass prepare a step (csrc/cpu/steps.h) and call it past both, while
+# `unwatched`: it says no where a given tensor does not suit, and None where a table is no longer what it was. What is
+# checked here, once, are sizes, dtypes, devices and layouts.
+
+Step = Callable[..., bool | None]
 
 
-def add_neurons(
-    y: Tensor,
-    x: Tensor,
-    buffers: dict[str, Tensor | None],
-    token_to_case: Tensor | None,
-    selected: Tensor | None,
-    act: str,
-) -> bool:
-    """`extra_neurons_` of the buffers of an ExtraNeurons module, if it can be had here."""
-    keys, key_bias, values = buffers.get("keys"), buffers.get("key_bias"), buffers.get("values")
-    group_ptr, up, up_bias = buffers.get("group_ptr"), buffers.get("up"), buffers.get("up_bias")
-    dtype, code = x.dtype, DTYPES.get(x.dtype)
-    module = native.cpu()
-    if module is None or code is None or keys is None or key_bias is None or values is None or group_ptr is None:
-        return False
-    n, d = keys.shape
+def neurons_step(
+    x: Tensor, buffers: dict[str, Any], token_to_case: Tensor | None, selected: Tensor | None, act: str
+) -> Step | None:
+    """`extra_neurons_(y, x, ...)` of an ExtraNeurons module's buffers as a step(y, x), if it can be had here."""
+    module, keys, values = native.cpu(), buffers.get("keys"), buffers.get("values")
+    if module is None or keys is None or values is None or not _dense(buffers.values(), keys.dtype):
+        return None
+    if not _dense((token_to_case, selected), torch.int64) or (selected is not None and token_to_case is None):
+        return None
+    (n, d), count, code = keys.shape, x.numel(), DTYPES[keys.dtype]
+    tokens = count // d
     rows, slots = (0, 0) if selected is None else selected.shape
-    count = x.numel()
-    if y.shape != x.shape or x.shape[-1] != d or count > FEW * d or (selected is None and count * n > NEURONS * d):
-        return False
-    if selected is not None and (token_to_case is None or token_to_case.shape[0] * d != count):
-        return False
-    for t in (x, y, keys, key_bias, values, *(() if up is None or up_bias is None else (up, up_bias))):
-        if not (t.dtype is dtype and t.is_cpu and t.is_contiguous()):
-            return False
-    if type(x) is not Tensor or type(y) is not Tensor:
-        return False
-    gate, gate_bias = (0, 0) if up is None or up_bias is None else (up.data_ptr(), up_bias.data_ptr())
-    module.extra_neurons(
-        *(y.data_ptr(), code, True, x.data_ptr(), code, keys.data_ptr(), code, key_bias.data_ptr(), code),
-        *(values.data_ptr(), code, gate, code, gate_bias, code, 0, 0, 0, 0, False, group_ptr.data_ptr()),
-        0 if selected is None or token_to_case is None else token_to_case.data_ptr(),
-        0 if selected is None else selected.data_ptr() or NOTHING,
-        *(count // d, d, n, d, group_ptr.shape[0] - 1, rows, slots, 0.0, ACTS[act], PORTABLE),
-    )
-    return True
+    few = tokens * n <= NEURONS if token_to_case is None or selected is None else token_to_case.numel() == tokens
+    if x.shape[-1] != d or tokens > FEW or not few:
+        return None
+    arrays = [0, code, True, 0, code] + [0, code] * 5 + [0, 0] * 2
+    sizes = (tokens, d, n, d, buffers["group_ptr"].shape[0] - 1, rows, slots, 0.0, ACTS[act], PORTABLE)
+    stay: list[tuple[str, Any, str | None, Tensor]] = []
+    stay += [(name, buffers, name, t) for name, t in buffers.items() if t is not None]
+    if selected is not None and token_to_case is not None:
+        stay += [("token_to_case", None, None, token_to_case), ("selected", None, None, selected)]
+    given = (("y", count), ("x", count))
+    return module.neurons_step((*arrays, False, 0, 0, 0, *sizes), given, tuple(stay), Tensor, keys.dtype)
 
 
-def mix_items(
+def shift_step(
     heads: Tensor,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    buffers: dict[str, Any],
     indices: Tensor,
     alpha: Tensor,
     token_to_case: Tensor,
     scaling: float | None,
     softcap: float | None,
     of_input: bool,
-) -> Tensor | None:
-    """`knowledge_shift` with the alpha of each case: heads [..., H hv] mixed with knowledge, if it can be had here.
+) -> Step | None:
+    """`knowledge_shift` with the alpha of each case as a step(out, heads, q), if it can be had here.
 
-    q [..., H hd], keys [N, Hkv, hd], values [N, Hkv, hv], indices [C, K], alpha [C] float32, token_to_case [T].
+    heads, out [..., H hv]; q [..., H hd]; of `buffers`, those of a memory, keys [N, Hkv, hd] and values [N, Hkv, hv];
+    indices [C, K]; alpha [C]; token_to_case [T].
     """
-    dtype, code = heads.dtype, DTYPES.get(heads.dtype)
-    module = native.cpu()
-    if module is None or code is None or keys.dim() != 3 or type(heads) is not Tensor or type(q) is not Tensor:
+    module, keys, values = native.cpu(), buffers["keys"], buffers["values"]
+    if module is None or keys.dim() != 3 or not _dense((keys, values), keys.dtype):
+        return None
+    if not _dense((indices, token_to_case), torch.int64) or not _dense((alpha,), torch.float32):
         return None
     (items, kv_heads, hd), hv, (cases, slots), tokens = keys.shape, values.shape[2], indices.shape, len(token_to_case)
-    width, count = heads.shape[-1], q.numel()
-    query_heads = width // hv
-    if items == 0 or tokens > FEW or heads.numel() != tokens * width or count != tokens * query_heads * hd:
+    width = heads.shape[-1]
+    count = width // hv
+    if items == 0 or tokens > FEW or count * hv != width or count % kv_heads:
         return None
-    if query_heads * hv != width or query_heads % kv_heads or alpha.dtype is not torch.float32:
-        return None
-    for t in (heads, q, keys, values):
-        if not (t.dtype is dtype and t.is_cpu and t.is_contiguous()):
-            return None
-    if not (indices.is_contiguous() and alpha.is_contiguous() and alpha.is_cpu):
-        return None
-    out = torch.empty_like(heads)
-    module.knowledge_shift(
-        *(out.data_ptr(), 0, heads.data_ptr(), code, q.data_ptr(), code, keys.data_ptr(), code),
-        *(values.data_ptr(), code, alpha.data_ptr(), 0, indices.data_ptr() or NOTHING, token_to_case.data_ptr()),
-        *(tokens, cases, items, query_heads, kv_heads, hd, hv, slots, hd**-0.5 if scaling is None else scaling),
-        *(softcap or 0.0, True, of_input, False, PORTABLE),
-    )
-    return out
+    code = DTYPES[keys.dtype]
+    sizes = (tokens, cases, items, count, kv_heads, hd, hv, slots, hd**-0.5 if scaling is None else scaling)
+    options = (softcap or 0.0, True, of_input, False, PORTABLE)
+    arrays = (0, 0, *(0, code) * 4, 0, 0, 0, 0)
+    tables = (("keys", buffers, "keys", keys), ("values", buffers, "values", values))
+    kept = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}
+    stay = (*tables, *((name, None, None, t) for name, t in kept.items()))
+    given = (("out", tokens * width), ("h_input", tokens * width), ("q", tokens * count * hd))
+    return module.shift_step((*arrays, *sizes, *options), given, stay, Tensor, keys.dtype)
+
+
+def _dense(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether native code can read all of these: indices, and numbers of one dtype that it knows."""
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.is_contiguous() and t.dtype in (dtype, torch.int64)):
+            return False
+    return dtype in DTYPES or dtype == torch.int64

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any, Protocol
 
-import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 
@@ -56,13 +56,11 @@ class HookedForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(MethodType(type(self.module).forward, self.module))
 
-    def yield_if_replaced(self) -> None:
-        """Where another forward has taken this one's place, the hooks become torch's, whether that calls it or not.
+    def give_way(self) -> None:
+        """Makes the hooks torch's: another forward has taken this one's place.
 
-        So nothing is lost where somebody sets `module.forward`, and nothing done twice where it calls what was there.
+        So nothing is lost where that does not call this one, and nothing done twice where it does.
         """
-        if self.module.__dict__.get("forward") is self or not self.handles:
-            return
         self.before, self.after = [], []
         for handle in self.handles:
             handle.register_with_torch()
@@ -87,8 +85,8 @@ class HookedLinear(HookedForward):
             if changed is not None:
                 args, kwargs = changed
         own = module._parameters
-        if len(args) == 1 and not kwargs and "weight" in own and "bias" in own and self.plain():
-            output = linear(args[0], own["weight"], own["bias"])
+        if self.inner is None and type(module) is nn.Linear and len(args) == 1 and "weight" in own and "bias" in own:
+            output = linear(args[0], own["weight"], own["bias"], **kwargs)
         else:
             output = self._own(args, kwargs)
         for hook in self.after:
@@ -97,22 +95,34 @@ class HookedLinear(HookedForward):
                 output = changed
         return output
 
-    def plain(self) -> bool:
-        """Whether the output is a product of the module's own, that nobody has seen before the hooks do."""
-        return self.inner is None and type(self.module) is nn.Linear
+
+def own_product(module: nn.Module) -> bool:
+    """Whether a hook sees a module's output or input first, and nothing is done between them but one product."""
+    forward = module.__dict__.get("forward")
+    return type(forward) is HookedLinear and forward.inner is None and type(module) is nn.Linear
 
 
 class WatchedForward(HookedForward):
     """The same for a module whose `after` hooks hear of its failures: they are called with None as the output."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return super().__call__(*args, **kwargs)
+        module = self.module
         try:
-            return super().__call__(*args, **kwargs)
+            for hook in self.before:
+                changed = hook(module, args, kwargs)
+                if changed is not None:
+                    args, kwargs = changed
+            output = self._own(args, kwargs)
+            for hook in self.after:
+                changed = hook(module, args, kwargs, output)
+                if changed is not None:
+                    output = changed
+            return output
         except BaseException:
             for hook in self.after:
-                hook(self.module, args, kwargs, None)
+                hook(module, args, kwargs, None)
             raise
 
 

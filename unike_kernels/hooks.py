@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .cases import Cases, all_missing
-from .forwards import HookedForward
+from .forwards import HookedForward, own_product
 from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import OwnHook, Projections
 from .tracker import CaseTracker
@@ -24,6 +25,8 @@ class Runtime:
         self.tracker = tracker
         self.sites: list[AttentionSite] = []  # of the edited layers
         self.forwards: list[HookedForward] = []  # that hold hooks of this patch
+        self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
+        self.again = False  # it goes on with what the step before found
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -33,6 +36,9 @@ class Runtime:
                 "with handle.set_cases and run the decoder once"
             )
         return self.tracker.current.to(like.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "native": None}
 
 
 def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -109,12 +115,14 @@ class AttentionInputHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         site = self.site
-        site.clear()
-        if not site.runtime.enabled:
+        site.projected = site.version = None
+        runtime = site.runtime
+        if not runtime.enabled:
+            site.clear()
             return
-        tap = first(args, kwargs)
-        if site.router is not None:
-            site.route(_rows(tap), site.runtime.cases(tap))
+        tap = args[0] if args else kwargs["hidden_states"]
+        if site.router is not None and (runtime.native is None or runtime.native.state.selected is None):
+            site.route(_rows(tap), runtime.cases(tap))
         if site.shift is not None:
             site.attention, site.tap, site.waiting = module, tap, True
 
@@ -128,10 +136,11 @@ class QueryHook(OwnHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         site = self.site
         # The very tensor that the layer was called with: the shift calls q_proj too, on other rows.
-        if site.attention is None or not args or args[0] is not site.tap:
+        attention = site.attention
+        if attention is None or not args or args[0] is not site.tap:
             return
-        if isinstance(output, Tensor) and site.projections.is_query(site.attention, module):
-            counted = not (torch.compiler.is_compiling() or output.is_inference())
+        if isinstance(output, Tensor) and site.projections.is_query(attention, module):
+            counted = not (is_compiling() or output.is_inference())
             site.projected, site.version = output, output._version if counted else None
 
 
@@ -143,9 +152,10 @@ class HeadsHook(OwnHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         site = self.site
-        if not site.waiting or site.attention is None or not args:
+        attention, shift = site.attention, site.shift
+        if not site.waiting or attention is None or shift is None or not args:
             return None
-        if not site.projections.is_output(site.attention, module):
+        if not site.projections.is_output(attention, module):
             return None  # an adapter came around it since: it would see the heads as they were
         if module._forward_pre_hooks and any(not isinstance(h, OwnHook) for h in module._forward_pre_hooks.values()):
             return None  # what others do to the heads is to reach the knowledge too
@@ -154,15 +164,19 @@ class HeadsHook(OwnHook):
                 break
             if earlier.waiting:
                 return None
-        assert site.shift is not None and site.tap is not None
-        heads = args[0]
-        cases = site.runtime.cases(site.tap)
-        if cases.native and site.unwritten():
-            mixed = site.shift.mix_natively(heads, site.projected, site.attention, site.projections, cases)
+        heads, tap, projected = args[0], site.tap, site.projected
+        native = site.runtime.native
+        if native is not None and projected is not None and (site.version is None or site.unwritten()):
+            q = projected
+            if site.projections.sites.q_norm is not None:
+                q = site.projections.query(attention, projected, projected)
+            mixed = shift.mix_natively(heads, q, native, own_product(module))
             if mixed is not None:
                 site.waiting = False
                 return (mixed, *args[1:]), kwargs
-        mixed = site.shift.mix(_rows(heads), _rows(site.tap), site.query, site.attention, site.projections, cases)
+        assert tap is not None
+        cases = site.runtime.cases(tap)
+        mixed = shift.mix(_rows(heads), _rows(tap), site.query, attention, site.projections, cases)
         if mixed is None:
             return None
         site.waiting = False
@@ -181,7 +195,8 @@ class AttentionHook:
         query = site.query if waiting else None
         for every in site.queue:
             every.attention = None  # from here on its projections are called by shifts, not by the layer
-        site.clear()
+        site.tap = site.projected = site.version = None
+        site.waiting = False
         if not waiting or output is None or not site.runtime.enabled:
             return None
         assert site.shift is not None
@@ -209,11 +224,6 @@ class FfnInputHook:
         if self.runtime.enabled:
             self.x = first(args, kwargs)
 
-    def take(self) -> Tensor | None:
-        """The kept input, given up so that it does not outlive its pass."""
-        x, self.x = self.x, None
-        return x
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "x": None}
 
@@ -226,23 +236,30 @@ class FfnOutputHook:
         self.fused: Any = None  # the layer's FusedFfn, in a patch of mode "fuse"
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not self.runtime.enabled:
+        runtime = self.runtime
+        if not runtime.enabled:
             return None
-        x = self.source.take() if self.source is not None else first(args, kwargs)
+        source = self.source
+        if source is None:
+            x: Tensor | None = first(args, kwargs)
+        else:
+            x, source.x = source.x, None  # given up, so that it does not outlive its pass
         if self.fused is not None and self.fused.take_done():
             return None
         if x is None:  # switched on between the FFN's first and last module
             return None
-        cases = self.runtime.cases(x)
+        native = runtime.native
+        if native is not None and not torch.is_grad_enabled() and not is_compiling():
+            mine = own_product(module) or _may_write(module, x, output)
+            if mine and self.neurons.add_natively(output, x, native):
+                return None
+        cases = runtime.cases(x)
         selected = cases.selected
         # None: always on, every group acts on every token (the paper)
         rows = None if selected is None else cases.rows(self.positions)
-        mine = _may_write(module, x, output)
-        if mine and cases.native and self.neurons.add_natively(output, x, rows, selected):
-            return None
         if selected is not None and all_missing(selected):
             return None
-        if mine:
+        if _may_write(module, x, output):
             self.neurons.add_(output, x, rows, selected)
             return None
         return output + self.neurons(x, rows, selected)
@@ -250,9 +267,13 @@ class FfnOutputHook:
 
 def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
     """Whether the FFN's output is a tensor of its own that nobody else may have kept: then it is added to in place."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or output.dtype != x.dtype:
+    if torch.is_grad_enabled() or is_compiling() or output.dtype is not x.dtype:
         return False
-    if not output.is_contiguous() or output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+    if not output.is_contiguous():
+        return False
+    if own_product(module):
+        return True
+    if output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return False
     for around in (module, *module._modules.values()):
         for hook in around._forward_hooks.values() if around is not None else ():
@@ -272,10 +293,18 @@ class BeginHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         runtime = self.runtime
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             for forward in runtime.forwards:
-                forward.yield_if_replaced()
-        (runtime.tracker.begin if runtime.enabled else runtime.tracker.skip)(args, kwargs)
+                if forward.module.__dict__.get("forward") is not forward:
+                    forward.give_way()
+        runtime.native = None
+        tracker = runtime.tracker
+        if not runtime.enabled:
+            tracker.skip(args, kwargs)
+            return
+        runtime.again = tracker.begin(args, kwargs)
+        if tracker.current is not None and tracker.current.native:
+            runtime.native = tracker.current
 
 
 class EndHook:
@@ -284,12 +313,14 @@ class EndHook:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.runtime.enabled:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        runtime = self.runtime
+        runtime.native = None
+        if not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
             return
-        tracker = self.runtime.tracker
+        tracker = runtime.tracker
         tracker.end(output)
-        if tracker.current is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if tracker.current is None or not torch.is_grad_enabled() or is_compiling():
             return
         hidden = output if isinstance(output, Tensor) else output[0]
         if isinstance(hidden, Tensor) and hidden.requires_grad:
@@ -334,7 +365,7 @@ class LabelsDoneHook:
     def __init__(self, tracker: CaseTracker) -> None:
         self.tracker = tracker
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.tracker.labels, self.tracker.several_logits = None, False
 
 

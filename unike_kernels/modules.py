@@ -109,12 +109,19 @@ class ExtraNeurons(ChoosesBackend):
         neurons = (self.keys, self.key_bias, self.values)
         ops.extra_neurons_(y, x, *neurons, **self._options(token_to_case, selected))
 
-    def add_natively(self, y: Tensor, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> bool:
-        """`add_` past torch's dispatcher, where that is `Cases.native` and the tensors suit; whether it was done."""
+    def add_natively(self, y: Tensor, x: Tensor, cases: Cases) -> bool:
+        """`add_` of the pass's cases past torch's dispatcher, where they are `native`; whether it was done."""
+        step = cases.steps.get(self)
+        if step is not None and self.zeta is None:
+            done = step(y, x)
+            if done is not None:
+                return done
         if self._parameters or self.zeta is not None or self.backend not in cpu_kernels.BACKENDS:
             return False  # an edit is being trained
-        # An attribute of an nn.Module takes as long to look up as the native code runs, so the buffers go as they are.
-        return cpu_kernels.add_neurons(y, x, self._buffers, token_to_case, selected, self.act)
+        selected = cases.state.selected
+        rows = None if selected is None else cases.token_to_case
+        step = cases.steps[self] = cpu_kernels.neurons_step(x, self._buffers, rows, selected, self.act)
+        return step is not None and bool(step(y, x))
 
     def _options(self, token_to_case: Tensor | None, selected: Tensor | None) -> dict[str, Any]:
         return {
@@ -256,22 +263,32 @@ class KnowledgeShift(ChoosesBackend):
             self._note(scores, indices, used, cases)
         return mixed
 
-    def mix_natively(
-        self, heads: Tensor, projected: Tensor | None, attention: nn.Module, projections: Projections, cases: Cases
-    ) -> Tensor | None:
+    def mix_natively(self, heads: Tensor, q: Tensor, cases: Cases, alone: bool) -> Tensor | None:
         """`mix` of heads [..., H hv] past torch's dispatcher, where that is `Cases.native`; None: not here.
 
-        projected: q_proj's output [..., H hd].
+        q [..., H hd], as `Projections.query`. alone: nothing sees the result but a product, so every step has the same
+        tensor for it.
         """
-        config, before = self.config, cases.state.layers.get(self.layer)
-        if before is None or projected is None or config.per != "case" or config.attention != "projected":
+        before = cases.state.layers.get(self.layer)
+        if before is None:
             return None
-        if self.backend not in cpu_kernels.BACKENDS:
+        step, of, kept = cases.steps.get(self, (None, None, None))
+        out = kept if alone and kept is not None and of is before else torch.empty_like(heads)
+        if step is not None and of is before:
+            done = step(out, heads, q)
+            if done is not None:
+                return out if done else None
+        config = self.config
+        if config.per != "case" or config.attention != "projected" or self.backend not in cpu_kernels.BACKENDS:
             return None
-        q = projected if projections.sites.q_norm is None else projections.query(attention, projected, projected)
-        items: Any = self._modules["memory"]._buffers  # as in add_natively
-        table = (items["keys"], items["values"], before.indices, before.alpha, cases.token_to_case)
-        return cpu_kernels.mix_items(heads, q, *table, self.scaling, self.softcap, config.orientation == "input")
+        items: Any = self._modules["memory"]._buffers
+        tables = (items, before.indices, before.alpha, cases.token_to_case)
+        of_input = config.orientation == "input"
+        step = cpu_kernels.shift_step(heads, q, *tables, self.scaling, self.softcap, of_input)
+        with torch.inference_mode(False):  # for steps with and without
+            kept = torch.empty(heads.shape, dtype=heads.dtype)
+        cases.steps[self] = step, before, kept
+        return out if step is not None and step(out, heads, q) else None
 
     def shift(
         self,

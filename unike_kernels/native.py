@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import reference
 
-CPU_INTERFACE = 3  # of csrc/cpu/bindings.cpp: a build of other sources is not called
+CPU_INTERFACE = 4  # of csrc/cpu/bindings.cpp: a build of other sources is not called
+LEVELS = ("portable", "avx2", "best")  # as csrc/cpu/int8_search.h counts them: less than the best is for tests
 INDEXED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,10 +90,10 @@ class Int8Index:
     row, so equal keys have equal scores and the lowest index comes first.
 
     keys: [N, d] float32, bfloat16 or float16 on the CPU, read again by every search: not to change while this is used.
-    key_norm: [N] float32, what to divide the rows by; None: their norms. portable: without AVX2, for tests.
+    key_norm: [N] float32, what to divide the rows by; None: their norms. level: of instructions, one of LEVELS.
     """
 
-    def __init__(self, keys: Tensor, key_norm: Tensor | None = None, *, portable: bool = False) -> None:
+    def __init__(self, keys: Tensor, key_norm: Tensor | None = None, *, level: str = "best") -> None:
         module = cpu()
         if module is None:
             raise RuntimeError(str(no_cpu()))
@@ -109,7 +110,7 @@ class Int8Index:
         dtype = str(keys.dtype).removeprefix("torch.")
         stride, norm = self.keys.stride(0), self.key_norm.data_ptr()
         self._index = module.Int8Index(
-            self.keys.data_ptr(), dtype, n, d, max(stride, d), norm, portable, torch.get_num_threads()
+            self.keys.data_ptr(), dtype, n, d, max(stride, d), norm, LEVELS.index(level), torch.get_num_threads()
         )
         self.reranked = torch.zeros(0, dtype=torch.long)
 

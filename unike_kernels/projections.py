@@ -22,9 +22,12 @@ class Projections:
     def __init__(self, sites: LayerSites) -> None:
         self.sites = sites
         self.below = len(sites.attention) + 1
+        self.q_proj, self.out_proj = sites.q_proj[self.below :], sites.out_proj[self.below :]
 
     def _get(self, attention: nn.Module, name: str) -> nn.Module:
-        name = name[self.below :]
+        return self._child(attention, name[self.below :])
+
+    def _child(self, attention: nn.Module, name: str) -> nn.Module:
         found = attention._modules.get(name)  # ten times as fast as get_submodule, and asked in every layer and token
         return attention.get_submodule(name) if found is None else found
 
@@ -38,11 +41,11 @@ class Projections:
 
     def is_query(self, attention: nn.Module, module: nn.Module) -> bool:
         """Whether `module` is what the layer calls for q now: an adapter may have come around it since."""
-        return self._get(attention, self.sites.q_proj) is module
+        return (attention._modules.get(self.q_proj) or self._child(attention, self.q_proj)) is module
 
     def is_output(self, attention: nn.Module, module: nn.Module) -> bool:
         """Whether `module` is what the layer calls for its output projection now."""
-        return self._get(attention, self.sites.out_proj) is module
+        return (attention._modules.get(self.out_proj) or self._child(attention, self.out_proj)) is module
 
     def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
         """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""

@@ -28,6 +28,7 @@ from .cases import (
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
 STORAGE_ATTRIBUTE = "_unike_storage"  # the same on a static cache, kept over a reset: the tensors to decide into
+CPU = torch.device("cpu")
 CONTINUATIONS = ("refuse", "keep", "new")
 
 
@@ -47,8 +48,7 @@ class CaseTracker:
         self.version = Version()
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
-        # The maps of the last decoding step on the CPU: (batch, length), token_to_case, case_tokens
-        self._maps: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self.step: Cases | None = None  # of the last decoding step that native code may serve
         self._growth = (0, 0, 0)  # batch, length and growing passes so far without a KV cache
         self._warned = False
 
@@ -61,7 +61,7 @@ class CaseTracker:
             "labels": None,
             "several_logits": False,
             "chosen": None,
-            "_maps": None,
+            "step": None,
         }
         return {**self.__dict__, **of_this_process, "legacy": None}
 
@@ -76,8 +76,11 @@ class CaseTracker:
 
     # ------------------------------------------------------------------------------------------------- one pass
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before the decoder: finds the cases of this pass."""
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Before the decoder: finds the cases of this pass. True where it only goes on, and `end` has nothing to do."""
+        if self.step is not None and not args and self._goes_on(self.step, kwargs):
+            self.labels, self.current = None, self.step
+            return True
         given = self._given(args, kwargs)
         labels, self.labels, self.current = self.labels, None, None
         inputs = given.get("inputs_embeds")
@@ -86,7 +89,7 @@ class CaseTracker:
             inputs = given.get("input_ids")
             shape = None if inputs is None else inputs.shape
         if inputs is None or shape is None:
-            return  # the decoder says what is missing
+            return False  # the decoder says what is missing
         picture = given.get("query_embeds")
         if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
             shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
@@ -96,6 +99,7 @@ class CaseTracker:
             self.current = self._found(given, shape, inputs.device, labels)
         if not self.current.decided:
             self._choose(self.current, inputs.device)
+        return False
 
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the decoder of a patch that is switched off: what this pass puts into an empty cache is not ours."""
@@ -175,23 +179,43 @@ class CaseTracker:
         rows = torch.arange(batch, device=device) * length + last
         return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
+    def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
+        """Whether this pass is one more of the same steps, one token a row: then nothing is to be found anew."""
+        tokens = given.get("inputs_embeds")
+        if tokens is None:
+            tokens = given.get("input_ids")
+        cache = given.get(CACHE_NAMES[0])
+        if cache is None:
+            cache = given.get(CACHE_NAMES[1])
+        if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
+            return False
+        kept = getattr(cache, CACHE_ATTRIBUTE, None)
+        if kept is None or kept.get(self.name) is not step.state or step.state.version is not self.version:
+            return False
+        rows = step.state.size
+        if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched() or not self._past(cache):
+            return False
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() == 4:
+            return True
+        return mask.dim() == 2 and len(mask) == rows and mask.is_cpu and may_ask() and bool((mask[:, -1] != 0).all())
+
     def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState) -> Cases:
         """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
-        native = device.type == "cpu" and batch * length <= cpu_kernels.FEW and cpu_kernels.unwatched()
-        if not native:
+        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
             nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
             return Cases(padded_cases(mask, batch, length, device), nowhere, state, decided=True)
-        if self._maps is None or self._maps[0] != (batch, length):
-            with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
-                nowhere = torch.full((batch,), -1, dtype=torch.long)
-                self._maps = (batch, length), padded_cases(None, batch, length, device), nowhere
-        _, token_to_case, nowhere = self._maps
-        if isinstance(mask, Tensor):
-            token_to_case = padded_cases(mask, batch, length, device)
         # A decision from another device would have to be moved: left to those who do.
         there = all(of.indices.is_cpu for of in state.layers.values())
         native = there and (state.selected is None or state.selected.is_cpu)
-        return Cases(token_to_case, nowhere, state, decided=True, native=native)
+        with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
+            nowhere = torch.full((batch,), -1, dtype=torch.long)
+            token_to_case = padded_cases(mask, batch, length, device)
+        found = Cases(token_to_case, nowhere, state, decided=True, native=native)
+        plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
+        if native and length == 1 and plain:
+            self.step = found  # in which every row has its token
+        return found
 
     def _named(self, shape: torch.Size, device: torch.device) -> Cases:
         """The cases that were named by hand, for a pass of exactly as many tokens."""

@@ -14,12 +14,9 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kRows = 64;  // of codes that all queries meet before the next come: 256 KB at d = 4096, in the L2
 
-struct Found {
-    float score;
-    int64_t row;
-};
+constexpr float kUnscored = -kInfinity;
 
-bool better(const Found& a, const Found& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
+bool better(const Int8Index::Found& a, const Int8Index::Found& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
 
 size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -61,8 +58,7 @@ struct Int8Index::Query {
     double length, residual;
 };
 
-Int8Index::Int8Index(const Keys& keys, bool portable, int threads)
-    : keys_(keys), portable_(portable || !has_avx2()) {
+Int8Index::Int8Index(const Keys& keys, Level level, int threads) : keys_(keys), vectors_(vectors(level)) {
     const int64_t n = keys.n, d = keys.d;
     padded_ = (d + 63) / 64 * 64;
     block_ = 64;
@@ -105,7 +101,7 @@ Int8Index::Int8Index(const Keys& keys, bool portable, int threads)
 
 // u_i = key_i / key_norm_i, zeros after the d-th element.
 void Int8Index::normalised(int64_t row, float* u) const {
-    vectors(portable_).widen[int(keys_.dtype)](row_of(keys_, row), keys_.d, u);
+    vectors_.widen[int(keys_.dtype)](row_of(keys_, row), keys_.d, u);
     const float inverse = keys_.norm[row] == 0 ? 0.0f : 1 / keys_.norm[row];
     for (int64_t i = 0; i < keys_.d; ++i) u[i] *= inverse;
     std::fill(u + keys_.d, u + padded_, 0.0f);
@@ -152,25 +148,79 @@ void Int8Index::encode(int64_t row, float* x) {
 
 float Int8Index::exact(const float* q, int64_t row) const {
     if (keys_.norm[row] == 0) {  // as dividing by infinity does: 0, and NaN for a row that is not finite
-        const float dot = vectors(portable_).dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d);
+        const float dot = vectors_.dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d);
         return dot / kInfinity + 0.0f;
     }
-    return vectors(portable_).dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d) / keys_.norm[row] + 0.0f;
+    return vectors_.dot[int(keys_.dtype)](q, row_of(keys_, row), keys_.d) / keys_.norm[row] + 0.0f;
 }
 
 // s_i of rows [begin, end) for every query: scores [queries, n].
 void Int8Index::scan(const std::vector<Query>& queries, int64_t begin, int64_t end, float* scores) const {
-    const auto dot = vectors(portable_).dot_int8;
+    int32_t dots[kRows];
     for (int64_t first = begin; first < end; first += kRows) {
         for (size_t t = 0; t < queries.size(); ++t) {
             const Query& query = queries[t];
-            float* out = scores + int64_t(t) * keys_.n;
-            const int64_t last = std::min({first + kRows, end, query.end});
-            for (int64_t row = std::max(first, query.start); row < last; ++row)
-                out[row] = query.offset +
-                           query.step * scale_[size_t(row)] * float(dot(query.codes.data(), codes_ + row * padded_, padded_));
+            const int64_t from = std::max(first, query.start), count = std::min({first + kRows, end, query.end}) - from;
+            if (count <= 0) continue;
+            vectors_.dots_int8(query.codes.data(), codes_ + from * padded_, padded_, count, dots);
+            float* out = scores + int64_t(t) * keys_.n + from;
+            const float* scale = scale_.data() + from;
+            for (int64_t i = 0; i < count; ++i) out[i] = query.offset + query.step * scale[i] * float(dots[i]);
+            for (int64_t i = 0; i < count; ++i)  // nothing is known of it: no witness, but always a candidate
+                if (residual_[size_t(from + i)] == kInfinity) out[i] = -kInfinity;
         }
     }
+}
+
+// A score that at least k rows of the range reach by s_i, and not many more: the k-th largest among the bests of classes of
+// rows, every so many-th row one class, or of all where there are few. -inf where fewer than k rows can be told apart.
+float Int8Index::reached(const Query& query, const float* approximate, int64_t k) const {
+    const float *score = approximate + query.start, *end = approximate + query.end;
+    const int64_t classes = std::max<int64_t>(256, (6 * k + 63) / 64 * 64);
+    std::vector<float> best(score, end - score < 4 * classes ? end : score + classes);
+    for (score += best.size(); score < end; score += classes) {
+        const int64_t count = std::min<int64_t>(classes, end - score);
+        for (int64_t i = 0; i < count; ++i) best[size_t(i)] = score[i] > best[size_t(i)] ? score[i] : best[size_t(i)];
+    }
+    if (int64_t(best.size()) < k) return -kInfinity;
+    std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), std::greater<float>());
+    return best[size_t(k - 1)];
+}
+
+// The rows that may be among the k best, some of them with their exact score; false: too many to be worth it.
+bool Int8Index::candidates(const Query& query, const float* approximate, int64_t k, std::vector<Found>& found) const {
+    const int64_t length = query.end - query.start;
+    // Scoring a third of the rows in an order of its own costs about what scoring all of them does.
+    const size_t most = size_t(std::max<int64_t>(2 * k, length / 3));
+    const float threshold = reached(query, approximate, k);
+    if (!(threshold > -kInfinity)) return false;
+    std::vector<float> scores;
+    int64_t next = query.start;  // rows before it that reach the threshold are scored
+    for (; next < query.end && int64_t(scores.size()) < 2 * k; ++next) {
+        if (!(approximate[next] >= threshold)) continue;
+        found.push_back({exact(query.unit, next), next});
+        if (!std::isfinite(found.back().score)) return false;
+        scores.push_back(found.back().score);
+    }
+    if (int64_t(scores.size()) < k) return false;
+    std::nth_element(scores.begin(), scores.begin() + (k - 1), scores.end(), std::greater<float>());
+    // Compared in fp32: where |s_i| and the errors are below 4, as those are that matter, rounding adds less than 4e-6.
+    const float bound = scores[size_t(k - 1)] - 4e-6f;
+    const float of_residual = float(query.length), of_scale = float(query.residual * 127 * std::sqrt(double(padded_)));
+    const float *residual = residual_.data(), *scale = scale_.data();
+    for (int64_t first = query.start; first < query.end; first += kRows) {
+        const int64_t last = std::min(first + kRows, query.end);
+        int any = 0;
+        for (int64_t row = first; row < last; ++row)
+            any |= !(approximate[row] + (of_residual * residual[row] + of_scale * scale[row]) < bound);
+        for (int64_t row = first; any && row < last; ++row) {
+            if (approximate[row] + (of_residual * residual[row] + of_scale * scale[row]) < bound) continue;
+            if (row < next && approximate[row] >= threshold) continue;
+            if (found.size() == most) return false;
+            found.push_back({kUnscored, row});
+        }
+    }
+    return true;
 }
 
 // `approximate` [n]: s_i of the query, or null: every row is scored.
@@ -183,51 +233,26 @@ void Int8Index::select(Query& query, const float* approximate, int64_t k, float*
         std::fill(indices, indices + k, int64_t(-1));
         return;
     }
-    std::vector<int64_t> rows;
-    // Scoring a third of the rows in an order of its own costs about what scoring all of them does.
-    const int64_t most = std::max<int64_t>(2 * k, length / 3);
+    std::vector<Found> found;
     bool all = approximate == nullptr || length <= 2 * k;
     if (!all) {
-        std::vector<float> ordered;
-        ordered.reserve(size_t(length));
-        for (int64_t row = query.start; row < query.end; ++row)
-            if (residual_[size_t(row)] != kInfinity) ordered.push_back(approximate[row]);
-        all = int64_t(ordered.size()) <= k;
-        if (!all) {
-            std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<float>());
-            const float kth = ordered[size_t(k - 1)];
-            std::vector<float> best;  // exact scores of k rows whose s_i are the largest: L is the least of them
-            float bound = kInfinity;
-            int64_t seen = 0;
-            for (int64_t row = query.start; row < query.end && seen < k; ++row) {
-                if (residual_[size_t(row)] == kInfinity || !(approximate[row] >= kth)) continue;
-                const float score = exact(query.unit, row);
-                bound = std::isfinite(score) ? std::min(bound, score) : -kInfinity;
-                if (bound == -kInfinity) break;
-                ++seen;
-            }
-            all = seen < k;
-            for (int64_t row = query.start; row < query.end && !all; ++row) {
-                const double error = query.length * residual_[size_t(row)] +
-                                     query.residual * scale_[size_t(row)] * 127 * std::sqrt(double(padded_));
-                if (!(approximate[row] + error < bound)) rows.push_back(row);
-                all = int64_t(rows.size()) > most;
-            }
-        }
+        all = !candidates(query, approximate, k, found);
         const int failed = all ? std::min(fallbacks_.load() + 1, 6) : 0;
         fallbacks_.store(failed);
         skip_.store(all ? 1 << failed : 0);
     }
     if (all) {
-        rows.resize(size_t(length));
-        for (int64_t i = 0; i < length; ++i) rows[size_t(i)] = query.start + i;
+        found.resize(size_t(length));
+        for (int64_t i = 0; i < length; ++i) found[size_t(i)] = {kUnscored, query.start + i};
     }
-    *reranked = int64_t(rows.size());
+    *reranked = int64_t(found.size());
 
-    std::vector<Found> found(rows.size());
-    const int helpers = int64_t(rows.size()) * keys_.d < (1 << 21) ? 1 : threads;  // starting one costs 10-20 us
-    share(int64_t(rows.size()), helpers, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) found[size_t(i)] = {exact(query.unit, rows[size_t(i)]), rows[size_t(i)]};
+    const int helpers = int64_t(found.size()) * keys_.d < (1 << 21) ? 1 : threads;  // starting one costs 10-20 us
+    share(int64_t(found.size()), helpers, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            Found& one = found[size_t(i)];
+            if (one.score == kUnscored) one.score = exact(query.unit, one.row);
+        }
     });
     found.erase(std::remove_if(found.begin(), found.end(), [](const Found& one) { return !std::isfinite(one.score); }),
                 found.end());

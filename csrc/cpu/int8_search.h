@@ -5,9 +5,9 @@
 //
 //   q . u_i = q . c + (R q) . v_i,  v_i = R (u_i - c) = scale_i z_i + e_i,  z_i int8,  |e_i| = residual_i
 //
-// so the int8 score s_i = q . c + (R q) . (scale_i z_i) is off by at most |q| residual_i (Cauchy-Schwarz). The K best by s_i
-// are scored exactly; the worst of them, L, bounds the K-th best score from below; every row with s_i + |q| residual_i >= L
-// is scored exactly too. Rows that are left out are worse than K others: the set is exact whatever the keys look like.
+// so the int8 score s_i = q . c + (R q) . (scale_i z_i) is off by at most |q| residual_i (Cauchy-Schwarz). K rows or some more
+// with large s_i are scored exactly; the K-th best of them, L, bounds the K-th best score from below; every row with s_i +
+// |q| residual_i >= L is scored exactly too. Rows that are left out are worse than K others: the set is exact whatever the keys look like.
 #pragma once
 
 #include <atomic>
@@ -27,13 +27,17 @@ struct Keys {
     const float* norm;
 };
 
-// The level of instructions that the machine has: "avx2" (with FMA and F16C) or "portable".
+// Instructions that a search may use: as good as the machine has, or less, for tests.
+enum class Level { portable, avx2, best };
+struct Vectors;  // vectors.h
+
+// The level of instructions that the machine has: "avx512_vnni", "avx2" (with FMA and F16C) or "portable".
 const char* instructions();
 
 class Int8Index {
   public:
     // Reads all keys once. They must stay where they are, unchanged, as long as the index lives: the best are read again.
-    Int8Index(const Keys& keys, bool portable, int threads);
+    Int8Index(const Keys& keys, Level level, int threads);
     Int8Index(const Int8Index&) = delete;
     Int8Index& operator=(const Int8Index&) = delete;
 
@@ -46,8 +50,15 @@ class Int8Index {
 
     int64_t bytes() const;  // of the copy
 
+    struct Found {
+        float score;
+        int64_t row;
+    };
+
   private:
     struct Query;
+    float reached(const Query& query, const float* approximate, int64_t k) const;
+    bool candidates(const Query& query, const float* approximate, int64_t k, std::vector<Found>& found) const;
     void rotate(float* row) const;
     void normalised(int64_t row, float* u) const;
     void encode(int64_t row, float* x);
@@ -57,7 +68,7 @@ class Int8Index {
                 int threads) const;
 
     Keys keys_;
-    bool portable_;
+    const Vectors& vectors_;
     int64_t padded_;         // d rounded up to whole registers
     int64_t block_;          // length of a Hadamard transform: the largest power of two <= padded_
     double slack_;           // bound on what rounding in fp32 can add to the difference of s_i and the exact score
