@@ -93,7 +93,8 @@ class Recording:
 
     def _output(self, layer, what):
         def hook(module, args, kwargs, output):
-            self.seen[layer, what] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+            # Copied: what the patch's own hooks see first they may write to.
+            self.seen[layer, what] = (output[0] if isinstance(output, tuple) else output).clone().flatten(0, -2)
 
         return hook
 
