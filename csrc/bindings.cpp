@@ -109,12 +109,12 @@ unsigned long long stream_number(uintptr_t stream) {
     return number;
 }
 
-// codes, scale, residual, centre, signs, padded, window, keys, key_norm, their dtype, n, key_stride, d: as csrc/int8_search.cuh.
+// codes, scale, residual, centre, signs, padded, window, keys, key_norm, their dtype, n, key_stride, d, habit: as csrc/int8_search.cuh.
 using Index = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, std::string,
-                         int64_t, int64_t, int64_t>;
+                         int64_t, int64_t, int64_t, uintptr_t>;
 
 unike::Int8Keys int8_keys(const Index& index, int64_t t, int64_t k) {
-    const auto& [codes, scale, residual, centre, signs, padded, window, keys, norm, dtype, n, stride, d] = index;
+    const auto& [codes, scale, residual, centre, signs, padded, window, keys, norm, dtype, n, stride, d, habit] = index;
     within("t", t, 0, unike::kMostInt8Queries);
     within("k", k, 0, unike::kMostItems);
     within("n", n, 0, (int64_t{1} << 31) - 1);
@@ -124,10 +124,11 @@ unike::Int8Keys int8_keys(const Index& index, int64_t t, int64_t k) {
     within("key_stride", stride, 0, INT64_MAX);
     if (n > 0 && (codes == 0 || scale == 0 || residual == 0 || keys == 0 || norm == 0))
         throw std::invalid_argument("codes, scale, residual, keys and key_norm must be addresses, but one is null");
-    if (centre == 0 || signs == 0) throw std::invalid_argument("centre and signs must be addresses, but one is null");
+    if (centre == 0 || signs == 0 || habit == 0)
+        throw std::invalid_argument("centre, signs and habit must be addresses, but one is null");
     return {at<int8_t>(codes), at<float>(scale), at<float>(residual), at<float>(centre), at<float>(signs),
             static_cast<int>(padded), static_cast<int>(window), at<void>(keys), at<float>(norm), dtype_of(dtype), n, stride,
-            static_cast<int>(d)};
+            static_cast<int>(d), at<unike::Int8Habit>(habit)};
 }
 
 int64_t int8_search_workspace(const Index& index, int64_t t, int64_t k) {

@@ -9,6 +9,7 @@ namespace {
 constexpr int kRerankThreads = 256, kRerankWarps = kRerankThreads / 32;
 constexpr int kRerankBlocks = kMostLists / kRerankWarps;  // every warp has lists of its own
 constexpr int kAhead = 4;                                 // rows of each lane whose bounds are looked at together
+constexpr int kTogether = 8;                              // rows that a warp scores at a time
 constexpr int kLargest = 16319;                           // of a query's codes: 128 high + low, both int8
 
 struct OfQuery {
@@ -28,6 +29,7 @@ struct Problem {
     OfQuery* about;  // [t]
     float* scores;   // [t, n]: s_i
     int* reranked;   // [t]
+    int* direct;     // whether this search leaves the codes alone and scores every row
     Lists scanned, scored;
     bool aligned;    // rows of keys: 16-byte aligned
 };
@@ -60,6 +62,23 @@ __device__ __forceinline__ void hadamard(float* x, int n) {
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) x[i] *= root;
     __syncthreads();
 }
+
+// Whether the next search does without the codes: for 2, 4, ... 64 searches after the first, second, ... in a row that had to score
+// more than a third of the rows behind its bound all the same. Searches at the same time may spoil a count, never a result.
+__device__ __forceinline__ int decide(Int8Habit& habit) {
+    if (habit.rows > 0) {
+        const bool wasted = 3 * habit.scored > habit.rows;
+        habit.wasted = wasted ? min(habit.wasted + 1, 6) : 0;
+        habit.left = wasted ? 1 << habit.wasted : 0;
+        habit.rows = habit.scored = 0;
+    }
+    if (habit.left <= 0) return 0;
+    --habit.left;
+    return 1;
+}
+
+// Whether a search of so many rows tells anything about the codes.
+__device__ __forceinline__ bool tells(const OfQuery& about, int k) { return about.end - about.start > 4 * k; }
 
 // Block i: the unit vector and the codes of query i.
 __global__ void __launch_bounds__(kThreads) int8_search_prepare(const Problem problem) {
@@ -110,6 +129,7 @@ __global__ void __launch_bounds__(kThreads) int8_search_prepare(const Problem pr
         if (thread == 0) bounds.reached[query] = 0;
     }
     if (thread > 0) return;
+    if (query == 0) *problem.direct = decide(*of.habit);
     const int64_t n = of.n;
     const bool finite = unit_squares < INFINITY;
     const int64_t start = problem.ranges ? problem.ranges[2 * query] : 0, end = problem.ranges ? problem.ranges[2 * query + 1] : n;
@@ -165,6 +185,10 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
     // The codes of the keys do not depend on the kernel before this one, those of the queries do.
     for (int i = 0; i < At::stages - 1; ++i) start_next();
     wait_for_previous_kernel();
+    if (*problem.direct) {
+        cp_async_wait<0>();
+        return;
+    }
     constexpr int pieces = At::columns / 16;
     for (int i = thread; i < 8 * Tiles * slabs * pieces; i += kThreads) {
         const int row = i / (slabs * pieces), at = i % (slabs * pieces) * 16;
@@ -243,29 +267,46 @@ __global__ void __launch_bounds__(kThreads, 1) int8_search_scan(const Problem pr
     if (thread < t) problem.scanned.keep(thread, static_cast<int>(blockIdx.x), kept[thread]);
 }
 
-// q . key_row / key_norm, by one warp: in an order that depends on d alone.
-template <typename Key>
-__device__ __forceinline__ float exactly(const Problem& problem, const float* unit, int64_t row, int lane) {
+// q . key_row / key_norm of Rows rows and Queries queries (units), by one warp: each in an order that depends on d alone.
+template <typename Key, int Rows, int Queries>
+__device__ __forceinline__ void exactly(const Problem& problem, const float* const (&units)[Queries], const int (&rows)[Rows],
+                                        float (&scores)[Rows][Queries], int lane) {
     constexpr int most = 16 / static_cast<int>(sizeof(Key));
     const Int8Keys& of = problem.of;
-    const Key* key = static_cast<const Key*>(of.keys) + row * of.key_stride;
-    float sum = 0;
-#pragma unroll 4
+    float sums[Rows][Queries] = {};
+#pragma unroll(Rows == 1 ? 4 : 1)
     for (int column = most * lane; column < of.d; column += most * 32) {
-        alignas(16) Key x[most];
-        if (problem.aligned && column + most <= of.d) {
-            *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(key + column);
-        } else {
+        alignas(16) Key x[Rows][most];
 #pragma unroll
-            for (int i = 0; i < most; ++i) x[i] = column + i < of.d ? key[column + i] : narrow<Key>(0.0f);
+        for (int r = 0; r < Rows; ++r) {
+            const Key* key = static_cast<const Key*>(of.keys) + rows[r] * of.key_stride + column;
+            if (problem.aligned && column + most <= of.d) {
+                *reinterpret_cast<uint4*>(x[r]) = *reinterpret_cast<const uint4*>(key);
+            } else {
+#pragma unroll
+                for (int i = 0; i < most; ++i) x[r][i] = column + i < of.d ? key[i] : narrow<Key>(0.0f);
+            }
         }
 #pragma unroll
-        for (int i = 0; i < most; ++i) sum = fmaf(column + i < of.d ? unit[column + i] : 0.0f, widen(x[i]), sum);
+        for (int j = 0; j < Queries; ++j)
+#pragma unroll
+            for (int i = 0; i < most; ++i) {
+                const float unit = column + i < of.d ? units[j][column + i] : 0.0f;
+#pragma unroll
+                for (int r = 0; r < Rows; ++r) sums[r][j] = fmaf(unit, widen(x[r][i]), sums[r][j]);
+            }
     }
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kWarp, sum, i);
-    const float norm = of.key_norm[row];
-    return __fdiv_rn(sum, norm == 0 ? INFINITY : norm);
+    for (int r = 0; r < Rows; ++r) {
+        const float norm = of.key_norm[rows[r]], over = norm == 0 ? INFINITY : norm;
+#pragma unroll
+        for (int j = 0; j < Queries; ++j) {
+            float sum = sums[r][j];
+#pragma unroll
+            for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kWarp, sum, i);
+            scores[r][j] = __fdiv_rn(sum, over);
+        }
+    }
 }
 
 // Block i: the k best by s of query i, scored exactly: L is the least of their scores.
@@ -275,22 +316,29 @@ __global__ void __launch_bounds__(32 * kSelectionWarps, 1) int8_search_bound(con
     uint32_t& least = *reinterpret_cast<uint32_t*>(&all + 1);
     const int query = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % 32, k = problem.k;
     wait_for_previous_kernel();
+    if (*problem.direct) return;  // nothing is known of any row: minus infinity bounds the k-th best
     if (threadIdx.x == 0) least = ordered(INFINITY);
     select_best(all, problem.scanned, query, k);
     for (int i = static_cast<int>(threadIdx.x) / 32; i < k; i += kSelectionWarps) {
-        float score = -INFINITY;  // fewer than k: nothing bounds the k-th best
-        if (all.winners[i] != 0) score = exactly<Key>(problem, problem.unit + static_cast<int64_t>(query) * problem.of.d,
-                                                      index_of(all.winners[i]), lane);
-        if (lane == 0) atomicMin(&least, ordered(fabsf(score) < INFINITY ? score : -INFINITY));
+        float score[1][1] = {{-INFINITY}};  // fewer than k: nothing bounds the k-th best
+        if (all.winners[i] != 0) {
+            const float* const unit[1] = {problem.unit + static_cast<int64_t>(query) * problem.of.d};
+            const int row[1] = {static_cast<int>(index_of(all.winners[i]))};
+            exactly<Key>(problem, unit, row, score, lane);
+        }
+        if (lane == 0) atomicMin(&least, ordered(fabsf(score[0][0]) < INFINITY ? score[0][0] : -INFINITY));
     }
     __syncthreads();
-    if (threadIdx.x == 0) problem.about[query].bound = least;
+    OfQuery& about = problem.about[query];
+    if (threadIdx.x != 0) return;
+    about.bound = least;
+    if (tells(about, k)) atomicAdd(&problem.of.habit->rows, static_cast<unsigned long long>(about.end - about.start));
 }
 
-// A warp: rows in groups of 32 kAhead; scores those that can be among the k best, and lists the best. Moves 8 n + 4 n t bytes and
-// the rows that it scores.
-template <typename Key>
-__global__ void __launch_bounds__(kRerankThreads) int8_search_rerank(const Problem problem) {
+// A warp: rows in groups of 32 kAhead; scores those that can be among the k best of a query, and lists the best. Moves 8 n + 4 n t
+// bytes (none of them if all rows are scored) and each row that it scores once for all queries, Queries of them at a time.
+template <typename Key, int Queries>
+__global__ void __launch_bounds__(kRerankThreads, 1) int8_search_rerank(const Problem problem) {
     const Int8Keys& of = problem.of;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, t = problem.t;
     const int list = static_cast<int>(blockIdx.x) * kRerankWarps + warp, lists = problem.scored.lists;
@@ -299,46 +347,79 @@ __global__ void __launch_bounds__(kRerankThreads) int8_search_rerank(const Probl
     for (int i = lane; i < t; i += 32) kept[i] = List{0, 0, 0};
     __syncwarp();
     wait_for_previous_kernel();
+    const bool direct = *problem.direct;
     for (int64_t first = int64_t{32 * kAhead} * list; first < of.n; first += int64_t{32 * kAhead} * lists) {
         float residual[kAhead], scale[kAhead];
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
             const int64_t row = first + 32 * j + lane;
-            residual[j] = row < of.n ? of.residual[row] : 0, scale[j] = row < of.n ? of.scale[row] : 0;
+            const bool there = !direct && row < of.n;
+            residual[j] = there ? of.residual[row] : 0, scale[j] = there ? of.scale[row] : 0;
         }
+        uint32_t mine[kAhead] = {}, any[kAhead] = {};  // rows for query `lane`, for any query
         for (int i = 0; i < t; ++i) {
             const OfQuery about = problem.about[i];
             if (about.end <= first || about.start >= first + 32 * kAhead) continue;
-            const float bound = unordered(about.bound), *unit = problem.unit + static_cast<int64_t>(i) * of.d;
-            uint32_t rows[kAhead];
+            const float bound = unordered(about.bound);
             int count = 0;
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) {
                 const int64_t row = first + 32 * j + lane;
                 bool wanted = row >= about.start && row < about.end;
                 // In double: the sums must not be rounded below what they are. A residual of infinity always reaches the bound.
-                if (wanted)
+                if (wanted && !direct)
                     wanted = !(problem.scores[i * of.n + row] + static_cast<double>(about.length) * residual[j] +
                                    static_cast<double>(about.residual) * scale[j] * root < bound);
-                rows[j] = __ballot_sync(kWarp, wanted);
-                count += __popc(rows[j]);
+                const uint32_t votes = __ballot_sync(kWarp, wanted);
+                if (lane == i) mine[j] = votes;
+                any[j] |= votes;
+                count += __popc(votes);
             }
-            if (count == 0) continue;
-            if (lane == 0) atomicAdd(&problem.reranked[i], count);
-            List mine = kept[i];
+            if (lane > 0 || count == 0) continue;
+            atomicAdd(&problem.reranked[i], count);
+            if (!direct && tells(about, problem.k)) atomicAdd(&of.habit->scored, static_cast<unsigned long long>(count));
+        }
 #pragma unroll
-            for (int j = 0; j < kAhead; ++j) {
-                Packed candidate = 0;
-                for (uint32_t left = rows[j]; left != 0; left &= left - 1) {
-                    const int bit = __ffs(static_cast<int>(left)) - 1, row = static_cast<int>(first) + 32 * j + bit;
-                    const float score = exactly<Key>(problem, unit, row, lane);
-                    if (lane == bit) candidate = pack(score, row);
+        for (int j = 0; j < kAhead; ++j) {
+            for (uint32_t left = any[j]; left != 0;) {
+                int rows[kTogether];  // the last one again where there are fewer
+                uint32_t these = 0;
+#pragma unroll
+                for (int r = 0; r < kTogether; ++r) {
+                    const uint32_t next = left & (~left + 1);
+                    rows[r] = next != 0 ? static_cast<int>(first) + 32 * j + __ffs(static_cast<int>(next)) - 1 : rows[r > 0 ? r - 1 : 0];
+                    these |= next, left ^= next;
                 }
-                offer(mine, problem.scored.entries(i, list), candidate, problem.scored.bounds, i, problem.k, lane);
+                for (int tile = 0; tile < t; tile += Queries) {
+                    const float* units[Queries];
+                    uint32_t wanted[Queries], some = 0;
+#pragma unroll
+                    for (int x = 0; x < Queries; ++x) {
+                        const int i = min(tile + x, t - 1);
+                        units[x] = problem.unit + static_cast<int64_t>(i) * of.d;
+                        wanted[x] = __shfl_sync(kWarp, mine[j], i) & (tile + x < t ? these : 0u);
+                        some |= wanted[x];
+                    }
+                    if (some == 0) continue;
+                    float scores[kTogether][Queries];
+                    exactly<Key>(problem, units, rows, scores, lane);
+#pragma unroll
+                    for (int x = 0; x < Queries; ++x) {
+                        if (wanted[x] == 0) continue;
+                        const int i = tile + x;
+                        Packed candidate = 0;
+#pragma unroll
+                        for (int r = 0; r < kTogether; ++r)
+                            if (lane == (rows[r] - static_cast<int>(first)) % 32 && wanted[x] >> lane & 1)
+                                candidate = pack(scores[r][x], rows[r]);
+                        List list_of = kept[i];
+                        offer(list_of, problem.scored.entries(i, list), candidate, problem.scored.bounds, i, problem.k, lane);
+                        __syncwarp();
+                        if (lane == 0) kept[i] = list_of;
+                        __syncwarp();
+                    }
+                }
             }
-            __syncwarp();
-            if (lane == 0) kept[i] = mine;
-            __syncwarp();
         }
     }
     for (int i = lane; i < t; i += 32) problem.scored.keep(i, list, kept[i]);
@@ -349,7 +430,7 @@ __global__ void __launch_bounds__(kRerankThreads) int8_search_rerank(const Probl
 struct Plan {
     void (*scan)(Problem);
     int scan_bytes, scan_lists, rerank_blocks;
-    int64_t unit, codes, about, scores, scanned, scored, lists, bytes;  // offsets in the workspace, and its size
+    int64_t unit, codes, about, direct, scores, scanned, scored, lists, bytes;  // offsets in the workspace, and its size
 };
 
 cudaError_t make_plan(const Int8Keys& keys, int t, int k, Plan& plan) {
@@ -370,6 +451,7 @@ cudaError_t make_plan(const Int8Keys& keys, int t, int k, Plan& plan) {
     place(plan.unit, int64_t{4} * t * keys.d);
     place(plan.codes, int64_t{2} * t * keys.padded);
     place(plan.about, static_cast<int64_t>(sizeof(OfQuery)) * t);
+    place(plan.direct, 4);
     place(plan.scores, int64_t{4} * t * keys.n);
     place(plan.scanned, Bounds::bytes(t, k));
     place(plan.scored, Bounds::bytes(t, k));
@@ -396,7 +478,7 @@ cudaError_t search(const Plan& plan, const Problem& problem, float* scores, int6
         if (error != cudaSuccess) return error;
         how.grid = plan.rerank_blocks, how.block = kRerankThreads;
         how.shared_bytes = kRerankWarps * t * static_cast<int>(sizeof(List));
-        error = launch(int8_search_rerank<Key>, how, problem);
+        error = launch(t == 1 ? &int8_search_rerank<Key, 1> : &int8_search_rerank<Key, 4>, how, problem);
         if (error != cudaSuccess) return error;
     }
     return select(problem.scored, t, problem.k, scores, indices, true, stream);
@@ -425,6 +507,7 @@ cudaError_t int8_search(const Int8Keys& keys, const float* q, const int64_t* ran
     problem.about = reinterpret_cast<OfQuery*>(base + plan.about);
     problem.scores = reinterpret_cast<float*>(base + plan.scores);
     problem.reranked = reranked;
+    problem.direct = reinterpret_cast<int*>(base + plan.direct);
     problem.scanned = Lists::at(base + plan.lists, t, plan.scan_lists, Bounds::at(base + plan.scanned, t, k));
     problem.scored =
         Lists::at(base + plan.lists, t, plan.rerank_blocks * kRerankWarps, Bounds::at(base + plan.scored, t, k));

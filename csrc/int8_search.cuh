@@ -16,6 +16,14 @@ namespace unike {
 
 constexpr int kMostInt8Queries = 16;
 
+// What the searches of one copy have found, on the device, zeros in the beginning: where keys lie too close together for int8, the
+// codes only cost their own reading, and are left out for a while.
+struct Int8Habit {
+    unsigned long long rows, scored;  // of the last search that used the codes: seen, and scored exactly behind the bound
+    int wasted;                       // searches in a row that scored more than a third
+    int left;                         // searches to come that do without the codes
+};
+
 struct Int8Keys {
     const int8_t* codes;     // z [n, padded], contiguous; padded: d rounded up to a multiple of 64
     const float* scale;      // [n]
@@ -28,12 +36,14 @@ struct Int8Keys {
     Dtype key_dtype;
     int64_t n, key_stride;
     int d;
+    Int8Habit* habit;
 };
 
 cudaError_t int8_search_workspace(const Int8Keys& keys, int t, int k, int64_t& bytes);
 
 // As cosine_topk for q [t, d] in float32, contiguous; reranked [t]: how many rows were scored exactly for each query, those behind
-// L apart. Where the bound keeps every row, all are scored: one read of the keys beside that of the codes. Five launches.
+// L apart. Each of them is read once for all queries. Where the bound keeps more than a third of the rows, the next searches do not
+// read the codes and score every row: a fallback costs one read of the keys, and one in 3 to 65 that of the codes too. Five launches.
 cudaError_t int8_search(const Int8Keys& keys, const float* q, const int64_t* ranges, int t, int k, void* workspace, float* scores,
                         int64_t* indices, int* reranked, cudaStream_t stream);
 

@@ -1,5 +1,7 @@
 """The int8 search on a GPU finds exactly what scoring every key finds; where there is none, on the emulator."""
 
+import copy
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -7,8 +9,13 @@ import torch
 from kernel_tools import DEVICE, launches, on_cuda, poisoned
 from search_inputs import KINDS, make_keys
 
-from unike_kernels import native, reference
+import unike_kernels as uk
+from tests.models_tiny import ALWAYS, edits_for, inputs_for, make_model
+from unike_kernels import indexing, native, reference
 from unike_kernels.cuda_kernels.int8_search import CudaInt8Index
+from unike_kernels.indexing import KeptIndex, pays_in_cuda
+from unike_kernels.memory import ExternalMemory
+from unike_kernels.triton_kernels import launching as allocating
 
 EMULATED = DEVICE.type == "cpu"
 
@@ -25,6 +32,13 @@ def search(index, q, k, ranges=None):
         names = ["prepare", "scan", "bound", "rerank"] if len(index.keys) else ["prepare"]
         assert started == {**{f"int8_search_{name}": 1 for name in names}, "cosine_topk_select": 1}
     return found
+
+
+def allocated(monkeypatch):
+    """All that launchers allocate from now on, kept alive."""
+    new, kept = allocating.new, []
+    monkeypatch.setattr(allocating, "new", lambda *args: kept.append(new(*args)) or kept[-1])
+    return kept
 
 
 def all_scored(keys):
@@ -93,12 +107,170 @@ def test_few_keys_are_scored_where_keys_are_spread(kind, d):
     assert index.bytes < 0.6 * keys.numel() * 2
 
 
-def test_near_identical_keys_are_all_scored():
-    keys = make_keys("near-identical", 2000, 128, torch.float32, torch.Generator().manual_seed(2)).to(DEVICE)
-    index = CudaInt8Index(keys)
-    scores, indices = search(index, keys[:1], 5)
-    assert index.reranked.item() > 1000
-    assert torch.equal(indices, search(all_scored(keys), keys[:1], 5)[1])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_near_identical_keys_are_all_scored_and_the_codes_are_left_out(queries):
+    keys = make_keys("near-identical", 900, 128, torch.float32, torch.Generator().manual_seed(2)).to(DEVICE)
+    index, oracle = CudaInt8Index(keys), CudaInt8Index(keys)
+    oracle.residual.fill_(float("inf"))
+    scale, tried = index.scale.clone(), []
+    expected = search(oracle, keys[:queries], 5)
+    for _ in range(9):
+        left = int(index.habit[2]) >> 32
+        index.scale.copy_(scale if left == 0 else torch.full_like(scale, float("nan")))  # read only where codes are
+        found = search(index, keys[:queries], 5)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (index.reranked > 300).all() and (left == 0 or (index.reranked == 900).all())
+        tried.append(left == 0 and int(index.habit[0]) == 900 * queries)
+    # The habit is looked at when the next search begins: so the first one to leave the codes out is seen as a try here.
+    assert tried == [True, False, False, True, False, False, False, False, True]
+    index.encode()
+    assert not index.habit.any()
+    keys.copy_(make_keys("spread", 900, 128, torch.float32, torch.Generator().manual_seed(3)))
+    index.encode()
+    for _ in range(3):
+        search(index, keys[:queries], 5)
+        assert (index.reranked < 300).all() and int(index.habit[2]) == 0
+
+
+class TestOfAMemory:
+    @pytest.fixture
+    def memory(self, monkeypatch):
+        monkeypatch.setattr(KeptIndex, "WAIT", 2)
+        monkeypatch.setattr(indexing, "pays_in_cuda", lambda queries, n, d: queries <= 16 and n >= 500)
+        sem = torch.randn(550, 64, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        memory = ExternalMemory(sem, sem, sem, 450, capacity=600, backend="cuda")
+        memory.q = torch.randn(2, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        return memory
+
+    @staticmethod
+    def check(memory, selected=None, times=3):
+        for _ in range(times):
+            found = memory.search(memory.q, 7, selected)
+            memory.choose("reference")
+            expected = memory.search(memory.q, 7, selected)
+            memory.choose("cuda")
+            assert torch.equal(found[1], expected[1])
+            torch.testing.assert_close(found[0], expected[0])
+
+    @staticmethod
+    def other(memory, n):
+        rows = torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+        memory.load(rows, rows, rows, n - 50)
+
+    def test_it_follows_every_change(self, memory):
+        """In place, so that what was captured searches the new items; other storage gets a copy of its own."""
+        assert memory.kept.index is None
+        memory.search(memory.q, 7)
+        assert memory.kept.index is None
+        self.check(memory)
+        index = memory.kept.index
+        places = [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.centre)]
+        for change in (
+            lambda: self.other(memory, 580),
+            lambda: self.other(memory, 510),
+            lambda: memory.sem.__setitem__(int(memory.search(memory.q[:1], 1)[1]), float("nan")),
+            lambda: memory.sem_norm.mul_(torch.linspace(1, 2, 600, device=DEVICE)),
+        ):
+            change()
+            self.check(memory)
+            self.check(memory, torch.tensor([[3, -1], [-1, -1]], device=DEVICE))
+            assert memory.kept.index is index
+            assert places == [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.centre)]
+        memory.to(torch.bfloat16)
+        memory.q = memory.q.bfloat16()
+        memory.search(memory.q, 7)
+        assert memory.kept.index is None
+        self.check(memory, times=2)
+        assert memory.kept.index is not None and memory.kept.index is not index
+
+    def test_a_captured_search_follows_a_swap(self, memory, monkeypatch):
+        """Replayed with the addresses of before; torch's copy of the ranges, which a graph repeats, is made here."""
+        self.check(memory)
+        module, calls = native.cuda(), []
+        run = module.int8_search
+        monkeypatch.setattr(module, "int8_search", lambda *args: calls.append(args) or run(*args))
+        kept = allocated(monkeypatch)  # as a graph keeps its memory
+        memory.kept.index.habit[2] = 5 << 32  # in a while without codes
+        monkeypatch.setattr(indexing, "captured", lambda device: True)
+        scores, indices = memory.search(memory.q, 7)
+        monkeypatch.setattr(indexing, "captured", lambda device: False)
+        for n in (580, 510):
+            self.other(memory, n)
+            scores.fill_(0), indices.fill_(0)
+            ranges = memory.spans[1].expand(2, 2).contiguous()
+            run(*calls[0][:2], ranges.data_ptr(), *calls[0][3:])
+            expected = reference.cosine_topk(memory.q, memory.sem[:n], 7)
+            assert torch.equal(indices, expected[1])
+            torch.testing.assert_close(scores, expected[0])
+        assert kept
+
+    def test_none_is_made_or_changed_while_captured(self, memory, monkeypatch):
+        monkeypatch.setattr(indexing, "captured", lambda device: True)
+        self.check(memory)
+        assert memory.kept.index is None
+        monkeypatch.setattr(indexing, "captured", lambda device: False)
+        self.check(memory)
+        index = memory.kept.index
+        monkeypatch.setattr(indexing, "captured", lambda device: True)
+        memory.sem[int(memory.search(memory.q[:1], 1)[1])] = float("nan")
+        codes = index.codes.clone()
+        self.check(memory)
+        assert torch.equal(index.codes, codes)
+
+    def test_where_it_does_not_pay_or_was_not_asked_for(self, memory):
+        memory.choose("reference")
+        for _ in range(3):
+            memory.search(memory.q, 7)
+        memory.choose("cuda")
+        for _ in range(3):
+            memory.search(memory.q.repeat(9, 1), 7)
+            assert memory.kept.of(memory.q, memory.sem, memory.sem_norm, 129, "cuda") is None
+            assert memory.kept.of(memory.q.double(), memory.sem, memory.sem_norm, 7, "cuda") is None
+            assert memory.kept.of(memory.q, memory.sem, memory.sem_norm, 7, "triton") is None
+            with torch.inference_mode():
+                rows = memory.sem.clone()
+            assert memory.kept.of(memory.q, rows, memory.sem_norm, 7, "cuda") is None
+        assert memory.kept.index is None
+        assert pays_in_cuda(1, 100_000, 4096) and not pays_in_cuda(1, 10_000, 4096)
+        assert not pays_in_cuda(9, 100_000, 4096) and not pays_in_cuda(0, 100_000, 4096)
+
+    def test_in_a_patched_model(self, monkeypatch):
+        """Made at the second pass, and it follows swap; status tells its size and what the last search scored."""
+        monkeypatch.setattr(KeptIndex, "WAIT", 2)
+        monkeypatch.setattr(indexing, "pays_in_cuda", lambda queries, n, d: n >= 300)
+        model = make_model("llama", layers=2).to(DEVICE)
+        inputs = {name: t.to(DEVICE) for name, t in inputs_for(model, (5, 3)).items()}
+        edits, others = (edits_for(model, ALWAYS, layers=(1,), n_items=n, seed=n) for n in (330, 300))
+        for layer, shared in others.shared.items():
+            shared.encoder = edits.shared[layer].encoder  # a swap keeps it
+        handle = uk.patch(model, edits, backend="cuda", max_items=340)
+        before = next(s for s in uk.status(model) if s.kind == "shift")
+        assert before.scored is None and "scored" not in str(uk.status(model))
+        for which in (edits, others):
+            if which is others:
+                handle.swap(others)
+            with torch.no_grad():
+                for _ in range(2):
+                    logits = model(**inputs).logits
+                twin = copy.deepcopy(model)
+                uk.unpatch(twin)
+                with uk.patch(twin, which, backend="reference"):
+                    expected = twin(**inputs).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            found = next(s for s in uk.status(model) if s.kind == "shift")
+            assert edits.config.shift.k <= found.scored <= 340 and found.bytes > before.bytes + 340 * 64
+            assert "scored" in str(uk.status(model)).splitlines()[0]
+
+    @pytest.mark.skipif(not EMULATED, reason="asks for little shared memory")
+    def test_where_it_has_no_room(self, memory):
+        import emulator
+
+        emulator.device(shared_bytes=60 * 1024)
+        for _ in range(3):
+            memory.kept.of(memory.q, memory.sem, memory.sem_norm, 7, "cuda")
+        assert memory.kept.index is None
+        with pytest.raises(ValueError, match="a key has 64 elements, and codes of them have no room"):
+            CudaInt8Index(memory.sem)
 
 
 def test_among_equal_scores_the_lowest_index_wins():

@@ -9,6 +9,7 @@ import torch
 from search_inputs import KINDS, make_keys
 
 from unike_kernels import native, reference
+from unike_kernels.indexing import KeptIndex
 from unike_kernels.memory import ExternalMemory
 
 if native.cpu() is None:
@@ -129,7 +130,7 @@ def test_strided_keys_given_norms_and_what_is_refused():
 
 @pytest.fixture
 def memory(monkeypatch) -> ExternalMemory:
-    monkeypatch.setattr(native.KeptIndex, "WAIT", 2)
+    monkeypatch.setattr(KeptIndex, "WAIT", 2)
     sem = torch.randn(1500, 64, generator=torch.Generator().manual_seed(4))
     return ExternalMemory(sem, sem, sem, 1200, capacity=1600)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "cpu_kernels": 1,
     "native": 1,
     "triton_kernels": 1,
+    "indexing": 2,
     "ops": 2,
     "cases": 3,
     "choosing": 3,

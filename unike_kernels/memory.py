@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, ops
+from . import ops
 from .choosing import ChoosesBackend
+from .indexing import KeptIndex
 from .reference import compute_dtype
 from .triton_kernels import MAX_K
 
@@ -18,6 +19,7 @@ class ExternalMemory(ChoosesBackend):
     Storage holds `capacity` items; the first `shared` are the memory, the next `own` belong to one edit each.
     sem [capacity, d]: h_sem as stored; sem_norm [capacity]: its norm, in fp32 at least; keys, values: what the
     attention over the items reads, [capacity, kv_heads, head_dim] (`projected`) or twice h_pos [capacity, d] (`raw`).
+    kept: the int8 copy that a large memory is searched through, see `indexing.KeptIndex`.
     Tensors are buffers that move with the module and are never part of a state_dict.
     """
 
@@ -37,7 +39,7 @@ class ExternalMemory(ChoosesBackend):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self._index = native.KeptIndex()
+        self.kept = KeptIndex()
         capacity = len(sem) if capacity is None else capacity
         for name, rows in (("sem", sem), ("keys", keys), ("values", values)):
             self.register_buffer(name, rows.new_zeros((capacity, *rows.shape[1:])), persistent=False)
@@ -73,6 +75,7 @@ class ExternalMemory(ChoosesBackend):
                 rows[n:].zero_()
             self.spans.copy_(torch.tensor([[0, shared], [0, n]]))
             self._measure()
+            self.kept.follow()
 
     def _measure(self) -> None:
         """The norm of the rows as stored, so that rounding to the working dtype does not tilt a cosine."""
@@ -92,8 +95,8 @@ class ExternalMemory(ChoosesBackend):
         those edits' own items only, so that what a routed case retrieves does not depend on the other edits.
         """
         ranges = self.spans[1 if selected is None else 0].expand(len(q), 2)
-        index = self._index.of(q, self.sem, self.sem_norm) if self.asked == "auto" else None
-        if index is not None:  # the CPU, few queries, many items
+        index = self.kept.of(q, self.sem, self.sem_norm, k, self.asked)
+        if index is not None:  # few queries, many items; on the CPU, or where CUDA kernels were asked for
             scores, indices = index.search(q, k, ranges)
         else:
             backend = self.backend if k <= MAX_K else self.asked  # for more, "auto" looks for one that has room

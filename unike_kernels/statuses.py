@@ -10,7 +10,11 @@ from .records import records
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """One site of one patch: sizes in rows (of storage), tensors in bytes."""
+    """One site of one patch: sizes in rows (of storage), tensors in bytes, the int8 copy of a memory among them.
+
+    scored: how many of a memory's items the last search of such a copy scored exactly, for the query with the most;
+    nearly all of them: they lie too close together for int8. None: there was no such search.
+    """
 
     name: str
     module: str
@@ -23,6 +27,7 @@ class SiteStatus:
     bytes: int
     backend: str
     mode: str
+    scored: int | None = None
 
 
 class Status(list[SiteStatus]):
@@ -31,11 +36,15 @@ class Status(list[SiteStatus]):
     def __str__(self) -> str:
         if not self:
             return "no edits on this model"
-        head = ("name", "module", "kind", "on", "edits", "rows", "dtype", "device", "bytes")
-        rows = [
-            (s.name, s.module, s.kind, "yes" if s.enabled else "no", s.edits, s.rows, s.dtype, s.device, s.bytes)
+        head: list[object] = ["name", "module", "kind", "on", "edits", "rows", "dtype", "device", "bytes"]
+        rows: list[list[object]] = [
+            [s.name, s.module, s.kind, "yes" if s.enabled else "no", s.edits, s.rows, s.dtype, s.device, s.bytes]
             for s in self
         ]
+        if any(s.scored is not None for s in self):
+            head.append("scored")
+            for row, s in zip(rows, self, strict=True):
+                row.append("" if s.scored is None else s.scored)
         cells = [tuple(map(str, r)) for r in (head, *rows)]
         widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells)
@@ -59,6 +68,7 @@ def status(model: nn.Module) -> Status:
             ):
                 if module is None or main is None:
                     continue
+                index = module.memory.kept.index if kind == "shift" else None
                 out.append(
                     SiteStatus(
                         name=record.name,
@@ -69,11 +79,13 @@ def status(model: nn.Module) -> Status:
                         rows=len(main),
                         dtype=str(main.dtype).removeprefix("torch."),
                         device=str(main.device),
-                        bytes=sum(t.numel() * t.element_size() for t in module.buffers()),
+                        bytes=sum(t.numel() * t.element_size() for t in module.buffers())
+                        + (0 if index is None else index.bytes),
                         backend=resolve(module.backend, main.device, main.dtype)
                         if module.backend == "auto"
                         else module.backend,
                         mode=record.mode,
+                        scored=None if index is None or not len(index.reranked) else int(index.reranked.max()),
                     )
                 )
     return out

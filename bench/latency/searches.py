@@ -53,7 +53,7 @@ def search(shape: Shape, queries: int, items: int, on_cpu: bool = False, dtype: 
         return ops.cosine_topk(**inputs)
 
     def indexed(q: Tensor, k: int, index: Any, **rest: Any) -> tuple[Tensor, Tensor]:
-        """What a memory on the CPU takes from its fiftieth search on; on a GPU only who asks for it."""
+        """What a memory takes from its fiftieth search on; on a GPU only one of the backend "cuda"."""
         return index.search(q, k)
 
     def specification(unit: Tensor, index: Any, **inputs: Any) -> tuple[Tensor, Tensor]:

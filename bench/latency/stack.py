@@ -20,9 +20,9 @@ import unike_kernels as uk
 from bench.latency.case import NEURONS
 from bench.latency.shapes import SHAPES, Shape
 from bench.latency.timing import Timing, compare
-from unike_kernels import native
 from unike_kernels.config import RoutingConfig, ShiftConfig, UnikeConfig
 from unike_kernels.edits import BaseFingerprint, Calibration, EditEntry, Edits, LayerEdits, LayerShared
+from unike_kernels.indexing import KeptIndex
 from unike_kernels.models import find_decoder
 from unike_kernels.planning import fingerprint
 
@@ -273,7 +273,7 @@ def time_stack(
             alone = kind(model, prompt, **static)
             if not torch.equal(alone(), expected):
                 raise AssertionError("the switched-off patch changed the model")
-        for _ in range(native.KeptIndex.WAIT if stack.per == "token" and device.type == "cpu" else 0):
+        for _ in range(KeptIndex.WAIT if stack.per == "token" and device.type == "cpu" else 0):
             patched()  # until a memory has made its int8 copy: what a long answer costs
             patched.reset()
         capturable = set() if stack.prefill else set(runs)

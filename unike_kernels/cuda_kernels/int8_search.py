@@ -15,16 +15,32 @@ CHUNK = 4096  # rows that are encoded at a time: 64 MB of float32 at d = 4096
 KERNELS = ("prepare", "scan", "bound", "rerank")
 
 
+def most_queries(d: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many queries of d elements a search of a copy takes on this device; 0: it has no room for any."""
+    padded = -(-d // 64) * 64
+    index = (*[8] * 5, padded, 1 << (padded.bit_length() - 1), 8, 8, name_of(dtype), 1, d, d, 8)  # 8: some address
+    with on(device):
+        for most in (MOST_QUERIES, 8, 4):  # as csrc/int8_search.cu has kernels
+            try:
+                native.cuda().int8_search_workspace(index, most, 1)
+                return most
+            except (RuntimeError, ValueError):
+                continue
+    return 0
+
+
 class CudaInt8Index:
     """An int8 copy of the keys of a search: half of the bytes of bf16, and the exact result all the same.
 
     As `native.Int8Index`, for CUDA tensors: the copy only decides which keys are scored; those that could be among the
-    K best, by a bound that always holds, are scored in fp32 from the keys themselves. Keys that lie closer together
-    than int8 can tell are all scored, which costs one read of them. No value is read from the device, so a search can
-    be captured in a graph. Nothing takes it by itself until a GPU has measured where it pays.
+    K best, by a bound that always holds, are scored in fp32 from the keys themselves, each read once for all queries.
+    Keys that lie closer together than int8 can tell are all scored; after a search that scored more than a third of
+    them, the next 2, 4, ... 64 leave the copy alone, so that they cost one read of the keys and no more. `reranked`
+    tells how many were scored. No value is read from the device, so a search can be captured in a graph.
 
-    keys: [N, d] float32, bfloat16 or float16, N below 2**31, read by every search: not to change while this is used.
-    key_norm: [N], what to divide the rows by; None: their norms.
+    keys: [N, d] float32, bfloat16 or float16, N below 2**31, read by every search. After a change of theirs call
+    `encode`, which changes the copy in place: a captured search stays right. key_norm: [N], what to divide the rows by;
+    None: their norms. ValueError where d is too large for the device; `most_queries`: of one search.
     """
 
     def __init__(self, keys: Tensor, key_norm: Tensor | None = None) -> None:
@@ -41,9 +57,13 @@ class CudaInt8Index:
             raise ValueError(
                 f"key_norm must be [{len(keys)}] on {keys.device}, but got {list(norm.shape)}, {norm.device}"
             )
+        n, d = keys.shape
+        self.most_queries = most_queries(d, keys.dtype, keys.device)
+        if self.most_queries == 0:
+            raise ValueError(f"a key has {d} elements, and codes of them have no room in {keys.device}'s shared memory")
+        self._given = keys.detach(), None if key_norm is None else key_norm.detach()
         self.keys = keys.detach() if keys.stride(1) == 1 else keys.detach().contiguous()
         self.key_norm = norm.detach().to(torch.float32).contiguous()
-        n, d = keys.shape
         self.padded = -(-d // 64) * 64
         self.window = 1 << (self.padded.bit_length() - 1)  # of a Hadamard transform: the largest power of two in a row
         # As csrc/cpu/int8_search.cpp: a dot product, two rotations and the sums around them; doubled for the norms.
@@ -55,10 +75,24 @@ class CudaInt8Index:
         self.codes = torch.zeros(n, self.padded, dtype=torch.int8, device=device)
         self.scale, self.residual = torch.zeros(2, n, device=device)
         self.centre = torch.zeros(self.padded, device=device)
-        self.centre[:d] = self._mean()
-        for start in range(0, n, CHUNK):
-            self._encode(slice(start, start + CHUNK))
+        self.habit = torch.zeros(3, dtype=torch.long, device=device)  # as csrc/int8_search.cuh has it
         self.reranked = torch.zeros(0, dtype=torch.int32, device=device)
+        self.encode()
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        """Makes the copy of the keys as they are now, where the last one was."""
+        keys, norm = self._given
+        if self.keys.data_ptr() != keys.data_ptr():
+            self.keys.copy_(keys)
+        if norm is None:
+            torch.linalg.vector_norm(keys.float(), dim=1, out=self.key_norm)
+        elif norm.data_ptr() != self.key_norm.data_ptr():
+            self.key_norm.copy_(norm)
+        self.centre[: keys.shape[1]] = self._mean()
+        for start in range(0, len(keys), CHUNK):
+            self._encode(slice(start, start + CHUNK))
+        self.habit.zero_()
 
     @property
     def bytes(self) -> int:
@@ -67,14 +101,15 @@ class CudaInt8Index:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def search(self, q: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(scores fp32, indices int64) [T, k] for q [T, d], T to 16, k to 128, as `reference.cosine_topk`.
+        """(scores fp32, indices int64) [T, k] for q [T, d], k to 128, as `reference.cosine_topk`.
 
-        ranges [T, 2] int64. `reranked` [T] int32, on the device, then tells how many keys were scored exactly for each
-        query, beside the k that gave the bound. Five launches.
+        T to `most_queries`, 16 where shared memory has room. ranges [T, 2] int64. `reranked` [T] int32, on the device,
+        then tells how many keys were scored exactly for each query, beside the k that gave the bound. Five launches.
         """
         n, d = self.keys.shape
-        if q.dim() != 2 or q.shape[1] != d or q.shape[0] > MOST_QUERIES or q.dtype not in native.INDEXED:
-            raise ValueError(f"q must be [T, {d}], T to {MOST_QUERIES}, but got {list(q.shape)}, {q.dtype}")
+        most = self.most_queries
+        if q.dim() != 2 or q.shape[1] != d or q.shape[0] > most or q.dtype not in native.INDEXED:
+            raise ValueError(f"q must be [T, {d}], T to {most}, but got {list(q.shape)}, {q.dtype}")
         if not 0 <= k <= MOST_ITEMS:
             raise ValueError(f"k must be 0 to {MOST_ITEMS}, but is {k}")
         if ranges is not None and (ranges.shape != (len(q), 2) or ranges.dtype != torch.long):
@@ -94,7 +129,7 @@ class CudaInt8Index:
         index = (
             *(address(part) for part in places),
             *(self.padded, self.window, address(self.keys), address(self.key_norm), name_of(self.keys.dtype)),
-            *(n, self.keys.stride(0), d),
+            *(n, self.keys.stride(0), d, address(self.habit)),
         )
         with on(device):
             needed = native.cuda().int8_search_workspace(index, tokens, k)
