@@ -21,7 +21,9 @@ FEW = 16  # tokens
 NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
 NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
 TILE = 8192  # keys that are multiplied at a time: as many as the reference widens at once
+SCANNED = 64  # queries up to which a pass over the keys is quicker than torch's product
 PORTABLE = False  # without AVX2: for tests
+LEVEL = "best"  # of instructions, one of native.LEVELS: less is for tests
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -201,15 +203,40 @@ def knowledge_shift(
 def cosine_topk(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices [..., k], as the operator of that name: torch's product in float32, tile by tile.
+    """Scores and indices [..., k], as the operator of that name.
 
-    The selection reads each product once, and no more than [T, TILE] products are kept.
+    For few queries in one pass over the keys, each of which is widened in a register; otherwise torch's product in
+    float32, tile by tile, of which no more than [T, TILE] products are kept.
     """
-    queries, n = q.shape[:-1].numel(), len(keys)
+    queries, (n, d) = q.shape[:-1].numel(), keys.shape
     unit = reference._unit(q.reshape(queries, q.shape[-1]).float())
-    shape = (*q.shape[:-1], k)
+    shape, kept = (*q.shape[:-1], k), list[Tensor]()
+    module, level = native.cpu(), native.LEVELS.index(LEVEL)
+    if 0 < queries <= SCANNED and d > 0 and n > 0 and module.can_scan(level):
+        if keys.stride(1) != 1 or keys.stride(0) < d:
+            keys = keys.contiguous()
+        norm = torch.linalg.vector_norm(keys.float(), dim=-1) if key_norm is None else key_norm.float()
+        norm, unit = norm.contiguous(), unit.contiguous()
+        halves = q.contiguous() if q.dtype == keys.dtype == torch.bfloat16 else None
+        scores, indices = new(shape, torch.float32, q), new(shape, torch.int64, q)
+        found = new((queries,), torch.int64, q)
+        module.scan(
+            *(
+                unit.data_ptr(),
+                0 if halves is None else halves.data_ptr(),
+                keys.data_ptr(),
+                DTYPES[keys.dtype],
+                n,
+                d,
+                keys.stride(0),
+                norm.data_ptr(),
+            ),
+            *(_address(ranges, kept), scores.data_ptr() or NOTHING, indices.data_ptr() or NOTHING, found.data_ptr()),
+            *(queries, k, torch.get_num_threads(), level),
+        )
+        return scores, indices
     scores, indices = new(shape, torch.float32, q).fill_(-torch.inf), new(shape, torch.int64, q).fill_(-1)
-    found, kept = torch.zeros(queries, dtype=torch.int64), list[Tensor]()
+    found = torch.zeros(queries, dtype=torch.int64)
     if queries > 0 and k > 0:
         for first in range(0, n, TILE):
             rows = keys[first : first + TILE].float()
@@ -217,7 +244,7 @@ def cosine_topk(
                 torch.linalg.vector_norm(rows, dim=-1) if key_norm is None else key_norm[first : first + TILE].float()
             )
             norm, products = norm.contiguous(), (unit @ rows.mT).contiguous()
-            native.cpu().keep_best(
+            module.keep_best(
                 *(products.data_ptr(), norm.data_ptr(), _address(ranges, kept)),
                 *(scores.data_ptr(), indices.data_ptr(), found.data_ptr(), queries, len(rows), first, k),
             )

@@ -183,7 +183,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda
+    else:
+        found["bf16_units"] = _bf16_units()
     return found
+
+
+def _bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, which torch's products then use."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 def _cpu_name() -> str:

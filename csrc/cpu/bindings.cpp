@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "int8_search.h"
 #include "operators.h"
+#include "scan.h"
 #include "steps.h"
 #include "topk.h"
 
@@ -58,6 +59,41 @@ PyObject* keep_best(PyObject*, PyObject* const* values, Py_ssize_t count) {
     });
 }
 
+unike::ScanCall scan_call(Arguments& in) {
+    unike::ScanCall call;
+    call.q = in.address<const float>();
+    call.bf16 = in.address<const uint16_t>();
+    call.keys.rows = in.address<const void>();
+    call.keys.dtype = in.dtype();
+    call.keys.n = in.size();
+    call.keys.d = in.size();
+    call.keys.stride = in.size();
+    call.keys.norm = in.address<const float>();
+    call.ranges = in.address<const int64_t>();
+    call.scores = in.address<float>();
+    call.indices = in.address<int64_t>();
+    call.found = in.address<int64_t>();
+    call.queries = in.size();
+    call.k = in.size();
+    call.threads = int(in.size());
+    return call;
+}
+
+PyObject* scan(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    return unike::guarded([&]() -> PyObject* {
+        Arguments in(values, count);
+        const unike::ScanCall call = scan_call(in);
+        const auto level = static_cast<unike::Level>(in.choice(3));
+        in.finish();
+        if (!unike::can_scan(level)) throw std::invalid_argument("this machine has no instructions for it");
+        {
+            py::gil_scoped_release release;
+            unike::scan(call, level);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
 // One operator as a function of the interpreter's calling convention; its last argument: without AVX2.
 template <typename Call, Call (*read)(Arguments&), const char* (*run)(const Call&, bool)>
 PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -87,7 +123,7 @@ void add_entry(py::module_& m, const char* name, const char* doc) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of unike_kernels";
-    m.attr("interface") = 4;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
+    m.attr("interface") = 5;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
     m.def("instructions", &unike::instructions, "'avx512_vnni', 'avx2' or 'portable': what this machine runs");
     add_entry<entry<unike::NeuronCall, unike::neuron_call, unike::extra_neurons>>(
         m, "extra_neurons", "The fields of NeuronCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
@@ -95,6 +131,8 @@ PYBIND11_MODULE(_cpu, m) {
         m, "knowledge_shift", "The fields of ShiftCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
     m.def("neurons_step", &unike::make_step<unike::NeuronCall, unike::neuron_call, unike::extra_neurons>, unike::kStepDoc);
     m.def("shift_step", &unike::make_step<unike::ShiftCall, unike::shift_call, unike::knowledge_shift>, unike::kStepDoc);
+    m.def("can_scan", [](int level) { return unike::can_scan(static_cast<unike::Level>(level)); });
+    add_entry<scan>(m, "scan", "The fields of ScanCall (csrc/cpu/scan.h) in order, then the level of instructions.");
     add_entry<keep_best>(m, "keep_best", "The fields of TopkTile (csrc/cpu/topk.h) in order.");
     py::class_<unike::Int8Index>(m, "Int8Index")
         .def(py::init([](uintptr_t rows, const std::string& dtype, int64_t n, int64_t d, int64_t stride, uintptr_t norm,

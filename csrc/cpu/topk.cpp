@@ -57,4 +57,10 @@ void keep_best(const TopkTile& tile) {
     }
 }
 
+void add_best(const float* scores, const int64_t* indices, int64_t count, float* best, int64_t* of, int64_t* found, int64_t k) {
+    List list{best, of, *found, k};
+    for (int64_t i = 0; i < count && scores[i] > list.worst(); ++i) list.insert(scores[i], indices[i]);
+    *found = list.found;
+}
+
 }  // namespace unike

@@ -18,4 +18,7 @@ struct TopkTile {
 // Scores that are not finite are none. Reads each product once.
 void keep_best(const TopkTile& tile);
 
+// Adds a descending list of `count` to one of at most k, whose indices are lower.
+void add_best(const float* scores, const int64_t* indices, int64_t count, float* best, int64_t* of, int64_t* found, int64_t k);
+
 }  // namespace unike

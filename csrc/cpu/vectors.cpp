@@ -115,11 +115,26 @@ bool has_avx2() {
 #endif
 }
 
+bool has_avx512() {
+#ifdef UNIKE_X86
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
+bool has_bf16() {
+#ifdef UNIKE_X86
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 bool has_vnni() {
 #ifdef UNIKE_X86
-    __builtin_cpu_init();
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vnni");
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif

@@ -17,6 +17,8 @@ struct Vectors {
 };
 
 bool has_avx2();
+bool has_avx512();
+bool has_bf16();
 bool has_vnni();
 const Vectors& vectors(Level level);
 
