@@ -9,7 +9,6 @@ namespace {
 constexpr int kRerankThreads = 256, kRerankWarps = kRerankThreads / 32;
 constexpr int kRerankBlocks = kMostLists / kRerankWarps;  // every warp has lists of its own
 constexpr int kAhead = 4;                                 // rows of each lane whose bounds are looked at together
-constexpr int kTogether = 8;                              // rows that a warp scores at a time
 constexpr int kLargest = 16319;                           // of a query's codes: 128 high + low, both int8
 
 struct OfQuery {
@@ -336,12 +335,14 @@ __global__ void __launch_bounds__(32 * kSelectionWarps, 1) int8_search_bound(con
 }
 
 // A warp: rows in groups of 32 kAhead; scores those that can be among the k best of a query, and lists the best. Moves 8 n + 4 n t
-// bytes (none of them if all rows are scored) and each row that it scores once for all queries, Queries of them at a time.
+// bytes (none of them if all rows are scored) and each row that it scores once for all queries. For one query, 8 rows at a time: as
+// many loads under way as one query has; for more, 4 rows by 4 queries.
 template <typename Key, int Queries>
 __global__ void __launch_bounds__(kRerankThreads, 1) int8_search_rerank(const Problem problem) {
     const Int8Keys& of = problem.of;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, t = problem.t;
     const int list = static_cast<int>(blockIdx.x) * kRerankWarps + warp, lists = problem.scored.lists;
+    constexpr int together = Queries == 1 ? 8 : 4;
     List* const kept = reinterpret_cast<List*>(shared_memory()) + warp * t;
     const float root = __fsqrt_rn(static_cast<float>(of.padded)) * 127.001f;
     for (int i = lane; i < t; i += 32) kept[i] = List{0, 0, 0};
@@ -382,10 +383,10 @@ __global__ void __launch_bounds__(kRerankThreads, 1) int8_search_rerank(const Pr
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
             for (uint32_t left = any[j]; left != 0;) {
-                int rows[kTogether];  // the last one again where there are fewer
+                int rows[together];  // the last one again where there are fewer
                 uint32_t these = 0;
 #pragma unroll
-                for (int r = 0; r < kTogether; ++r) {
+                for (int r = 0; r < together; ++r) {
                     const uint32_t next = left & (~left + 1);
                     rows[r] = next != 0 ? static_cast<int>(first) + 32 * j + __ffs(static_cast<int>(next)) - 1 : rows[r > 0 ? r - 1 : 0];
                     these |= next, left ^= next;
@@ -401,7 +402,7 @@ __global__ void __launch_bounds__(kRerankThreads, 1) int8_search_rerank(const Pr
                         some |= wanted[x];
                     }
                     if (some == 0) continue;
-                    float scores[kTogether][Queries];
+                    float scores[together][Queries];
                     exactly<Key>(problem, units, rows, scores, lane);
 #pragma unroll
                     for (int x = 0; x < Queries; ++x) {
@@ -409,7 +410,7 @@ __global__ void __launch_bounds__(kRerankThreads, 1) int8_search_rerank(const Pr
                         const int i = tile + x;
                         Packed candidate = 0;
 #pragma unroll
-                        for (int r = 0; r < kTogether; ++r)
+                        for (int r = 0; r < together; ++r)
                             if (lane == (rows[r] - static_cast<int>(first)) % 32 && wanted[x] >> lane & 1)
                                 candidate = pack(scores[r][x], rows[r]);
                         List list_of = kept[i];

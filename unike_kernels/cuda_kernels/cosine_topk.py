@@ -68,9 +68,9 @@ def cosine_topk(
     sizes = (name_of(q.dtype), name_of(keys.dtype), tokens, n, d, k)
     with on(device):
         needed = native.cuda().cosine_topk_workspace(*sizes)
+        zeros = ZEROS.of(device, native.cuda().cosine_topk_zeros(tokens, k))
     workspace = allocating.new((needed,), torch.uint8, device)
     alone = n > 0 and tuning.choose(KERNEL, device, n=n, queries=tokens)["launches"] == 1
-    zeros = ZEROS.of(device, native.cuda().cosine_topk_zeros(tokens, k))
     try:
         launch(
             "cosine_topk",

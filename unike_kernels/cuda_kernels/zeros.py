@@ -12,7 +12,7 @@ import threading
 import torch
 
 from .. import native
-from .launching import on, stream_of
+from .launching import stream_of
 
 PAGE = 2**20  # bytes that are asked for at a time
 LINE = 128
@@ -24,31 +24,32 @@ class Zeros:
     def __init__(self, most: int) -> None:
         self.most = -(-most // LINE) * LINE
         self._lock = threading.Lock()
-        self._of_stream: dict[tuple[str, int], int] = {}  # device and stream -> address
-        self._left: dict[str, tuple[int, int]] = {}  # device -> address and bytes that nobody has
+        self._of_stream: dict[tuple[torch.device, int], int] = {}  # device and stream -> address
+        self._left: dict[torch.device, tuple[int, int]] = {}  # device -> address and bytes that nobody has
 
     def of(self, device: torch.device, size: int) -> int:
-        """The address of `size` zeros for a launch on the device's current stream."""
-        with on(device), self._lock:
-            if captured(device):
-                return self._take(str(device), size)
-            key = (str(device), native.cuda().stream_number(stream_of(device)))
-            if key not in self._of_stream:
-                self._of_stream[key] = self._take(str(device), self.most)
-            return self._of_stream[key]
+        """The address of `size` zeros for a launch on the current stream of the device, which is the current one."""
+        if captured(device):
+            return self._take(device, size)
+        key = (device, native.cuda().stream_number(stream_of(device)))
+        address = self._of_stream.get(key)
+        if address is None:
+            address = self._of_stream.setdefault(key, self._take(device, self.most))
+        return address
 
     def forget(self, address: int) -> None:
         """After a launch that failed: who knows what it left there."""
-        with self._lock:
-            self._of_stream = {key: at for key, at in self._of_stream.items() if at != address}
+        for key in [key for key, at in list(self._of_stream.items()) if at == address]:
+            self._of_stream.pop(key, None)
 
-    def _take(self, device: str, size: int) -> int:
+    def _take(self, device: torch.device, size: int) -> int:
         size = -(-size // LINE) * LINE
-        address, left = self._left.get(device, (0, 0))
-        if left < size:
-            left = max(size, PAGE)
-            address = native.cuda().zeros(left)
-        self._left[device] = address + size, left - size
+        with self._lock:
+            address, left = self._left.get(device, (0, 0))
+            if left < size:
+                left = max(size, PAGE)
+                address = native.cuda().zeros(left)
+            self._left[device] = address + size, left - size
         return address
 
 
