@@ -204,6 +204,17 @@ class TestOfAMemory:
             torch.testing.assert_close(scores, expected[0])
         assert kept
 
+    def test_made_in_inference_mode_changed_outside(self, memory):
+        with torch.inference_mode():
+            self.check(memory)
+        index = memory.kept.index
+        self.other(memory, 580)
+        self.check(memory)
+        with torch.inference_mode():
+            self.other(memory, 510)
+            self.check(memory)
+        assert index is memory.kept.index is not None
+
     def test_none_is_made_or_changed_while_captured(self, memory, monkeypatch):
         monkeypatch.setattr(indexing, "captured", lambda device: True)
         self.check(memory)

@@ -43,6 +43,7 @@ class CudaInt8Index:
     None: their norms. ValueError where d is too large for the device; `most_queries`: of one search.
     """
 
+    @torch.inference_mode(False)  # or `encode` could not change the copy outside of that mode
     def __init__(self, keys: Tensor, key_norm: Tensor | None = None) -> None:
         if (reason := native.no_cuda()) is not None:
             raise RuntimeError(reason)
