@@ -173,7 +173,7 @@ class HeadsHook(OwnHook):
             mixed = shift.mix_natively(heads, q, native, own_product(module))
             if mixed is not None:
                 site.waiting = False
-                return (mixed, *args[1:]), kwargs
+                return None if mixed is heads else ((mixed, *args[1:]), kwargs)
         assert tap is not None
         cases = site.runtime.cases(tap)
         mixed = shift.mix(_rows(heads), _rows(tap), site.query, attention, site.projections, cases)

@@ -266,25 +266,27 @@ class KnowledgeShift(ChoosesBackend):
     def mix_natively(self, heads: Tensor, q: Tensor, cases: Cases, alone: bool) -> Tensor | None:
         """`mix` of heads [..., H hv] past torch's dispatcher, where that is `Cases.native`; None: not here.
 
-        q [..., H hd], as `Projections.query`. alone: nothing sees the result but a product, so every step has the same
-        tensor for it.
+        q [..., H hd], as `Projections.query`. alone: only a product sees the result: one tensor for all steps.
+        The heads themselves where no case's alpha mixes anything in.
         """
         before = cases.state.layers.get(self.layer)
-        if before is None:
-            return None
         step, of, kept = cases.steps.get(self, (None, None, None))
-        out = kept if alone and kept is not None and of is before else torch.empty_like(heads)
+        if kept is False and of is before:
+            return heads
+        out = kept if alone and of is before else torch.empty_like(heads)
         if step is not None and of is before:
             done = step(out, heads, q)
             if done is not None:
                 return out if done else None
         config = self.config
-        if config.per != "case" or config.attention != "projected" or self.backend not in cpu_kernels.BACKENDS:
+        here = config.per == "case" and config.attention == "projected" and self.backend in cpu_kernels.BACKENDS
+        if before is None or not here:
             return None
-        items: Any = self._modules["memory"]._buffers
-        tables = (items, before.indices, before.alpha, cases.token_to_case)
-        of_input = config.orientation == "input"
-        step = cpu_kernels.shift_step(heads, q, *tables, self.scaling, self.softcap, of_input)
+        if may_ask() and not bool((before.alpha != self._nothing).any()):
+            cases.steps[self] = None, before, False
+            return heads
+        tables = (self.memory._buffers, before.indices, before.alpha, cases.token_to_case)
+        step = cpu_kernels.shift_step(heads, q, *tables, self.scaling, self.softcap, config.orientation == "input")
         with torch.inference_mode(False):  # for steps with and without
             kept = torch.empty(heads.shape, dtype=heads.dtype)
         cases.steps[self] = step, before, kept
