@@ -10,8 +10,8 @@ import unike_kernels as uk
 
 BF16, F16 = torch.bfloat16, torch.float16
 ATTEND, LINEAR, MIX = "knowledge_shift_attend", "knowledge_shift_linear", "knowledge_shift_mix"
-PROJECT = "knowledge_shift_project"
-PATHS = {ONE: {ATTEND: 1}, CASE_ALPHA: {ATTEND: 1, MIX: 1}}
+PROJECT, CASES = "knowledge_shift_project", "knowledge_shift_cases"
+PATHS = {ONE: {ATTEND: 1}, CASE_ALPHA: {CASES: 1}}
 check = bodies.checker("triton", lambda path: PATHS[path] if isinstance(path, str) else path)
 
 
@@ -47,7 +47,8 @@ def test_projection_and_encoder(act, tokens, weight_dtype):
     at = case_tokens(cases["token_to_case"], 3)
     check(parts, path={ATTEND: 1, LINEAR: 3, MIX: 1}, case_tokens=at, **cases, **options)
     check(parts, path={PROJECT: 1}, alpha=torch.rand(3, device=DEVICE), **cases, **options)
-    check(parts, path={ATTEND: 1, LINEAR: 1, MIX: 1}, out_proj=out_proj, case_tokens=at, **cases)
+    check(parts, path={PROJECT: 1}, out_proj=out_proj, case_tokens=at, **cases)
+    check(parts, ids(tokens, 5), {PROJECT: 1}, out_proj=out_proj, clamp=False)
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [*((3, dtype) for dtype in DTYPES), (1, F16), (17, BF16), (66, BF16)])
@@ -81,11 +82,19 @@ def test_what_is_known_of_the_encoder_where_alpha_is_a_cases(tokens, orientation
         if tokens:
             check(parts, path={PROJECT: 1}, **cases, **options, alpha=torch.rand(tokens, device=DEVICE))
     check(parts, ids(tokens, 5), {PROJECT: 1}, alpha=torch.rand(tokens, device=DEVICE), **options)
-    cases = on_cases(tokens)
-    at = case_tokens(cases["token_to_case"], 3)
-    raw = inputs(tokens, heads=1, kv_heads=1, hd=64, hv=64)
-    rows = torch.randn(9, 64, device=DEVICE)
-    check(raw, path={ATTEND: 2, MIX: 1}, case_tokens=at, encoder_rows=rows, clamp=False, **cases)
+
+
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, F16), (3, BF16), (65, torch.float32), (130, F16)], ids=str)
+def test_one_head_where_alpha_is_a_cases_is_one_launch(tokens, dtype, orientation):
+    """More cases than tokens too; Enc the identity, or its rows known before."""
+    parts = inputs(tokens, heads=1, kv_heads=1, hd=70, hv=70, dtype=dtype)
+    for count in (13, 37):
+        cases = on_cases(tokens, count)
+        at = case_tokens(cases["token_to_case"], count)
+        options = {"case_tokens": at, "clamp": False, "orientation": orientation, **cases}
+        check(parts, path=CASE_ALPHA, **options)
+        check(parts, path=CASE_ALPHA, encoder_rows=torch.randn(9, 70).to(DEVICE, dtype), rescale=count == 13, **options)
 
 
 def test_what_is_known_in_other_dtypes_and_views():

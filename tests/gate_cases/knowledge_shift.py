@@ -118,6 +118,9 @@ def _cases() -> dict[str, Case]:
         add(model, 64, 40, "bf16", "case", projected=True)
         add(model, 64, 40, "bf16", "case cosine", projected=True, known=True)
     add("raw", 2048, 128, "bf16", "cosine", known=True)
+    for dtype in ("bf16", "fp16", "fp32"):
+        add("raw", 16, 40, dtype, "case cosine")
+        add("raw", 2048, 128, dtype, "case cosine", known=True)
     for model in ("one", "odd"):
         add(model, 3, 5, "bf16", "cosine", projected=True, known=True)
         add(model, 66, 5, "fp16", "case cosine", projected=True, known=True)

@@ -11,8 +11,10 @@ from torch import Tensor
 from . import launching, tuning
 from .cosine_topk import merge_block
 from .knowledge_shift_arguments import Shift, arguments, block
+from .knowledge_shift_cases import knowledge_shift_cases
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
-from .knowledge_shift_project import COUNTERS, knowledge_shift_project
+from .knowledge_shift_project import knowledge_shift_project
+from .tickets import COUNTERS
 from .tuning import Row
 
 FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
@@ -35,6 +37,7 @@ tuning.ROWS += [
         {"bytes": 2, "items": 128},
         {"BLOCK_R": 64, "BLOCK_D": 64, "BLOCK_V": 64, "num_warps": 8},
     ),
+    Row("knowledge_shift_attend", 0, {"rows": 16, "items": 128}, {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16}),
     Row("knowledge_shift_attend", 0, {"items": 128}, {"BLOCK_R": 32, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_attend", 0, {}, {"BLOCK_R": 16, "BLOCK_D": 16, "BLOCK_V": 16, "num_warps": 8}),
     Row("knowledge_shift_linear", tuning.INTERPRETER, {}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}),
@@ -53,13 +56,18 @@ def knowledge_shift(*args: Any) -> tuple[Tensor, Tensor]:
     count = s.indices.shape[0] if s.alpha_per_case else tokens
     out = launching.new((tokens, d), s.h_input.dtype, s.h_input.device)
     used = launching.new((count,), torch.float32, s.h_input.device)
-    one_head = s.q.shape[1] == 1
-    if s.weight is None and (s.mode == "given" or (s.mode == "token" and not s.encoder and one_head)):
-        attend(s, out, used, mix=True)
-        return out, used
-    if s.weight is not None and not s.rescale and (s.mode == "given" or s.folded is not None):
-        # Nothing runs before it that could set its counters to zero, hence a fill of 16 bytes.
-        project(s, torch.zeros(COUNTERS, dtype=torch.int32, device=out.device), out, used)
+    if s.weight is not None and s.folded is None and not (s.encoder or s.rescale):
+        s = s._replace(folded=s.weight, folded_bias=s.bias)  # the encoder is the identity
+    if s.weight is None:
+        one_head, affine = s.q.shape[1] == 1, not s.encoder and s.folded is None
+        if s.mode == "given" or (s.mode == "token" and one_head and affine):
+            attend(s, out, used, mix=True)
+            return out, used
+        if s.mode == "case" and one_head and affine:
+            shift_cases(s, _counters(out), out, used)
+            return out, used
+    elif not s.rescale and (s.mode == "given" or s.folded is not None):
+        project(s, _counters(out), out, used)
         return out, used
     know, encoded, _ = knowledge(s)
     mix(s, know, encoded, out, used)
@@ -118,6 +126,28 @@ def attend(
         COS=mix and s.mode == "token", ALPHA_PER_CASE=s.alpha_per_case, INPUT=s.orientation == "input",
         CLAMP=s.clamp, RESCALE=mix and s.rescale, SOFTCAP=s.softcap is not None, **options,
     )  # fmt: skip
+
+
+def shift_cases(s: Shift, counters: Tensor, out: Tensor, used: Tensor) -> None:
+    """Starts `knowledge_shift_cases`; counters [COUNTERS] int32, zeros."""
+    (tokens, _, hd), cases = s.q.shape, s.indices.shape[0]
+    tiled = tokens > FEW_TOKENS
+    options = attend_options(s, tiled)
+    encoded = s.encoder_rows
+    launching.launch(
+        knowledge_shift_cases, (cases + attend_tiles(s, tiled, options["BLOCK_R"]),),
+        s.q, s.q.stride(0), s.q.stride(1), s.item_keys, s.item_keys.stride(0), s.item_keys.stride(1),
+        s.item_values, s.item_values.stride(0), s.item_values.stride(1), s.indices, s.token_to_case, s.h_input,
+        s.h_input.stride(0), s.case_tokens, out, used, encoded, 0 if encoded is None else encoded.stride(0), counters,
+        tokens, cases, s.indices.shape[1], s.scaling, 1.0 if s.softcap is None else s.softcap,
+        HD=hd, TILED=tiled, INPUT=s.orientation == "input", CLAMP=s.clamp, RESCALE=s.rescale,
+        SOFTCAP=s.softcap is not None, **options,
+    )  # fmt: skip
+
+
+def _counters(out: Tensor) -> Tensor:
+    """Zeros for a launch that draws tickets. Nothing runs before it that could set them, hence a fill of 16 bytes."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=out.device)
 
 
 def attend_tiles(s: Shift, tiled: bool, rows: int) -> int:

@@ -116,17 +116,19 @@ def mixed(h, know, a, INPUT: tl.constexpr):
 
 
 @triton.jit
-def _attend_case(
+def attend_case(
     case, ids, there, live, mine, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n, v_h, h_input, h_t, alpha,
     out, used, encoded, e_n, K, scaling, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, HV: tl.constexpr, MIX: tl.constexpr, COS: tl.constexpr,
     ALPHA_PER_CASE: tl.constexpr, INPUT: tl.constexpr, CLAMP: tl.constexpr, RESCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The rows `mine` of a tile, which share the items of one case: ids, which are there, whether any is."""
+    """The rows `mine` of a tile, which share the items of one case: ids, which are there, whether any is. Without out
+    only their alpha is wanted.
+    """
     rows = token.to(tl.int64)
-    out_row = out + rows * (HEADS * HV) + (kv * GROUP + head) * HV
-    h_row = h_input + rows * h_t + (kv * GROUP + head) * HV
+    column = (kv * GROUP + head) * HV
+    h_row = h_input + rows * h_t + column
     untouched = 1.0 if INPUT else 0.0
     a = tl.full((BLOCK_R,), untouched, tl.float32)
     if MIX and not COS:
@@ -172,16 +174,19 @@ def _attend_case(
                     a = clamped(over(over(eh, tl.sqrt(ee)), tl.sqrt(hh)), CLAMP)
             if RESCALE:
                 grow = over(tl.sqrt(hh), tl.sqrt(kk))
-        for start in range(0, HV, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            v = tl.load(v_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
-            know = dot_right(p, v, tl.zeros((BLOCK_R, BLOCK_V), tl.float32))
-            mask = mine[:, None] & (cols < HV)[None, :]
-            if MIX:
-                h = tl.load(h_row[:, None] + cols[None, :], mask=mask, other=0.0)
-                know = mixed(h, know * grow[:, None], a[:, None], INPUT)
-            tl.store(out_row[:, None] + cols[None, :], know, mask=mask)
-    else:
+        if out is not None:
+            out_row = out + rows * (HEADS * HV) + column
+            for start in range(0, HV, BLOCK_V):
+                cols = start + tl.arange(0, BLOCK_V)
+                v = tl.load(v_row[:, None] + cols[None, :], mask=there[:, None] & (cols < HV)[None, :], other=0.0)
+                know = dot_right(p, v, tl.zeros((BLOCK_R, BLOCK_V), tl.float32))
+                mask = mine[:, None] & (cols < HV)[None, :]
+                if MIX:
+                    h = tl.load(h_row[:, None] + cols[None, :], mask=mask, other=0.0)
+                    know = mixed(h, know * grow[:, None], a[:, None], INPUT)
+                tl.store(out_row[:, None] + cols[None, :], know, mask=mask)
+    elif out is not None:
+        out_row = out + rows * (HEADS * HV) + column
         for start in range(0, HV, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             mask = mine[:, None] & (cols < HV)[None, :]
@@ -215,7 +220,7 @@ def attend_tile(
         current = tl.min(case, 0)
         while current < NO_CASE:
             ids, there, live = items_of(indices, current, K, BLOCK_K)
-            _attend_case(
+            attend_case(
                 current, ids, there, live, case == current, token, head, kv, q, q_t, q_h, keys, k_n, k_h, values, v_n,
                 v_h, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX, COS,
                 ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,
@@ -239,7 +244,7 @@ def attend_tile(
             there = (ids >= 0) & (k < K) & (owner >= 0)
             ids = tl.where(there, ids, 0)
             live = tl.max(there.to(tl.int32), 0) > 0
-        _attend_case(
+        attend_case(
             owner, ids, there, live, inside, tile + tl.zeros((BLOCK_R,), tl.int32), r, kv, q, q_t, q_h, keys, k_n, k_h,
             values, v_n, v_h, h_input, h_t, alpha, out, used, encoded, e_n, K, scaling, cap, HEADS, GROUP, HD, HV, MIX,
             COS, ALPHA_PER_CASE, INPUT, CLAMP, RESCALE, SOFTCAP, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_V,

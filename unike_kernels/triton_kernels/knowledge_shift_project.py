@@ -3,9 +3,8 @@
 The projection needs every head of the attention, alpha all of Enc(h_know), every column of the result alpha. So the
 programs draw tickets: the first ones attend; the next ones wait for these, multiply by the folded weight and leave
 their share of the cosine's three sums; the last ones wait for the heads too, multiply by the output projection, keep
-their columns in registers, wait for the sums and mix. Who waits has a later ticket than those it waits for, which run
-already: however few programs a device has room for, it comes to an end. The sums are added in the order of their
-columns, so that the result does not depend on who came first.
+their columns in registers, wait for the sums and mix. The sums are added in the order of their columns, so that the
+result does not depend on who came first.
 """
 
 import triton
@@ -13,6 +12,7 @@ import triton.language as tl
 
 from . import tuning
 from .knowledge_shift_kernels import attend_tile, clamped, dot_left, mixed, over
+from .tickets import draw, say_done, wait_for
 from .tuning import Row
 
 # As the linear maps of the general path, warps as attention has them; estimated, no GPU has measured them.
@@ -30,22 +30,6 @@ tuning.ROWS += [
     Row("knowledge_shift_project", 0, {"bytes": 2}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_W": 64}),
     Row("knowledge_shift_project", 0, {}, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": 16, "num_warps": 4}),
 ]
-COUNTERS = 4  # int32: tickets drawn, programs that have attended, that have left their sums; one to spare
-
-
-@triton.jit
-def wait_for(counter, count):
-    """Returns when `count` programs have added to the counter; what they wrote before can be read then."""
-    ready = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-    while ready < count:
-        ready = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-
-
-@triton.jit
-def say_done(counter):
-    """Adds this program to the counter, once all its threads have written what they write."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -182,7 +166,7 @@ def knowledge_shift_project(
     once, sums (12 BLOCK_M TILES) per program of the last kind from L2. All in float32; rounds once, where out is
     stored.
     """
-    ticket = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    ticket = draw(counters)
     if ticket < attending:
         kv_heads: tl.constexpr = HEADS // GROUP
         attend_tile(

@@ -13,7 +13,7 @@ from . import launching
 from .cosine_topk import scan
 from .knowledge_shift import attend, project
 from .knowledge_shift_arguments import arguments
-from .knowledge_shift_project import COUNTERS
+from .tickets import COUNTERS
 
 
 def retrieve_and_shift(
