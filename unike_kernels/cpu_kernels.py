@@ -263,7 +263,7 @@ def _address(index: Tensor | None, kept: list[Tensor]) -> int:
 
 
 # For one token the native code runs for a microsecond or two, and the operators' checks and torch's dispatcher for
-# twenty. So modules that know what they pass prepare a step (csrc/cpu/steps.h) and call it past both, while
+# twenty. So modules that know what they pass prepare a step (csrc/cpu/bindings_steps.h) and call it past both, while
 # `unwatched`: it says no where a given tensor does not suit, and None where a table is no longer what it was. What is
 # checked here, once, are sizes, dtypes, devices and layouts.
 

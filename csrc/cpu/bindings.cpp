@@ -6,11 +6,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "arguments.h"
+#include "bindings_arguments.h"
 #include "int8_search.h"
 #include "operators.h"
 #include "scan.h"
-#include "steps.h"
+#include "bindings_steps.h"
 #include "topk.h"
 
 namespace py = pybind11;

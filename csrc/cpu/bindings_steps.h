@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "bindings_arguments.h"
 #include "operators.h"
 
 namespace unike {
