@@ -279,7 +279,7 @@ def test_the_report_holds_every_table_and_figure(tmp_path):
     assert paper.SEQUENTIAL["caption", 20]["MEND"] in text and paper.CROSS_TASK["FT"] in text
     assert "IKE: n/a, the base model does not follow demonstrations." in text and "Not measured yet: KE." in text
     assert "| IKE | n/a | n/a |" in text and "| KE | - | - |" in text
-    assert "met: routed UniKE's mean is above every other row's (98.0; next, UniKE: 88.0)" in text
+    assert "met: routed UniKE's mean is above every other row's measured so far (98.0; next, UniKE: 88.0)" in text
     cost = "routing costs under three points of generality (-10.0: T-Gen -10.0, M-Gen -10.0)"
     assert f"met: {cost}, and changes T-Loc +10.0, M-Loc +10.0" in text
     assert "| base | 10.0 | 10.0 | 10.0 | 100.0 | 100.0 | 46.0 |" in text
@@ -296,6 +296,12 @@ def test_what_routing_costs_by_hand():
     told = paper_tables.cost({"UniKE": always, "UniKE, routed": routed})
     assert told.startswith("- **missed**: ") and "(3.5: T-Gen 0.5, M-Gen 6.5), and changes T-Loc +4.0, M-Loc" in told
     assert paper_tables.cost({"UniKE": always, "UniKE, routed": None}) == ""
+
+
+def test_the_best_row_is_named_by_hand():
+    routed, other = (Found(metrics=dict.fromkeys((*KINDS, "mean"), m)) for m in (96.8, 97.2))
+    told = paper_tables.best({"SERAC": other, "IKE": Found(reason="no"), "UniKE, routed": routed})
+    assert told == "- **missed**: routed UniKE's mean is above every other row's (96.8; next, SERAC: 97.2)"
 
 
 def test_a_quick_report_says_so(tmp_path):

@@ -79,7 +79,8 @@ def best(named: dict[str, Found | None]) -> str:
         return ""
     name = max(means, key=lambda n: means[n])
     met = "met" if ours > means[name] else "**missed**"
-    return f"- {met}: routed UniKE's mean is above every other row's ({ours:.1f}; next, {name}: {means[name]:.1f})"
+    rows = "every other row's" + (" measured so far" if any(f is None for f in named.values()) else "")
+    return f"- {met}: routed UniKE's mean is above {rows} ({ours:.1f}; next, {name}: {means[name]:.1f})"
 
 
 def cost(named: dict[str, Found | None]) -> str:
