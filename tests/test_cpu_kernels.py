@@ -205,6 +205,22 @@ def test_given_alpha(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_computed_alpha(shape, dtype):
+    """cos(h_know, h_input) of every token, where no encoder comes between; inputs that resemble what is known
+    of them, and enough of them that plain torch's error says something: that of a single alpha may be nearly 0."""
+    h, q, keys, values = here(inputs(16, **SHAPES[shape], dtype=dtype))
+    known = reference.knowledge_attention(q, keys, values, here(ids(16, 5))).flatten(1)
+    parts = (h + 2 * known.to(dtype), q, keys, values)
+    for orientation in ("knowledge", "input"):
+        for clamp in (True, False):
+            options = {"orientation": orientation, "clamp": clamp}
+            check_shift(parts, ids(16, 5), **options)
+            check_shift(parts, ids(2, 5), token_to_case=torch.tensor([1, -1, 0] * 5 + [0]), **options)
+    assert check_shift((h * 0, *parts[1:]), ids(16, 5))[1].tolist() == [0.0] * 16  # a zero vector has cosine 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 15, 40])
 def test_items_of_a_case(tokens, dtype):
     parts = inputs(tokens, **SHAPES["7 heads on 1"], dtype=dtype)
@@ -216,13 +232,14 @@ def test_items_of_a_case(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_raw(dtype):
-    parts = here(inputs(4, heads=1, kv_heads=1, hd=70, hv=70, dtype=dtype))
+    parts = here(inputs(16, heads=1, kv_heads=1, hd=70, hv=70, dtype=dtype))
     for rescale in (True, False):
         for orientation in ("knowledge", "input"):
-            check_shift(parts, ids(4, 5), alpha=torch.rand(4), rescale=rescale, orientation=orientation)
+            check_shift(parts, ids(16, 5), alpha=torch.rand(16), rescale=rescale, orientation=orientation)
+            check_shift(parts, ids(16, 5), rescale=rescale, orientation=orientation)
     parts[0][0] = 0
     parts[3][:4] = 0
-    check_shift(parts, ids(4, 5), alpha=0.6)
+    check_shift(parts, ids(16, 5), alpha=0.6)
     check_shift(inputs(4, heads=1, kv_heads=1, hd=70, hv=70, dtype=dtype), **on_cases(4), alpha=0.6)
 
 
@@ -291,7 +308,7 @@ def test_auto_takes_it_for_few_tokens_without_gradients(counted):
     ops.extra_neurons(**args, **options, backend="reference")
     ops.extra_neurons(**to64(args), **options)
     ops.extra_neurons(**(args | {"values": args["values"].clone().requires_grad_()}), **options)
-    ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)))  # alpha is still to be found
+    ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), encoder=[here(layer(64, 64))])  # alpha behind an encoder
     ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), alpha=0.5, out_proj=here(layer(64, 64)))
     many, more = here(make(cpu_kernels.FEW + 1, "sc"))
     ops.extra_neurons(**many, **more)

@@ -2,8 +2,7 @@
 
 A launcher takes an operator's positional arguments, as those of triton_kernels do. Neurons and shift are for few
 tokens; the search leaves the product to torch and keeps the best. What has no native code here (other operators, all
-gradients, an alpha that is still to be found, an output projection) is the reference's: those are matrix products,
-which torch does well.
+gradients, an encoder, an output projection) is the reference's: those are matrix products, which torch does well.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -57,8 +56,10 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
     if operator == "cosine_topk":
         return cosine_topk
     if operator == "knowledge_shift":
-        h_input, alpha, out_weight = args[0], args[5], args[8]
-        if alpha is None or out_weight is not None or not (always or len(h_input) <= FEW):
+        h_input, alpha, case_tokens, out_weight, encoder, rows, folded = (args[i] for i in (0, 5, 7, 8, 10, 17, 18))
+        if alpha is None and (case_tokens is not None or encoder or rows is not None or folded is not None):
+            return None
+        if out_weight is not None or not (always or len(h_input) <= FEW):
             return None
         return knowledge_shift
     if operator not in ("extra_neurons", "extra_neurons_"):
@@ -147,7 +148,7 @@ def knowledge_shift(
     item_keys: Tensor,
     item_values: Tensor,
     indices: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     token_to_case: Tensor | None,
     case_tokens: Tensor | None,
     out_weight: None,
@@ -163,16 +164,19 @@ def knowledge_shift(
     folded_weight: Tensor | None,
     folded_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """h [T, d] and the alpha used, where alpha is given and nothing is projected: attention and mix in one call."""
+    """h [T, d] and the alpha used, where nothing is projected or encoded: attention, cosine and mix in one call."""
     (tokens, _), (cases, slots) = h_input.shape, indices.shape
     raw = q.dim() == 2
     hd, hv = q.shape[-1], item_values.shape[-1]
-    of_case = token_to_case is not None and alpha.shape[0] == cases
+    of_case = alpha is not None and token_to_case is not None and alpha.shape[0] == cases
     out = new(h_input.shape, h_input.dtype, h_input)
-    used = new((cases if of_case else tokens,), torch.float32, alpha)
+    used = new((cases if of_case else tokens,), torch.float32, h_input if alpha is None else alpha)
     kept: list[Tensor] = []
     arrays: list[int] = []
     for t in (h_input, q, item_keys, item_values, alpha):
+        if t is None:
+            arrays += (0, 0)
+            continue
         if not t.is_contiguous():
             kept.append(t := t.contiguous())
         arrays += (t.data_ptr() or NOTHING, DTYPES[t.dtype])
@@ -195,6 +199,7 @@ def knowledge_shift(
         of_case,
         orientation == "input",
         raw and rescale,
+        clamp,
         PORTABLE,
     )
     return out, used
@@ -323,7 +328,7 @@ def shift_step(
         return None
     code = DTYPES[keys.dtype]
     sizes = (tokens, cases, items, count, kv_heads, hd, hv, slots, hd**-0.5 if scaling is None else scaling)
-    options = (softcap or 0.0, True, of_input, False, PORTABLE)
+    options = (softcap or 0.0, True, of_input, False, False, PORTABLE)
     arrays = (0, 0, *(0, code) * 4, 0, 0, 0, 0)
     tables = (("keys", buffers, "keys", keys), ("values", buffers, "values", values))
     kept = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}

@@ -112,6 +112,7 @@ inline ShiftCall shift_call(Arguments& in) {
     call.alpha_of_case = in.choice(2) != 0;
     call.alpha_of_input = in.choice(2) != 0;
     call.rescale = in.choice(2) != 0;
+    call.clamp = in.choice(2) != 0;
     if (call.kv_heads == 0 || call.heads % call.kv_heads != 0) throw std::invalid_argument("heads must share kv_heads");
     return call;
 }

@@ -33,16 +33,16 @@ struct NeuronCall {
 
 struct ShiftCall {
     void* out;        // [tokens, heads hv], the dtype of h_input
-    float* used;      // the alpha used, of the shape of alpha; null: not wanted
+    float* used;      // the alpha used, of the shape of alpha, computed: [tokens]; null: not wanted
     Array h_input;    // [tokens, heads hv]
     Array q;          // [tokens, heads, hd]
     Array keys;       // [items, kv_heads, hd]
     Array values;     // [items, kv_heads, hv]
-    Array alpha;      // [tokens] or, with `alpha_of_case`, [cases]
+    Array alpha;      // [tokens] or, with `alpha_of_case`, [cases]; null: cos(h_know, h_input) of every token
     const int64_t *indices, *token_to_case;  // [cases, slots]; [tokens] or null: token t is case t
     int64_t tokens, cases, items, heads, kv_heads, hd, hv, slots;
     float scaling, softcap;  // softcap 0: none
-    bool alpha_of_case, alpha_of_input, rescale;
+    bool alpha_of_case, alpha_of_input, rescale, clamp;  // clamp: a computed alpha to [0, 1]
 };
 
 // Null, or what is out of range: then nothing has been written. portable: without AVX2, for tests.

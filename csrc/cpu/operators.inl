@@ -263,6 +263,23 @@ static inline void attend(const ShiftCall& c, const float* q, const int64_t* ids
 
 static inline float length_of(const float* x, int64_t n) { return sqrtf(dot_of(x, x, n)); }
 
+// a . b in fp64: the terms of a small cosine cancel.
+static inline double exact_dot(const float* a, const float* b, int64_t n) {
+    double lanes[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(a[i + lane]) * b[i + lane];
+    for (; i < n; ++i) lanes[0] += double(a[i]) * b[i];
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// cos(a, b), 0 where one of them is zero.
+static inline float cosine_of(const float* a, const float* b, int64_t n, bool clamp) {
+    const double lengths = sqrt(exact_dot(a, a, n)) * sqrt(exact_dot(b, b, n));
+    const float cosine = lengths == 0 ? 0 : float(exact_dot(a, b, n) / lengths);
+    return !clamp ? cosine : cosine < 0 ? 0 : cosine > 1 ? 1 : cosine;  // NaN stays
+}
+
 static inline bool names_an_item(const ShiftCall& c, int64_t row) {
     bool found = false;
     for (int64_t slot = 0; row >= 0 && c.items > 0 && slot < c.slots; ++slot) found |= c.indices[row * c.slots + slot] >= 0;
@@ -274,20 +291,27 @@ void run(const ShiftCall& c, float* work) {
     const size_t bytes = size_t(width) * (c.h_input.dtype == Dtype::float32 ? 4 : 2);
     float *scores = work, *sums = scores + c.heads * c.slots, *qs = sums + width, *hs = qs + c.heads * c.hd;
     const float untouched = c.alpha_of_input ? 1.0f : 0.0f;
-    for (int64_t i = 0; c.used && i < (c.alpha_of_case ? c.cases : c.tokens); ++i) {
+    const bool given = c.alpha.data != nullptr;
+    for (int64_t i = 0; given && c.used && i < (c.alpha_of_case ? c.cases : c.tokens); ++i) {
         const int64_t row = c.alpha_of_case || !c.token_to_case ? i : c.token_to_case[i];
         c.used[i] = names_an_item(c, row) ? element(c.alpha, i) : untouched;
     }
     for (int64_t t = 0; t < c.tokens; ++t) {
         const int64_t row = c.token_to_case ? c.token_to_case[t] : t;
-        const float alpha = names_an_item(c, row) ? element(c.alpha, c.alpha_of_case ? row : t) : untouched;
+        const bool acts = names_an_item(c, row);
+        float alpha = acts && given ? element(c.alpha, c.alpha_of_case ? row : t) : untouched;
+        const float* h = nullptr;
+        if (acts && (!given || alpha != untouched)) {
+            attend(c, wide(c.q, t * c.heads * c.hd, c.heads * c.hd, qs), c.indices + row * c.slots, scores, sums);
+            h = wide(c.h_input, t * width, width, hs);
+            if (!given) alpha = cosine_of(sums, h, width, c.clamp);
+        }
+        if (!given && c.used) c.used[t] = alpha;
         if (alpha == untouched) {  // every bit stays
             std::memcpy(static_cast<char*>(c.out) + size_t(t) * bytes,
                         static_cast<const char*>(c.h_input.data) + size_t(t) * bytes, bytes);
             continue;
         }
-        attend(c, wide(c.q, t * c.heads * c.hd, c.heads * c.hd, qs), c.indices + row * c.slots, scores, sums);
-        const float* h = wide(c.h_input, t * width, width, hs);
         if (c.rescale) {
             const float length = length_of(sums, width), wanted = length_of(h, width);
             for (int64_t i = 0; i < width; ++i) sums[i] = length == 0 ? 0 : sums[i] / length * wanted;
