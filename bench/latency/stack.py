@@ -29,7 +29,9 @@ from unike_kernels.planning import fingerprint
 PROMPT = 32  # tokens before the step that is timed
 VOCABULARY = 4096
 SHARED = 50_000  # from so many items on, the four layers are given one and the same table
-ALPHA = 0.3  # where retrieval is per token: q is what q_proj made anyway, and one output projection serves both
+# Retrieval per token: q is what q_proj made anyway, and one output projection serves both. Per case a step that decodes
+# knows its alpha, whatever it is; the cosines of random states are mostly below 0, and alpha 0 would cost nothing.
+ALPHA = 0.3
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def make_edits(model: nn.Module, stack: Stack, generator: torch.Generator) -> Ed
         return LayerShared(h_sem=sem, h_pos=pos, encoder=maps)
 
     routing = replace(RoutingConfig(), mode="routed" if stack.routed else "always")
-    shift = ShiftConfig(per="token", alpha=ALPHA) if stack.per == "token" else ShiftConfig()
+    shift = ShiftConfig(per=stack.per, alpha=None if stack.prefill and stack.per == "case" else ALPHA)
     config = replace(UnikeConfig(), layers=tuple(layers), routing=routing, shift=shift)
     sizes = dict.fromkeys(layers, NEURONS)
     made = {"target": "answer", "image": None, "neurons": sizes, "loss": 0.0, "success": True, "steps": 0}
