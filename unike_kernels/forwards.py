@@ -78,22 +78,12 @@ class HookedForward:
 class HookedLinear(HookedForward):
     """The same for an nn.Linear, whose `__getattr__` takes 0.5 us to find each of its two tensors."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _own(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         module: Any = self.module
-        for hook in self.before:
-            changed = hook(module, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
         own = module._parameters
         if self.inner is None and type(module) is nn.Linear and len(args) == 1 and "weight" in own and "bias" in own:
-            output = linear(args[0], own["weight"], own["bias"], **kwargs)
-        else:
-            output = self._own(args, kwargs)
-        for hook in self.after:
-            changed = hook(module, args, kwargs, output)
-            if changed is not None:
-                output = changed
-        return output
+            return linear(args[0], own["weight"], own["bias"], **kwargs)
+        return super()._own(args, kwargs)
 
 
 def own_product(module: nn.Module) -> bool:
@@ -108,21 +98,11 @@ class WatchedForward(HookedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return super().__call__(*args, **kwargs)
-        module = self.module
         try:
-            for hook in self.before:
-                changed = hook(module, args, kwargs)
-                if changed is not None:
-                    args, kwargs = changed
-            output = self._own(args, kwargs)
-            for hook in self.after:
-                changed = hook(module, args, kwargs, output)
-                if changed is not None:
-                    output = changed
-            return output
+            return super().__call__(*args, **kwargs)
         except BaseException:
             for hook in self.after:
-                hook(module, args, kwargs, None)
+                hook(self.module, args, kwargs, None)
             raise
 
 

@@ -1,6 +1,6 @@
 """How many kernels a patch adds to each edited layer of a decoding step: at most three with retrieval per case.
 
-With retrieval per token at most four, of which the goal allows five.
+With retrieval per token at most four; the goal allows five.
 """
 
 import json

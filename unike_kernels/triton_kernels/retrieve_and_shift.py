@@ -54,12 +54,12 @@ def retrieve_and_shift(
     spans = spans.contiguous()
     ranges = spans[1 if selected is None else 0].expand(tokens, 2)
     token_to_case, selected = (None if t is None else t.contiguous() for t in (token_to_case, selected))
-    counters = launching.new((COUNTERS,), torch.int32, device)
+    counters = None if weight is None else launching.new((COUNTERS,), torch.int32, device)
     found = scan(tap, sem, k, sem_norm, ranges, token_to_case, selected, spans, counters)
-    if found.shape[2] == 0:  # nothing to search: no launch has set them
-        counters.zero_()
-    if weight is None:
+    if counters is None:
         attend(s, out, used, mix=True, found=found, scores=scores)
         return out, used, scores, indices
+    if found.shape[2] == 0:  # nothing to search: no launch has set them
+        counters.zero_()
     project(s, counters, out, used, found, scores)
     return out, used, scores, indices

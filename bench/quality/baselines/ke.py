@@ -11,10 +11,9 @@ published code edits every matrix; gradients are divided by their mean norm over
 is multiplied by their number, so that one scale fits all maps; the condition is 128 wide (1024); 800 steps of 8
 edits.
 As in MMEdit, the condition is text alone; what is on the picture comes in through the gradient.
-Why Rel stays below 90: not the constraint. With its multiplier at zero for all 800 steps (base model 0, by hand) the KL
-rises from 0.1 to 1.0, but the NLL in training ends at 1.21, with it at 1.16, and Rel on training-split edits of other
-draws at 70.5, with it at 73.2. MEND, from the same gradients in as many steps, has half of that NLL: it changes the
-gradient token by token, while KE scales the sum over tokens by two outer products, which it makes from the text alone.
+Why Rel stays below 90: not the constraint; with its multiplier at zero for all 800 steps Rel is no higher. MEND, from
+the same gradients in as many steps, fits far better: it changes the gradient token by token, while KE scales the sum
+over tokens by two outer products, which it makes from the text alone.
 """
 
 from __future__ import annotations
