@@ -233,32 +233,106 @@ void run(const NeuronCall& c, float* work) {
 
 // ----------------------------------------------------------------------------------------------- knowledge_shift
 
-// sums [heads, hv] = softmax(scaling q . k_i) v_i over the items of one row that are there; scores [heads, slots].
-static inline void attend(const ShiftCall& c, const float* q, const int64_t* ids, float* scores, float* sums) {
+// Asks for [from, from + n) of the array, which lies anywhere in a large table.
+static inline void ask_for(const Array& array, int64_t from, int64_t n) {
+#if defined(__GNUC__) || defined(__clang__)
+    const int64_t size = array.dtype == Dtype::float32 ? 4 : 2;
+    const char* p = static_cast<const char*>(array.data) + from * size;
+    for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(p + at);
+#else
+    (void)array, (void)from, (void)n;
+#endif
+}
+
+// scores [heads, slots]: softcap(scaling q . k_i), -inf where no item is.
+template <typename T>
+static inline void scores_of(const ShiftCall& c, const float* q, const T* keys, const int64_t* ids, float* scores) {
     const int64_t share = c.heads / c.kv_heads;
+    // The items lie anywhere: read one after the other, each costs the time of a miss. Long ones the machine sees coming.
+    const int64_t key_size = c.kv_heads * c.hd, value_size = c.kv_heads * c.hv, bytes = key_size * int64_t(sizeof(T));
+    int64_t ahead = bytes <= 4096 ? 0 : c.slots;
     for (int64_t slot = 0; slot < c.slots; ++slot) {
-        if (ids[slot] < 0) continue;
+        const bool there = ids[slot] >= 0;
+        if (there && bytes <= 4096) ask_for(c.values, ids[slot] * value_size, value_size);
+        for (; ahead < c.slots && (ahead - slot) * bytes < 16384; ++ahead)
+            if (ids[ahead] >= 0) ask_for(c.keys, ids[ahead] * key_size, key_size);
+        const T* key = keys + (there ? ids[slot] * key_size : 0);
         for (int64_t head = 0; head < c.heads; ++head) {
-            const float s = c.scaling * dot(q + head * c.hd, c.keys, (ids[slot] * c.kv_heads + head / share) * c.hd, c.hd);
-            scores[head * c.slots + slot] = c.softcap == 0 ? s : c.softcap * tanhf(s / c.softcap);
+            const float s = there ? c.scaling * dot_of(q + head * c.hd, key + head / share * c.hd, c.hd) : -INFINITY;
+            scores[head * c.slots + slot] = c.softcap == 0 || !there ? s : c.softcap * tanhf(s / c.softcap);
         }
     }
-    for (int64_t head = 0; head < c.heads; ++head) {
-        float *of_head = scores + head * c.slots, largest = -INFINITY, sum = 0;
-        for (int64_t slot = 0; slot < c.slots; ++slot)
-            if (ids[slot] >= 0 && of_head[slot] > largest) largest = of_head[slot];
-        for (int64_t slot = 0; slot < c.slots; ++slot)
-            if (ids[slot] >= 0) sum += of_head[slot] = expf(of_head[slot] - largest);
-        const float inverse = 1 / sum;
-        for (int64_t slot = 0; slot < c.slots; ++slot) of_head[slot] *= inverse;
-    }
-    for (int64_t i = 0; i < c.heads * c.hv; ++i) sums[i] = 0;
-    for (int64_t slot = 0; slot < c.slots; ++slot) {
+}
+
+// out [8 * PARTS] = sum of weights[slot] values[ids[slot]], in registers.
+template <int PARTS, typename T>
+static inline void mix_block(const int64_t* ids, int64_t slots, const float* weights, const T* values, int64_t stride, float* out) {
+    Lanes sums[PARTS];
+    for (int part = 0; part < PARTS; ++part) sums[part] = spread(0);
+    for (int64_t slot = 0; slot < slots; ++slot) {
         if (ids[slot] < 0) continue;
-        for (int64_t head = 0; head < c.heads; ++head)
-            add(sums + head * c.hv, scores[head * c.slots + slot], c.values,
-                (ids[slot] * c.kv_heads + head / share) * c.hv, c.hv);
+        const Lanes w = spread(weights[slot]);
+        const T* row = values + ids[slot] * stride;
+        for (int part = 0; part < PARTS; ++part) sums[part] = sums[part] + w * lanes(row + 8 * part);
     }
+    for (int part = 0; part < PARTS; ++part) store(out + 8 * part, sums[part]);
+}
+
+template <typename T>
+static inline void mix_of(const ShiftCall& c, const T* values, const int64_t* ids, const float* weights, float* sums) {
+    const int64_t share = c.heads / c.kv_heads, stride = c.kv_heads * c.hv;
+    for (int64_t head = 0; head < c.heads; ++head) {
+        const float* w = weights + head * c.slots;
+        const T* from = values + head / share * c.hv;
+        float* out = sums + head * c.hv;
+        int64_t i = 0;
+        for (; i + 32 <= c.hv; i += 32) mix_block<4>(ids, c.slots, w, from + i, stride, out + i);
+        for (; i + 8 <= c.hv; i += 8) mix_block<1>(ids, c.slots, w, from + i, stride, out + i);
+        for (; i < c.hv; ++i) {
+            float sum = 0;
+            for (int64_t slot = 0; slot < c.slots; ++slot)
+                if (ids[slot] >= 0) sum += w[slot] * at(from + ids[slot] * stride, i);
+            out[i] = sum;
+        }
+    }
+}
+
+// e^x for x <= 0, to an ulp; 0 below the least normal number. What a compiler can do for several x at once: it has no branch.
+static inline float exp_of(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // to the nearest integer, in the low bits
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f, p = p * (r * r) + r + 1;
+    const float power = from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+static inline void softmax_of(float* x, int64_t n) {
+    float largest[8] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY}, sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+    for (; i < n; ++i) largest[0] = x[i] > largest[0] ? x[i] : largest[0];
+    float most = largest[0];
+    for (int lane = 1; lane < 8; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    for (i = 0; i < n; ++i) x[i] = exp_of(x[i] - most);
+    for (i = 0; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) sums[lane] += x[i + lane];
+    for (; i < n; ++i) sums[i % 8] += x[i];
+    const float inverse = 1 / (((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])));
+    for (i = 0; i < n; ++i) x[i] *= inverse;
+}
+
+// sums [heads, hv] = softmax(scaling q . k_i) v_i over the items of one row that are there; scores [heads, slots].
+static inline void attend(const ShiftCall& c, const float* q, const int64_t* ids, float* scores, float* sums) {
+#define USE(keys) scores_of(c, q, keys, ids, scores)
+    UNIKE_TYPED(c.keys, 0, USE)
+#undef USE
+    for (int64_t head = 0; head < c.heads; ++head) softmax_of(scores + head * c.slots, c.slots);
+#define USE(values) mix_of(c, values, ids, scores, sums)
+    UNIKE_TYPED(c.values, 0, USE)
+#undef USE
 }
 
 static inline float length_of(const float* x, int64_t n) { return sqrtf(dot_of(x, x, n)); }
