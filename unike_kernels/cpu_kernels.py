@@ -21,6 +21,7 @@ NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and w
 NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
 TILE = 8192  # keys that are multiplied at a time: as many as the reference widens at once
 SCANNED = 64  # queries up to which a pass over the keys is quicker than torch's product
+GATHERED = 2**20  # bytes of items that a step copies
 PORTABLE = False  # without AVX2: for tests
 LEVEL = "best"  # of instructions, one of native.LEVELS: less is for tests
 
@@ -314,7 +315,8 @@ def shift_step(
     """`knowledge_shift` with the alpha of each case as a step(out, heads, q), if it can be had here.
 
     heads, out [..., H hv]; q [..., H hd]; of `buffers`, those of a memory, keys [N, Hkv, hd] and values [N, Hkv, hv];
-    indices [C, K]; alpha [C]; token_to_case [T].
+    indices [C, K]; alpha [C]; token_to_case [T]. Few and short items are copied side by side: in the tables each lies on a
+    page of its own, whose address is looked up anew in every step. Until the tables change.
     """
     module, keys, values = native.cpu(), buffers["keys"], buffers["values"]
     if module is None or keys.dim() != 3 or not _dense((keys, values), keys.dtype):
@@ -326,11 +328,19 @@ def shift_step(
     count = width // hv
     if items == 0 or tokens > FEW or count * hv != width or count % kv_heads:
         return None
+    tables: list[tuple[str | None, Any, str | None, Tensor]]
+    tables = [("keys", buffers, "keys", keys), ("values", buffers, "values", values)]
+    if cases * slots * (keys[0].numel() + values[0].numel()) * keys.itemsize <= GATHERED:
+        if not (keys.is_inference() or values.is_inference()):  # of those nobody counts the changes
+            tables = [(None, buffers, name, buffers[name]) for name in ("keys", "values")]
+            with torch.inference_mode(False), torch.no_grad():
+                rows, items = indices.flatten().clamp(min=0), cases * slots
+                tables += [("keys", None, None, keys[rows]), ("values", None, None, values[rows])]
+                indices = torch.arange(items).view(cases, slots).masked_fill(indices < 0, -1)
     code = DTYPES[keys.dtype]
     sizes = (tokens, cases, items, count, kv_heads, hd, hv, slots, hd**-0.5 if scaling is None else scaling)
     options = (softcap or 0.0, True, of_input, False, False, PORTABLE)
     arrays = (0, 0, *(0, code) * 4, 0, 0, 0, 0)
-    tables = (("keys", buffers, "keys", keys), ("values", buffers, "values", values))
     kept = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}
     stay = (*tables, *((name, None, None, t) for name, t in kept.items()))
     given = (("out", tokens * width), ("h_input", tokens * width), ("q", tokens * count * hd))

@@ -20,7 +20,8 @@ namespace unike {
 
 constexpr const char* kStepDoc =
     "A step: numbers (the arguments of the operator, addresses zero), given ((field, elements), ...) for its arguments,\n"
-    "stay ((field, dict or None, name, tensor), ...), their type and dtype. It returns True (done), False (a given tensor\n"
+    "stay ((field, dict or None, name, tensor), ...; no field: the step reads a copy, while the tensor's _version is the\n"
+    "same), their type and dtype. It returns True (done), False (a given tensor\n"
     "does not suit) or None (something that stays is not where it was).";
 
 template <typename Call>
@@ -54,12 +55,12 @@ inline Setter<ShiftCall> setter(const ShiftCall*, const std::string& field) {
 
 // The attributes and methods of a tensor that a step asks for.
 struct Asked {
-    PyObject *data_ptr, *dtype, *is_cpu, *is_contiguous, *numel;
+    PyObject *data_ptr, *dtype, *is_cpu, *is_contiguous, *numel, *version;
 
     static const Asked& names() {
         static const Asked all = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("dtype"),
                                   PyUnicode_InternFromString("is_cpu"), PyUnicode_InternFromString("is_contiguous"),
-                                  PyUnicode_InternFromString("numel")};
+                                  PyUnicode_InternFromString("numel"), PyUnicode_InternFromString("_version")};
         return all;
     }
 };
@@ -94,9 +95,13 @@ class Step {
         }
         for (const py::handle each : stay) {
             const auto of = each.cast<py::tuple>();
+            if (of[0].is_none()) {
+                stay_.push_back({of[1], of[2], of[3], py::none(), of[3].attr("_version").cast<int64_t>()});
+                continue;
+            }
             const py::object alias = of[3].attr("detach")();
             setter(&call_, of[0].cast<std::string>())(call_, address_of(alias.ptr()));
-            stay_.push_back({of[1], of[2], of[3], alias});
+            stay_.push_back({of[1], of[2], of[3], alias, kUncounted});
         }
     }
 
@@ -108,6 +113,8 @@ class Step {
             PyObject* there = PyDict_GetItemWithError(one.owner.ptr(), one.name.ptr());
             if (there == nullptr && PyErr_Occurred()) throw py::error_already_set();
             if (there != one.tensor.ptr()) Py_RETURN_NONE;
+            if (one.version != kUncounted && PyLong_AsLongLong(attribute(there, ask.version).ptr()) != one.version)
+                Py_RETURN_NONE;
         }
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject* tensor = values[i];
@@ -123,12 +130,14 @@ class Step {
     }
 
   private:
+    static constexpr int64_t kUncounted = -1;
     struct Given {
         Setter<Call> set;
         int64_t elements;
     };
     struct Stays {
         py::object owner, name, tensor, alias;  // owner[name] is the tensor; None: it belongs to nobody else
+        int64_t version;                        // of a tensor that is only to be what it was; else kUncounted
     };
     Call call_;
     bool portable_;
