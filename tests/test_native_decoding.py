@@ -233,6 +233,28 @@ def test_steps_follow_buffers_that_are_put_in_the_place_of_others(calls):
         assert [done for name, done in calls if name == "add_natively"] == [False] * len(handle.record.layers)
 
 
+@pytest.mark.parametrize("table", ["keys", "values"])
+def test_steps_follow_a_memory_that_is_written_to(table, calls, monkeypatch):
+    """A prepared shift reads a copy of its items, but only of the memory as it is."""
+    model, inputs, handle = patched("llama")
+    with torch.inference_mode():
+        cache, token = model(**inputs, use_cache=True).past_key_values, torch.full((2, 1), 5)
+
+        def step():
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            cache.crop(-1)
+            return logits
+
+        before = step()
+        for layer in handle.record.layers:
+            getattr(layer.shift.memory, table).mul_(-2)
+        after = step()
+        assert not torch.allclose(after, before) and all(done for _, done in calls)
+        monkeypatch.setattr(cpu_kernels, "GATHERED", 0)
+        handle.record.runtime.tracker.step.steps.clear()
+        assert torch.equal(step(), after)
+
+
 def test_two_sequences_that_decode_in_turn_and_padding_in_a_step(calls, monkeypatch):
     model, inputs, handle = patched("llama")
     with torch.no_grad():

@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from . import native, reference
 
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_functorch, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_profiles = torch.autograd._profiler_enabled  # looked up once: `unwatched` is asked in every step
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/int8_search.h counts them
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
 BACKENDS = ("auto", "cpu")
@@ -39,13 +43,13 @@ def unwatched() -> bool:
     Nobody wants a gradient, and nobody traces, transforms, profiles or watches operators.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
+        not is_compiling()
+        and not is_grad_enabled()
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _functorch() is None
+        and _trace() is None
+        and not _profiles()
     )
 
 
@@ -298,7 +302,7 @@ def neurons_step(
     if selected is not None and token_to_case is not None:
         stay += [("token_to_case", None, None, token_to_case), ("selected", None, None, selected)]
     given = (("y", count), ("x", count))
-    return module.neurons_step((*arrays, False, 0, 0, 0, *sizes), given, tuple(stay), Tensor, keys.dtype)
+    return module.neurons_step((*arrays, False, 0, 0, 0, *sizes), given, tuple(stay), Tensor, keys.dtype, None)
 
 
 def shift_step(
@@ -311,12 +315,13 @@ def shift_step(
     scaling: float | None,
     softcap: float | None,
     of_input: bool,
+    own: Tensor | None = None,
 ) -> Step | None:
     """`knowledge_shift` with the alpha of each case as a step(out, heads, q), if it can be had here.
 
     heads, out [..., H hv]; q [..., H hd]; of `buffers`, those of a memory, keys [N, Hkv, hd] and values [N, Hkv, hv];
-    indices [C, K]; alpha [C]; token_to_case [T]. Few and short items are copied side by side: in the tables each lies on a
-    page of its own, whose address is looked up anew in every step. Until the tables change.
+    indices [C, K]; alpha [C]; token_to_case [T]. own: an `out` that suits. Few and short items are copied side by side,
+    until the tables change: there each lies on a page of its own, whose address is looked up anew in every step.
     """
     module, keys, values = native.cpu(), buffers["keys"], buffers["values"]
     if module is None or keys.dim() != 3 or not _dense((keys, values), keys.dtype):
@@ -344,7 +349,7 @@ def shift_step(
     kept = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}
     stay = (*tables, *((name, None, None, t) for name, t in kept.items()))
     given = (("out", tokens * width), ("h_input", tokens * width), ("q", tokens * count * hd))
-    return module.shift_step((*arrays, *sizes, *options), given, stay, Tensor, keys.dtype)
+    return module.shift_step((*arrays, *sizes, *options), given, stay, Tensor, keys.dtype, own)
 
 
 def _dense(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:

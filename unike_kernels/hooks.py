@@ -27,6 +27,7 @@ class Runtime:
         self.forwards: list[HookedForward] = []  # that hold hooks of this patch
         self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
         self.again = False  # it goes on with what the step before found
+        self.places: list[tuple[dict[str, Any], HookedForward]] | None = None  # where each of the forwards stands
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -38,7 +39,7 @@ class Runtime:
         return self.tracker.current.to(like.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "native": None}
+        return {**self.__dict__, "native": None, "places": None}
 
 
 def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -139,7 +140,9 @@ class QueryHook(OwnHook):
         attention = site.attention
         if attention is None or not args or args[0] is not site.tap:
             return
-        if isinstance(output, Tensor) and site.projections.is_query(attention, module):
+        projections = site.projections
+        here = attention._modules.get(projections.q_proj) is module or projections.is_query(attention, module)
+        if here and isinstance(output, Tensor):
             counted = not (is_compiling() or output.is_inference())
             site.projected, site.version = output, output._version if counted else None
 
@@ -155,7 +158,8 @@ class HeadsHook(OwnHook):
         attention, shift = site.attention, site.shift
         if not site.waiting or attention is None or shift is None or not args:
             return None
-        if not site.projections.is_output(attention, module):
+        projections = site.projections
+        if attention._modules.get(projections.out_proj) is not module and not projections.is_output(attention, module):
             return None  # an adapter came around it since: it would see the heads as they were
         if module._forward_pre_hooks and any(not isinstance(h, OwnHook) for h in module._forward_pre_hooks.values()):
             return None  # what others do to the heads is to reach the knowledge too
@@ -164,12 +168,11 @@ class HeadsHook(OwnHook):
                 break
             if earlier.waiting:
                 return None
-        heads, tap, projected = args[0], site.tap, site.projected
+        heads, tap, q = args[0], site.tap, site.projected
         native = site.runtime.native
-        if native is not None and projected is not None and (site.version is None or site.unwritten()):
-            q = projected
-            if site.projections.sites.q_norm is not None:
-                q = site.projections.query(attention, projected, projected)
+        if native is not None and q is not None and (site.version is None or q._version == site.version):
+            if projections.sites.q_norm is not None:
+                q = projections.query(attention, q, q)
             mixed = shift.mix_natively(heads, q, native, own_product(module))
             if mixed is not None:
                 site.waiting = False
@@ -294,8 +297,10 @@ class BeginHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         runtime = self.runtime
         if not is_compiling():
-            for forward in runtime.forwards:
-                if forward.module.__dict__.get("forward") is not forward:
+            if runtime.places is None:
+                runtime.places = [(vars(forward.module), forward) for forward in runtime.forwards]
+            for own, forward in runtime.places:
+                if own.get("forward") is not forward:
                     forward.give_way()
         runtime.native = None
         tracker = runtime.tracker

@@ -285,10 +285,10 @@ class KnowledgeShift(ChoosesBackend):
         if may_ask() and not bool((before.alpha != self._nothing).any()):
             cases.steps[self] = None, before, False
             return heads
-        tables = (self.memory._buffers, before.indices, before.alpha, cases.token_to_case)
-        step = cpu_kernels.shift_step(heads, q, *tables, self.scaling, self.softcap, config.orientation == "input")
         with torch.inference_mode(False):  # for steps with and without
             kept = torch.empty(heads.shape, dtype=heads.dtype)
+        tables = (self.memory._buffers, before.indices, before.alpha, cases.token_to_case, self.scaling, self.softcap)
+        step = cpu_kernels.shift_step(heads, q, *tables, config.orientation == "input", kept)
         cases.steps[self] = step, before, kept
         return out if step is not None and step(out, heads, q) else None
 

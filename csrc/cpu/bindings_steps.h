@@ -21,8 +21,8 @@ namespace unike {
 constexpr const char* kStepDoc =
     "A step: numbers (the arguments of the operator, addresses zero), given ((field, elements), ...) for its arguments,\n"
     "stay ((field, dict or None, name, tensor), ...; no field: the step reads a copy, while the tensor's _version is the\n"
-    "same), their type and dtype. It returns True (done), False (a given tensor\n"
-    "does not suit) or None (something that stays is not where it was).";
+    "same), their type and dtype, own (None or a tensor of the caller's that suits, whenever it is given). It returns True\n"
+    "(done), False (a given tensor does not suit) or None (something that stays is not where it was).";
 
 template <typename Call>
 using Setter = void (*)(Call&, void*);
@@ -87,8 +87,10 @@ inline void* address_of(PyObject* tensor) {
 template <typename Call, const char* (*run)(const Call&, bool)>
 class Step {
   public:
-    Step(const Call& call, bool portable, const py::tuple& given, const py::tuple& stay, py::object type, py::object dtype)
-        : call_(call), portable_(portable), type_(std::move(type)), dtype_(std::move(dtype)) {
+    Step(const Call& call, bool portable, const py::tuple& given, const py::tuple& stay, py::object type, py::object dtype,
+         py::object own)
+        : call_(call), portable_(portable), type_(std::move(type)), dtype_(std::move(dtype)), own_(std::move(own)),
+          own_address_(own_.is_none() ? nullptr : address_of(own_.ptr())) {
         for (const py::handle each : given) {
             const auto [field, elements] = each.cast<std::pair<std::string, int64_t>>();
             given_.push_back({setter(&call_, field), elements});
@@ -118,6 +120,10 @@ class Step {
         }
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject* tensor = values[i];
+            if (tensor == own_.ptr()) {
+                given_[size_t(i)].set(call_, own_address_);
+                continue;
+            }
             if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != type_.ptr()) Py_RETURN_FALSE;
             if (attribute(tensor, ask.dtype).ptr() != dtype_.ptr() || attribute(tensor, ask.is_cpu).ptr() != Py_True)
                 Py_RETURN_FALSE;
@@ -141,7 +147,8 @@ class Step {
     };
     Call call_;
     bool portable_;
-    py::object type_, dtype_;
+    py::object type_, dtype_, own_;
+    void* own_address_;
     std::vector<Given> given_;
     std::vector<Stays> stay_;
 };
@@ -165,7 +172,7 @@ PyObject* guarded(const Function& function) {
 
 template <typename Call, Call (*read)(Arguments&), const char* (*run)(const Call&, bool)>
 py::object make_step(const py::tuple& numbers, const py::tuple& given, const py::tuple& stay, py::object type,
-                     py::object dtype) {
+                     py::object dtype, py::object own) {
     using Made = Step<Call, run>;
     static PyMethodDef definition = {
         "step",
@@ -182,7 +189,7 @@ py::object make_step(const py::tuple& numbers, const py::tuple& given, const py:
     const Call call = read(in);
     const bool portable = in.choice(2) != 0;
     in.finish();
-    auto made = std::make_unique<Made>(call, portable, given, stay, std::move(type), std::move(dtype));
+    auto made = std::make_unique<Made>(call, portable, given, stay, std::move(type), std::move(dtype), std::move(own));
     py::capsule owner(made.get(), [](void* step) { delete static_cast<Made*>(step); });
     made.release();
     return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, owner.ptr(), nullptr));
