@@ -256,8 +256,15 @@ def knowledge_attention(
 
 def _logits(q: Tensor, keys: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
     """Scores of q [B, L, H, hd] and keys [B, K, Hkv, hd]: [B, L, Hkv, H / Hkv, K]."""
-    scaling = 1 / math.sqrt(q.shape[-1]) if scaling is None else scaling
-    s = scaling * torch.einsum("blgrh,bkgh->blgrk", q.unflatten(2, (keys.shape[2], -1)), keys)
+    s = _scale(q, scaling) * torch.einsum("blgrh,bkgh->blgrk", q.unflatten(2, (keys.shape[2], -1)), keys)
+    return _capped(s, softcap)
+
+
+def _scale(q: Tensor, scaling: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scaling is None else scaling
+
+
+def _capped(s: Tensor, softcap: float | None) -> Tensor:
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -265,12 +272,16 @@ def _attend(
     q: Tensor, indices: Tensor, item_keys: Tensor, item_values: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """q [B, L, H, hd] attends to items indices [B, K] -> [B, L, H, hv]; the L queries of a row share its items."""
-    dtype, missing = q.dtype, indices < 0
-    q, keys, values = _wide(q, item_keys[indices.clamp(min=0)], item_values[indices.clamp(min=0)])
+    dtype, missing, groups = q.dtype, (indices < 0)[:, None, :, None], item_keys.shape[1]
+    at, head = indices.clamp(min=0)[:, None], torch.arange(groups, device=q.device)[:, None]
+    # [B, Hkv, K, hd] and [B, Hkv, K, hv], gathered as the products read them
+    q, keys, values = _wide(q, item_keys[at, head], item_values[at, head])
     # Zeros where there is no item, so that nothing of the row read in its place (a NaN, say) gets through.
-    keys, values = (rows.masked_fill(missing[..., None, None], 0) for rows in (keys, values))
-    s = _logits(q, keys, scaling, softcap).masked_fill(missing[:, None, None, None], torch.finfo(q.dtype).min)
-    return torch.einsum("blgrk,bkgh->blgrh", s.softmax(-1), values).flatten(2, 3).to(dtype)
+    keys, values = (rows.masked_fill_(missing, 0) for rows in (keys, values))
+    q = q.transpose(1, 2).unflatten(1, (groups, -1))  # [B, Hkv, H / Hkv, L, hd]
+    s = _capped(_scale(q, scaling) * q.flatten(2, 3) @ keys.mT, softcap)
+    weights = s.masked_fill(missing.mT, torch.finfo(q.dtype).min).softmax(-1)
+    return (weights @ values).unflatten(2, q.shape[2:4]).flatten(1, 2).transpose(1, 2).to(dtype)
 
 
 def softmax_share(

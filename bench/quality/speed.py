@@ -35,7 +35,7 @@ class WholeForward(GroupTrainer):
         batch = self.collator.batch(samples, rows.tolist())
         return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, None)
 
-    def _tail(self, work: _Pass) -> Tensor:
+    def _tail(self, work: _Pass, *, whole: bool = True) -> Tensor:
         kept: list[Tensor] = []
         decoder = get_module(self.model, self.decoder.name)
         hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))

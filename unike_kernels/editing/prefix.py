@@ -1,7 +1,7 @@
 """Only the edited layers depend on an edit: run the layers below once, the edited layers alone many times."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,20 @@ def run_prefix(model: nn.Module, decoder: Decoder, batch: Batch, first: int) -> 
     return Prefix(hidden[first], calls, first)
 
 
-def run_tail(model: nn.Module, decoder: Decoder, prefix: Prefix) -> Tensor:
-    """[B, S, d] the decoder's output (after its final norm) from the prefix on, through the edited layers' hooks."""
+def run_tail(
+    model: nn.Module,
+    decoder: Decoder,
+    prefix: Prefix,
+    around: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
+) -> Tensor:
+    """[B, S, d] the decoder's output (after its final norm) from the prefix on, through the edited layers' hooks.
+
+    around: what is entered while the layer of this index runs.
+    """
     hidden = prefix.hidden
     for i, (args, kwargs) in sorted(prefix.calls.items()):
-        out = get_module(model, decoder.layer_name(i))(hidden, *args, **kwargs)
+        with around(i):
+            out = get_module(model, decoder.layer_name(i))(hidden, *args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
     owner = get_module(model, decoder.name)
     for name in ("final_layer_norm", "norm", "project_out"):  # OPT; LLaMA; OPT-350m

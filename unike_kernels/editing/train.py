@@ -1,6 +1,7 @@
 """Training the extra neurons of a batch of edits: keys where the model goes wrong, values that correct it."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..modules import ExtraNeurons
 from ..patching import PatchHandle
 from .inputs import Batch, Collator, Sample
 from .prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
+from .sparing import output_of, replayed, rows_only
 
 Rows = dict[str, Tensor]  # "keys", "key_bias", "values" and, where the FFN is gated, "up", "up_bias": [E * ne, ...]
 
@@ -36,6 +38,7 @@ class _Pass:
     groups: Tensor  # [b] which of the patch's groups
     batch: Batch
     prefix: Prefix
+    attended: Any = None  # what the first edited layer's self-attention gives in every step, no edit being below it
 
 
 class GroupTrainer:
@@ -99,7 +102,7 @@ class GroupTrainer:
             now[~done[work.rows]].sum().backward()
             self._step(optimizer, owned, done)
             steps[left] += 1
-            if 2 * len(left) <= len(work.rows):  # at every halving: the states below are worth running again then
+            if 4 * len(left) <= 3 * len(work.rows):  # then the states below are worth running again
                 work = self._pass(samples, left)
         return TrainedGroups(
             {i: {name: t.detach() for name, t in rows.items()} for i, rows in leaves.items()},
@@ -113,7 +116,11 @@ class GroupTrainer:
         batch = self.collator.batch(samples, rows.tolist())
         with self.handle.disabled():
             prefix = run_prefix(self.model, self.decoder, batch, min(self.modules))
-        return _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, prefix)
+        work = _Pass(rows, rows + len(self.handle.edits) - len(samples), batch, prefix)
+        layer = get_module(self.model, self.decoder.layer_name(prefix.first))
+        with cases_named(self.handle, batch, self._selected(work)):
+            work.attended = output_of(self._attention(prefix.first), layer, prefix.hidden, *prefix.calls[prefix.first])
+        return work
 
     @staticmethod
     def _step(optimizer: torch.optim.Optimizer, owned: list[Tensor], done: Tensor) -> None:
@@ -133,17 +140,36 @@ class GroupTrainer:
         rows = {name: getattr(module, name) for name in ("keys", "key_bias", "values", "up", "up_bias")}
         return {name: t[:end].clone() for name, t in rows.items() if t is not None}
 
-    def _tail(self, work: _Pass) -> Tensor:
-        """[b, S, d] the decoder's output for the edits in `work`, each with its group (or all groups)."""
-        with cases_named(self.handle, work.batch, work.groups[:, None] if self.independent else None):
-            return run_tail(self.model, self.decoder, work.prefix)
+    def _selected(self, work: _Pass) -> Tensor | None:
+        """The groups that act on each case: its own, or (None) all."""
+        return work.groups[:, None] if self.independent else None
+
+    def _attention(self, index: int) -> nn.Module:
+        return get_module(self.model, self.decoder.layers[index].attention)
+
+    def _tail(self, work: _Pass, *, whole: bool = False) -> Tensor:
+        """[b, S, d] the decoder's output for the edits in `work`, each with its group (or all groups).
+
+        Right where target tokens are predicted; everywhere (in the last layer's states, too) where `whole`.
+        """
+        last = len(self.decoder.layers) - 1
+
+        def around(index: int) -> AbstractContextManager[None]:
+            if index == last and not whole:
+                return rows_only(self.model, self.decoder.layers[last], self.handle, _predicting(work.batch))
+            if index == work.prefix.first and work.attended is not None:
+                return replayed(self._attention(index), work.attended)
+            return nullcontext()
+
+        with cases_named(self.handle, work.batch, self._selected(work)):
+            return run_tail(self.model, self.decoder, work.prefix, around)
 
     @torch.no_grad()
     def _ffn_inputs(self, work: _Pass) -> dict[int, Tensor]:
         """[B, S, d] what enters each edited FFN, the shift active, the new groups (of zeros) without effect."""
         modules = {i: get_module(self.model, self.decoder.layers[i].ffn_input) for i in self.modules}
         with recorded(modules, "input") as kept:
-            self._tail(work)
+            self._tail(work, whole=True)
         return {i: x.reshape(*work.batch.shape, -1).float() for i, x in kept.items()}
 
     def _start(self, batch: Batch, inputs: dict[int, Tensor]) -> dict[int, Rows]:
@@ -215,6 +241,11 @@ class GroupTrainer:
         others = logits.detach().scatter(1, wanted[:, None], -torch.inf).amax(dim=1)
         margin = torch.full_like(loss.detach(), torch.inf).scatter_reduce(0, edit, picked - others, "amin")
         return loss, margin
+
+
+def _predicting(batch: Batch) -> Tensor:
+    """[P] rows of the B * S tokens that predict a target token; each case token is one of them."""
+    return nn.functional.pad(batch.target_mask[:, 1:], (0, 1)).reshape(-1).nonzero()[:, 0]
 
 
 def _spread(n: int, count: int) -> Tensor:
