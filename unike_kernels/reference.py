@@ -155,14 +155,22 @@ def _grouped(x: Tensor, act: str, neurons: Sequence[Any], sizes: list[int], weig
     x [T, d]; neurons: keys, key_bias, values, up and up_bias of A groups of these sizes; weight [T, A].
     """
     group, token = weight.detach().t().nonzero(as_tuple=True)  # sorted by group
-    tokens = group.bincount(minlength=len(sizes)).tolist()
-    if len(set(tokens)) == len(set(sizes)) == 1:  # as when a batch trains one edit per case: one batched product
-        x_g, *of_g = (None if t is None else t.unflatten(0, (len(sizes), -1)) for t in (x[token], *neurons))
-        o_v = _neurons(x_g, act, *of_g).flatten(0, 1)
+    counts = group.bincount(minlength=len(sizes))
+    tokens = counts.tolist()
+    longest = max(tokens, default=0)
+    # As when a batch trains one edit per case: one batched product, the tokens of a group padded to the longest.
+    if len(set(sizes)) == 1 and len(sizes) * longest <= 2 * len(token):
+        of_g: list[Any] = [None if t is None else t.unflatten(0, (len(sizes), -1)) for t in neurons]
+        if len(set(tokens)) == 1:
+            o_v = _neurons(x[token].unflatten(0, (len(sizes), -1)), act, *of_g).flatten(0, 1)
+        else:
+            place = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[group]
+            padded = x.new_zeros(len(sizes), longest, x.shape[-1]).index_put((group, place), x[token])
+            o_v = _neurons(padded, act, *of_g)[group, place]
     else:
         split = [[None] * len(sizes) if t is None else t.split(sizes) for t in neurons]
         each = zip(x[token].split(tokens), *split, strict=True)
-        o_v = torch.cat([neurons[2][:0], *(_neurons(x_g, act, *of_g) for x_g, *of_g in each)])
+        o_v = torch.cat([neurons[2][:0], *(_neurons(x_g, act, *rows) for x_g, *rows in each)])
     return x.new_zeros(len(x), o_v.shape[1]).index_add(0, token, weight[token, group][:, None] * o_v)
 
 
