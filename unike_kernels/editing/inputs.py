@@ -44,6 +44,12 @@ class Batch:
         b, s = self.inputs["input_ids"].shape
         return b, s
 
+    def narrowed(self, keep: Tensor) -> "Batch":
+        """The samples `keep` [b] alone, as long as before; of their inputs only the text, so that no model takes it."""
+        text = {name: self.inputs[name][keep] for name in ("input_ids", "attention_mask")}
+        targets = (self.case_position[keep], self.target_mask[keep], self.last_position[keep])
+        return Batch(self.model, text, *targets, [self.rows[i] for i in keep.tolist()])
+
     def case_rows(self) -> Tensor:
         """[B] row of each case token among the B * S flattened tokens."""
         b, s = self.shape

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..cases import Cases
 from ..forwards import HookedForward
@@ -97,3 +98,33 @@ def rows_only(model: nn.Module, sites: LayerSites, handle: PatchHandle, rows: Te
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def batch_axes(of_all: Any, of_two: Any) -> list[int | None] | None:
+    """Along which axis each tensor in a tree `of_all` of B rows holds the rows; None for one that all rows share.
+
+    of_two: the same of two of these rows, B > 2, so that it is seen and not guessed what grows with the batch. No list
+    where that does not show: the trees are unlike, or hold something that is neither a tensor nor a plain value.
+    """
+    (all_leaves, all_shape), (two_leaves, two_shape) = tree_flatten(of_all), tree_flatten(of_two)
+    if all_shape != two_shape:
+        return None
+    axes: list[int | None] = []
+    for a, b in zip(all_leaves, two_leaves, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if type(a) is not type(b) or not isinstance(a, bool | int | float | str | None) or a != b:
+                return None
+            axes.append(None)
+            continue
+        unlike = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n]
+        if a.dim() != b.dim() or len(unlike) > 1 or any(b.shape[i] != 2 for i in unlike):
+            return None
+        axes.append(unlike[0] if unlike else None)
+    return axes
+
+
+def narrowed(of_all: Any, axes: list[int | None], keep: Tensor) -> Any:
+    """The tree with the rows `keep` [b] alone, of the axes that `batch_axes` found."""
+    leaves, shape = tree_flatten(of_all)
+    kept = [x if axis is None else x.index_select(axis, keep) for x, axis in zip(leaves, axes, strict=True)]
+    return tree_unflatten(kept, shape)
