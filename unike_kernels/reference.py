@@ -157,20 +157,15 @@ def _grouped(x: Tensor, act: str, neurons: Sequence[Any], sizes: list[int], weig
     group, token = weight.detach().t().nonzero(as_tuple=True)  # sorted by group
     counts = group.bincount(minlength=len(sizes))
     tokens = counts.tolist()
-    longest = max(tokens, default=0)
-    # As when a batch trains one edit per case: one batched product, the tokens of a group padded to the longest.
-    if len(set(sizes)) == 1 and len(sizes) * longest <= 2 * len(token):
-        of_g: list[Any] = [None if t is None else t.unflatten(0, (len(sizes), -1)) for t in neurons]
-        if len(set(tokens)) == 1:
-            o_v = _neurons(x[token].unflatten(0, (len(sizes), -1)), act, *of_g).flatten(0, 1)
-        else:
-            place = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[group]
-            padded = x.new_zeros(len(sizes), longest, x.shape[-1]).index_put((group, place), x[token])
-            o_v = _neurons(padded, act, *of_g)[group, place]
+    if len(set(sizes)) == 1 and len(sizes) * max(tokens) <= 2 * len(token):  # as when a batch trains one edit per case
+        stacked = (None if t is None else t.unflatten(0, (len(sizes), -1)) for t in neurons)
+        place = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[group]  # in its group, padded
+        x_g = x.new_zeros(len(sizes), max(tokens), x.shape[1]).index_put((group, place), x[token])
+        o_v = _neurons(x_g, act, *stacked)[group, place]
     else:
         split = [[None] * len(sizes) if t is None else t.split(sizes) for t in neurons]
         each = zip(x[token].split(tokens), *split, strict=True)
-        o_v = torch.cat([neurons[2][:0], *(_neurons(x_g, act, *rows) for x_g, *rows in each)])
+        o_v = torch.cat([neurons[2][:0], *(_neurons(x_g, act, *of_g) for x_g, *of_g in each)])
     return x.new_zeros(len(x), o_v.shape[1]).index_add(0, token, weight[token, group][:, None] * o_v)
 
 
@@ -263,16 +258,9 @@ def knowledge_attention(
 
 
 def _logits(q: Tensor, keys: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Scores of q [B, L, H, hd] and keys [B, K, Hkv, hd]: [B, L, Hkv, H / Hkv, K]."""
-    s = _scale(q, scaling) * torch.einsum("blgrh,bkgh->blgrk", q.unflatten(2, (keys.shape[2], -1)), keys)
-    return _capped(s, softcap)
-
-
-def _scale(q: Tensor, scaling: float | None) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scaling is None else scaling
-
-
-def _capped(s: Tensor, softcap: float | None) -> Tensor:
+    """Scores of q [B, L, H, hd] and keys [B, Hkv, K, hd]: [B, Hkv, (H / Hkv) L, K]."""
+    q = q.transpose(1, 2).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    s = (1 / math.sqrt(q.shape[-1]) if scaling is None else scaling) * q @ keys.mT
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -280,16 +268,14 @@ def _attend(
     q: Tensor, indices: Tensor, item_keys: Tensor, item_values: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """q [B, L, H, hd] attends to items indices [B, K] -> [B, L, H, hv]; the L queries of a row share its items."""
-    dtype, missing, groups = q.dtype, (indices < 0)[:, None, :, None], item_keys.shape[1]
-    at, head = indices.clamp(min=0)[:, None], torch.arange(groups, device=q.device)[:, None]
-    # [B, Hkv, K, hd] and [B, Hkv, K, hv], gathered as the products read them
+    dtype, missing, (b, tokens, heads, _) = q.dtype, (indices < 0)[:, None, :, None], q.shape
+    # [B, Hkv, K, ...], gathered as the products read them
+    at, head = indices.clamp(min=0)[:, None], torch.arange(item_keys.shape[1], device=q.device)[:, None]
     q, keys, values = _wide(q, item_keys[at, head], item_values[at, head])
     # Zeros where there is no item, so that nothing of the row read in its place (a NaN, say) gets through.
     keys, values = (rows.masked_fill_(missing, 0) for rows in (keys, values))
-    q = q.transpose(1, 2).unflatten(1, (groups, -1))  # [B, Hkv, H / Hkv, L, hd]
-    s = _capped(_scale(q, scaling) * q.flatten(2, 3) @ keys.mT, softcap)
-    weights = s.masked_fill(missing.mT, torch.finfo(q.dtype).min).softmax(-1)
-    return (weights @ values).unflatten(2, q.shape[2:4]).flatten(1, 2).transpose(1, 2).to(dtype)
+    s = _logits(q, keys, scaling, softcap).masked_fill(missing.mT, torch.finfo(q.dtype).min)
+    return (s.softmax(-1) @ values).view(b, heads, tokens, values.shape[-1]).transpose(1, 2).to(dtype)
 
 
 def softmax_share(
@@ -308,7 +294,7 @@ def softmax_share(
     q, q_input, items, input_keys = _wide(q, q if q_input is None else q_input, _rows(item_keys, indices), input_keys)
 
     def log_mass(query: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
-        s = _logits(query[:, None], keys, scaling, softcap).flatten(1, 3)
+        s = _logits(query[:, None], keys.transpose(1, 2), scaling, softcap).flatten(1, 2)
         return s.masked_fill(~kept[:, None], -math.inf).logsumexp(-1)
 
     know = log_mass(q, items, indices >= 0)
