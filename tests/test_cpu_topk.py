@@ -88,6 +88,23 @@ def test_any_width_and_number_of_queries(d, dtype, level, monkeypatch):
             assert all(len(row[row >= 0].unique()) == int((row >= 0).sum()) for row in indices)
 
 
+@pytest.mark.parametrize("level", native.LEVELS[1:])
+@pytest.mark.parametrize("queries", [3, 4, 9])
+def test_equal_keys_are_equal_whoever_else_looks_at_them(queries, level, monkeypatch):
+    """A query meets some keys alone and some together with others; the order of its sums is the same for all."""
+    monkeypatch.setattr(cpu_kernels, "LEVEL", level)
+    generator = torch.Generator().manual_seed(queries)
+    one, q = torch.randn(200, generator=generator), torch.randn(queries, 200, generator=generator)
+    keys = one.repeat(1030, 1)
+    ends = torch.full((queries,), 1030)
+    ranges = torch.stack([torch.arange(queries) * 120, ends], dim=1)  # the first sees the first keys alone
+    scores, indices = ops.cosine_topk(q, keys, 300, ranges=ranges, backend="cpu")
+    assert (scores.isfinite() <= (scores == scores[:, :1])).all()
+    count = (ends - ranges[:, 0]).clamp(max=300)
+    for row, (start, some) in enumerate(zip(ranges[:, 0].tolist(), count.tolist(), strict=True)):
+        assert indices[row, :some].tolist() == list(range(start, start + some))
+
+
 def test_keys_and_queries_at_the_ends_of_bfloat16():
     """The units for bfloat16 take subnormal numbers for zero: such sums, and those that overflow, are left to fp32."""
     d, smallest = 64, 2.0**-133

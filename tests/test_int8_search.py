@@ -182,3 +182,22 @@ def test_a_memory_leaves_the_index_alone_where_it_does_not_pay(memory, monkeypat
     for _ in range(4):
         assert (memory.search(torch.randn(1, 64), 3)[1] >= 0).all()
     assert calls == []
+
+
+@pytest.mark.parametrize("avx512", [True, False])
+def test_where_it_pays_depends_on_dtype_and_queries(avx512, monkeypatch):
+    """Half-precision keys are searched by more than two queries faster than any copy, where AVX-512 widens them."""
+    monkeypatch.setattr(native.cpu(), "avx512", avx512)
+    monkeypatch.setattr(KeptIndex, "WAIT", 1)
+    found = {}
+    for dtype in native.INDEXED:
+        sem = torch.randn(8192, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+        memory = ExternalMemory(sem, sem, sem, 8192)
+        calls = count_searches(monkeypatch)
+        for queries in (1, 2, 3, 8, 9):
+            before = len(calls)
+            memory.search(torch.randn(queries, 64).to(dtype), 7)
+            if len(calls) > before:
+                found.setdefault(dtype, []).append(queries)
+    few = [1, 2] if avx512 else [1, 2, 3, 8]
+    assert found == {torch.float32: [1, 2, 3, 8], torch.bfloat16: few, torch.float16: few}

@@ -132,6 +132,7 @@ def test_rivals_take_turns():
     names = "".join(name for name, _ in turns)
     assert names.startswith("abcbcacababcbca") and len(names) == 15  # nobody always runs behind the same one
     assert [i for name, i in turns if name == "a"][:4] == [0, 1, 0, 1]
+    assert [i for name, i in turns if name == "b"][:4] == [1, 0, 1, 0]  # not the set that "a" has just read
     assert timings["a"].fastest <= timings["a"].median and timings["a"].runs >= 5
 
 

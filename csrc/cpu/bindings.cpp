@@ -12,6 +12,7 @@
 #include "scan.h"
 #include "bindings_steps.h"
 #include "topk.h"
+#include "vectors.h"
 
 namespace py = pybind11;
 
@@ -123,7 +124,7 @@ void add_entry(py::module_& m, const char* name, const char* doc) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of unike_kernels";
-    m.attr("interface") = 7;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
+    m.attr("interface") = 8;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
     m.def("instructions", &unike::instructions, "'avx512_vnni', 'avx2' or 'portable': what this machine runs");
     add_entry<entry<unike::NeuronCall, unike::neuron_call, unike::extra_neurons>>(
         m, "extra_neurons", "The fields of NeuronCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
@@ -131,6 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
         m, "knowledge_shift", "The fields of ShiftCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
     m.def("neurons_step", &unike::make_step<unike::NeuronCall, unike::neuron_call, unike::extra_neurons>, unike::kStepDoc);
     m.def("shift_step", &unike::make_step<unike::ShiftCall, unike::shift_call, unike::knowledge_shift>, unike::kStepDoc);
+    m.attr("avx512") = unike::has_avx512();
     m.def("can_scan", [](int level) { return unike::can_scan(static_cast<unike::Level>(level)); });
     add_entry<scan>(m, "scan", "The fields of ScanCall (csrc/cpu/scan.h) in order, then the level of instructions.");
     add_entry<keep_best>(m, "keep_best", "The fields of TopkTile (csrc/cpu/topk.h) in order.");

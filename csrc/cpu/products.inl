@@ -28,6 +28,17 @@ static inline Wide load(const Float16* p) {
 // Keeps a loop's sums in registers.
 #define UNROLLED _Pragma("GCC unroll 8")
 
+// The sum of a register and of the products from `i` on, fewer than LANES.
+template <typename T>
+static inline float total(Wide sums, const float* query, const T* row, int64_t i, int64_t d) {
+    float lanes[LANES];
+    std::memcpy(lanes, &sums, sizeof lanes);
+    for (int64_t rest = i; rest < d; ++rest) lanes[rest - i] += at(row, rest) * query[rest];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
 // R x QUERIES sums, each in one register: enough of them that none waits for the one before.
 template <int R, int QUERIES, bool FIRST, typename T>
 static inline void block(const Products& c, const void* const* queries, const T* rows, float* out) {
@@ -46,15 +57,31 @@ static inline void block(const Products& c, const void* const* queries, const T*
     }
     UNROLLED for (int r = 0; r < R; ++r) {
         UNROLLED for (int j = 0; j < QUERIES; ++j) {
-            float lanes[LANES];
-            std::memcpy(lanes, &sums[r][j], sizeof lanes);
-            for (int64_t rest = i; rest < c.d; ++rest)
-                lanes[rest - i] += at(rows + r * c.stride, rest) * static_cast<const float*>(queries[j])[rest];
-            for (int half = LANES / 2; half > 0; half /= 2)
-                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-            out[j * c.width + r] = lanes[0];
+            out[j * c.width + r] = total(sums[r][j], static_cast<const float*>(queries[j]), rows + r * c.stride, i, c.d);
         }
     }
+}
+
+// One row and up to three queries: one stream from memory, asked for far ahead. Four sums a query, so that none waits.
+template <int QUERIES, typename T>
+static inline void one_row(const Products& c, const T* row, float* out) {
+    constexpr int64_t kAhead = 6144 / sizeof(T);  // elements
+    Wide sums[QUERIES][4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= c.d; i += 4 * LANES) {
+        UNROLLED for (int64_t line = 0; line < 4 * LANES; line += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i + line + kAhead);
+        UNROLLED for (int part = 0; part < 4; ++part) {
+            const Wide key = load(row + i + part * LANES);
+            UNROLLED for (int j = 0; j < QUERIES; ++j)
+                sums[j][part] += key * load(static_cast<const float*>(c.queries[j]) + i + part * LANES);
+        }
+    }
+    for (; i + LANES <= c.d; i += LANES) {
+        const Wide key = load(row + i);
+        UNROLLED for (int j = 0; j < QUERIES; ++j) sums[j][0] += key * load(static_cast<const float*>(c.queries[j]) + i);
+    }
+    UNROLLED for (int j = 0; j < QUERIES; ++j)
+        out[j * c.width] = total((sums[j][0] + sums[j][1]) + (sums[j][2] + sums[j][3]), static_cast<const float*>(c.queries[j]), row, i, c.d);
 }
 
 // All queries meet a few rows before the next come.
@@ -70,6 +97,17 @@ template <typename T>
 static inline void all_rows(const Products& c) {
     const T* rows = static_cast<const T*>(c.rows);
     int64_t row = 0;
+    if (c.one_by_one) {
+        for (; row < c.count; ++row) {
+            const T* one = rows + row * c.stride;
+            switch (c.count_queries) {
+                case 1: one_row<1>(c, one, c.out + row); break;
+                case 2: one_row<2>(c, one, c.out + row); break;
+                case 3: one_row<3>(c, one, c.out + row); break;
+            }
+        }
+        return;
+    }
     for (; row + ROWS <= c.count; row += ROWS) some_rows<ROWS>(c, rows + row * c.stride, c.out + row);
     for (; row < c.count; ++row) some_rows<1>(c, rows + row * c.stride, c.out + row);
 }

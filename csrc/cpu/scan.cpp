@@ -46,7 +46,7 @@ struct Multiply {
     void operator()(const int64_t* of, int64_t some, int64_t first, int64_t count, float* out, const void** room) const {
         const int64_t d = c.keys.d;
         const char* rows = static_cast<const char*>(c.keys.rows) + size_t(first * c.keys.stride) * element(c.keys.dtype);
-        Products call{room, some, rows, c.keys.dtype, count, c.keys.stride, d, out, kTile};
+        Products call{room, some, rows, c.keys.dtype, count, c.keys.stride, d, out, kTile, c.queries < 4};
         for (int64_t j = 0; j < some; ++j)
             room[j] = halves ? static_cast<const void*>(halves->q.data() + of[j] * d) : c.q + of[j] * d;
         if (halves == nullptr) return wide(call);
@@ -66,7 +66,7 @@ struct Multiply {
                 if (odd && (!(size >= 0x1p-70f) || !(size <= 0x1p100f))) {
                     const void* query = c.q + of[j] * d;
                     const char* row = rows + size_t(i * c.keys.stride) * element(c.keys.dtype);
-                    wide({&query, 1, row, c.keys.dtype, 1, c.keys.stride, d, products + i, kTile});
+                    wide({&query, 1, row, c.keys.dtype, 1, c.keys.stride, d, products + i, kTile, c.queries < 4});
                 } else {
                     products[i] /= length;
                 }

@@ -25,7 +25,7 @@ bool can_scan(Level level);
 void scan(const ScanCall& call, Level level);
 
 // out [queries, width]: q[i] . row for each of `count` rows, `stride` elements apart; queries [queries] point to d numbers.
-// The order of a sum depends on d alone, so equal rows score equal.
+// The order of a sum depends on d and `one_by_one` alone, so equal rows score equal.
 struct Products {
     const void* const* queries;
     int64_t count_queries;
@@ -34,6 +34,7 @@ struct Products {
     int64_t count, stride, d;
     float* out;
     int64_t width;
+    bool one_by_one;  // rows, for up to three queries: they wait for memory
 };
 namespace avx2 {
 void multiply(const Products& call);
