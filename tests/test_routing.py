@@ -9,7 +9,7 @@ import unike_kernels as uk
 from tests.models_tiny import ROUTED, edits_for, inputs_for, make_model
 from unike_kernels.config import RoutingConfig
 from unike_kernels.edits import Calibration
-from unike_kernels.routing import Router, calibrate, nearest
+from unike_kernels.routing import Router, average, calibrate, crowding, nearest
 
 
 def test_calibrate_lets_at_most_the_share_pass():
@@ -31,7 +31,8 @@ def unit(degrees):
 
 
 def test_a_case_nearer_to_a_training_case_than_to_an_edit_is_left_alone():
-    config = RoutingConfig(mode="routed", false_accept_rate=0.5)  # a threshold that keeps nothing out here
+    # a threshold that keeps nothing out here
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort_weight=0.0)
     calibration = Calibration(2, torch.zeros(2), unit([30.0, 180.0]))
     asked = unit([0.0, 10.0, 14.9, 15.1, 20.0])
     router = Router(config, 3, asked, max_cases=2)
@@ -49,10 +50,55 @@ def test_a_case_nearer_to_a_training_case_than_to_an_edit_is_left_alone():
 
 def test_a_training_case_that_asks_what_an_edit_asks_does_not_compete_with_it():
     calibration = Calibration(2, torch.zeros(2), unit([0.0, 30.0, 180.0]))
-    router = Router(RoutingConfig(mode="routed", false_accept_rate=0.5), 1, calibration.cases, max_cases=3)
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort_weight=0.0)
+    router = Router(config, 1, calibration.cases, max_cases=3)
     router.load(unit([0.0]), calibration)
     assert router.n_cases.item() == 2
     assert router(unit([0.0, 1.0, 20.0]))[1].flatten().tolist() == [0, 0, -1]
+
+
+def test_a_case_in_a_crowd_of_training_cases_needs_a_higher_score():
+    config = RoutingConfig(mode="routed", false_accept_rate=0.0, margin=-2.0, cohort=2, cohort_weight=0.5)
+    calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
+    asked = unit([30.0, -30.0])  # as near to the edit at 0 degrees, the first with two training cases about it
+    router = Router(config, 2, asked, max_cases=3)
+    router.load(unit([0.0]), calibration)
+
+    def cos(degrees):
+        return float(unit([degrees])[0, 0])
+
+    # each training case: its likeness to the edit, less half the mean of its likeness to the two others
+    reached = [cos(60) - (cos(20) + cos(120)) / 4, cos(80) - (cos(20) + cos(100)) / 4, -1 - (cos(100) + cos(120)) / 4]
+    assert router.threshold.item() == pytest.approx(max(reached), abs=1e-6)
+    left = [cos(30) - (cos(30) + cos(50)) / 4, cos(30) - (cos(90) + cos(110)) / 4]
+    assert left[0] > max(reached) < left[1]
+    assert router(asked)[1].flatten().tolist() == [0, 0]
+    router.threshold.fill_((left[0] + left[1]) / 2)
+    assert router(asked)[1].flatten().tolist() == [-1, 0]
+
+
+def test_crowding_leaves_out_the_case_itself_and_other_phrasings_of_it():
+    cases = unit([0.0, 1.0, 60.0, 90.0, 180.0])
+    cos = cases @ cases.T
+    expected = [(cos[i, a] + cos[i, b]) / 2 for i, (a, b) in enumerate([(2, 3), (2, 3), (3, 1), (2, 1), (3, 2)])]
+    torch.testing.assert_close(crowding(cases, 2), torch.stack(expected))
+    assert crowding(cases[:2], 5).tolist() == [0.0, 0.0]  # nothing else is there
+    assert crowding(cases[:0], 5).shape == (0,)
+    assert average(torch.tensor([[0.5, -torch.inf], [-torch.inf, -torch.inf]])).tolist() == [[0.5], [0.0]]
+
+
+def test_crowding_is_found_once_for_a_calibration_and_anew_for_another():
+    calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
+    router = Router(RoutingConfig(mode="routed"), 1, calibration.cases, max_cases=3)
+    router.load(unit([0.0]), calibration)
+    first, threshold = router._crowds[2], router.threshold.item()
+    router.load(unit([20.0]), calibration)
+    assert router._crowds[2] is first
+    router.load(unit([0.0]), calibration)
+    assert router.threshold.item() == threshold
+    calibration.cases[0] = unit([120.0])[0]  # changed in place
+    router.load(unit([0.0]), calibration)
+    assert router._crowds[2] is not first and router.threshold.item() != threshold
 
 
 def test_router_refuses_more_than_it_has_room_for():

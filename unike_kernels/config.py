@@ -61,6 +61,8 @@ class RoutingConfig:
     # hundreds, of which Table 2 shows it to keep M-Loc above 99
     false_accept_rate: float = 0.003  # share of training-split cases that any edit may claim
     margin: float = 0.0  # by which an edit has to be nearer to a case than any training-split case is; -2: no matter
+    cohort: int = 32  # training-split cases nearest to a case, by whose mean likeness its score is discounted
+    cohort_weight: float = 0.5  # of that mean; 0: no discount
 
     def __post_init__(self) -> None:
         _one_of("RoutingConfig", "mode", self.mode, ("always", "routed"))
@@ -69,6 +71,9 @@ class RoutingConfig:
             raise ValueError(f"RoutingConfig.false_accept_rate must be in [0, 1), but got {self.false_accept_rate}")
         if not -2.0 <= self.margin <= 2.0:  # two cosines are never further apart
             raise ValueError(f"RoutingConfig.margin must be in [-2, 2], but got {self.margin}")
+        _at_least("RoutingConfig", "cohort", self.cohort, 1)
+        if not 0.0 <= self.cohort_weight <= 1.0:
+            raise ValueError(f"RoutingConfig.cohort_weight must be in [0, 1], but got {self.cohort_weight}")
 
 
 @dataclass(frozen=True)

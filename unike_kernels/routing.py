@@ -17,9 +17,12 @@ SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.
 class Router(ChoosesBackend):
     """Which edits act on a case: the nearest by centred cosine at the first edited layer, if near enough twice over.
 
-    Above `threshold` [] fp32: the score that a share `false_accept_rate` of the training-split cases exceeds for *some*
-    edit, so it rises with their number. And above the score of the nearest of those cases by `margin`: whatever else is
-    like a question that was trained on, such as another question about an edit's picture, is not the edit's.
+    Its score, less `cohort_weight` times the mean score of the `cohort` training-split cases nearest to the case, must
+    be above `threshold` [] fp32: what a share `false_accept_rate` of those cases reaches with *some* edit, so it rises
+    with their number. The discount is speaker verification's adaptive score normalisation (Matejka et al., Interspeech
+    2017): some cases are like everything, edits among it. And the score has to be above that of the nearest of those
+    cases by `margin`: whatever else is like a question that was trained on, such as another question about an edit's
+    picture, is not the edit's.
     keys [max_groups, d]: each edit's h_sem minus the centre, normalised; cases [max_cases, d] likewise; center [d].
     """
 
@@ -43,6 +46,7 @@ class Router(ChoosesBackend):
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
+        self._crowds: tuple[Tensor, int, Tensor] | None = None  # the last calibration's cases, their version, crowding
         self.choose(backend)
 
     @torch.no_grad()
@@ -60,12 +64,20 @@ class Router(ChoosesBackend):
         self.keys[: len(keys)].copy_(keys)
         self.center.copy_(center)
         best = nearest(cases, keys)
-        self.threshold.fill_(calibrate(best, self.config.false_accept_rate))
+        discounted = best - self.config.cohort_weight * self._crowding(calibration.cases, cases)
+        self.threshold.fill_(calibrate(discounted, self.config.false_accept_rate))
         self.n_groups.fill_(len(keys))
         others = cases[best < SAME_QUESTION]
         self.cases.zero_()
         self.cases[: len(others)].copy_(others)
         self.n_cases.fill_(len(others))
+
+    def _crowding(self, given: Tensor, cases: Tensor) -> Tensor:
+        """`crowding` [M] of the calibration's cases, kept from one load to the next: it does not hang on the edits."""
+        kept = self._crowds
+        if kept is None or kept[0] is not given or kept[1] != given._version:
+            kept = self._crowds = given, given._version, crowding(cases, self.config.cohort)
+        return kept[2].to(cases.device)
 
     def check(self, groups: int, cases: int) -> None:
         """Raises ValueError when that many edits or calibration cases do not fit."""
@@ -87,8 +99,8 @@ class Router(ChoosesBackend):
         scores, selected = self._search(centred, self.keys, self.n_groups, self.config.top)
         bar = self.threshold
         if len(self.cases) > 0:
-            other, _ = self._search(centred, self.cases, self.n_cases, 1)  # [C, 1], -inf where there is none
-            bar = torch.maximum(other + self.config.margin, bar)
+            others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
+            bar = torch.maximum(others[:, :1] + self.config.margin, bar + self.config.cohort_weight * average(others))
         return scores, torch.where(scores > bar, selected, -1)
 
     def _search(self, q: Tensor, keys: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +109,9 @@ class Router(ChoosesBackend):
         return ops.cosine_topk(q, keys, k, ranges=ranges, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"top={self.config.top}, false_accept_rate={self.config.false_accept_rate}, margin={self.config.margin}"
+        c = self.config
+        limits = f"false_accept_rate={c.false_accept_rate}, margin={c.margin}"
+        return f"top={c.top}, {limits}, cohort={c.cohort}, cohort_weight={c.cohort_weight}"
 
 
 def nearest(cases: Tensor, keys: Tensor) -> Tensor:
@@ -107,8 +121,27 @@ def nearest(cases: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([cases[:0, 0], *((part @ keys.T).amax(dim=1) for part in cases.split(4096))])
 
 
+def average(scores: Tensor) -> Tensor:
+    """[C, 1] the mean of the scores [C, n] that are of something; 0 where none is (all are -inf)."""
+    found = scores.isfinite()
+    return scores.where(found, 0.0).sum(-1, keepdim=True) / found.sum(-1, keepdim=True).clamp(min=1)
+
+
+def crowding(cases: Tensor, cohort: int) -> Tensor:
+    """[M] the mean cosine of each case with the `cohort` nearest others: cases [M, d], units.
+
+    Another phrasing of the same question is none of the others: a case that is asked later has none among them.
+    """
+    means = []
+    for part in cases.split(1024):
+        likeness = part @ cases.T  # [1024, M]
+        others = likeness.masked_fill(likeness >= SAME_QUESTION, -torch.inf)
+        means.append(average(others.topk(min(cohort, len(cases)), dim=-1).values)[:, 0])
+    return torch.cat(means) if means else cases.new_zeros(0)
+
+
 def calibrate(best: Tensor, false_accept_rate: float) -> float:
-    """The threshold that `false_accept_rate` of the cases exceed for some key: best [M], their largest cosines.
+    """The threshold that `false_accept_rate` of the cases exceed: best [M], each one's best score, -1 without a key.
 
     At most floor(rate * M) cases score above it. With no case the threshold is -1: nothing to protect.
     """

@@ -65,8 +65,12 @@ VARIANTS = (
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
     *(
-        Variant("routing", f"{r:g} accepted, {name}", routing(false_accept_rate=r, margin=m))
-        for name, m in (("whatever is near", -2.0), ("nearer than a training case", 0.0))
+        Variant("routing", f"{r:g} accepted, {name}", routing(false_accept_rate=r, margin=m, cohort_weight=w))
+        for name, m, w in (
+            ("whatever is near", -2.0, 0.0),
+            ("nearer than a training case", 0.0, 0.0),
+            ("nearer than a training case, crowds discounted", 0.0, 0.5),
+        )
         for r in (0.01, 0.003, 0.001)
     ),
     *(Variant("neurons a layer", f"{n}", neurons(per_layer=n)) for n in (5, 10, 20)),
