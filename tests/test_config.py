@@ -48,7 +48,6 @@ def test_wrong_json_is_refused_by_name(data, named):
         lambda: RoutingConfig(false_accept_rate=1.0),
         lambda: RoutingConfig(margin=-3.0),
         lambda: RoutingConfig(cohort=0),
-        lambda: RoutingConfig(cohort_weight=1.5),
         lambda: NeuronConfig(per_layer=0),
         lambda: NeuronConfig(key_threshold=1.0),
         lambda: EncoderConfig(anchor="h_pos"),

@@ -30,27 +30,28 @@ def unit(degrees):
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def test_a_case_nearer_to_a_training_case_than_to_an_edit_is_left_alone():
-    # a threshold that keeps nothing out here
-    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort_weight=0.0)
+def test_an_edit_has_to_be_nearer_than_the_cohort_by_the_margin():
+    # a threshold that keeps nothing out here, and a cohort of one: nearer than the nearest training case
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort=1, margin=0.0)
     calibration = Calibration(2, torch.zeros(2), unit([30.0, 180.0]))
     asked = unit([0.0, 10.0, 14.9, 15.1, 20.0])
-    router = Router(config, 3, asked, max_cases=2)
-    router.load(unit([0.0]), calibration)
-    assert router(asked)[1].flatten().tolist() == [0, 0, 0, -1, -1]
 
-    router = Router(replace(config, margin=-2.0), 3, asked, max_cases=2)  # the threshold alone
-    router.load(unit([0.0]), calibration)
-    assert router(asked)[1].flatten().tolist() == [0] * 5
+    def chosen(config):
+        router = Router(config, 3, asked, max_cases=2)
+        router.load(unit([0.0]), calibration)
+        assert router.threshold < -0.1  # 180 degrees reaches -1, less its likeness to 30
+        return router(asked)[1].flatten().tolist()
 
-    router = Router(replace(config, margin=0.1), 3, asked, max_cases=2)
-    router.load(unit([0.0]), calibration)
-    assert router(asked)[1].flatten().tolist() == [0, -1, -1, -1, -1]  # cos 10 is 0.985, cos 20 is 0.940
+    assert chosen(config) == [0, 0, 0, -1, -1]
+    assert chosen(replace(config, margin=-2.0)) == [0] * 5
+    assert chosen(replace(config, margin=0.07)) == [0, -1, -1, -1, -1]  # cos 10 is 0.985, cos 20 is 0.940
+    assert chosen(replace(config, margin=0.5)) == [0, -1, -1, -1, -1]  # its own question, by however little
+    assert chosen(replace(config, cohort=2)) == [0] * 5  # by the mean of 30 and 180 degrees
 
 
 def test_a_training_case_that_asks_what_an_edit_asks_does_not_compete_with_it():
     calibration = Calibration(2, torch.zeros(2), unit([0.0, 30.0, 180.0]))
-    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort_weight=0.0)
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort=1, margin=0.0)
     router = Router(config, 1, calibration.cases, max_cases=3)
     router.load(unit([0.0]), calibration)
     assert router.n_cases.item() == 2
@@ -58,7 +59,7 @@ def test_a_training_case_that_asks_what_an_edit_asks_does_not_compete_with_it():
 
 
 def test_a_case_in_a_crowd_of_training_cases_needs_a_higher_score():
-    config = RoutingConfig(mode="routed", false_accept_rate=0.0, margin=-2.0, cohort=2, cohort_weight=0.5)
+    config = RoutingConfig(mode="routed", false_accept_rate=0.0, margin=-2.0, cohort=2)
     calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
     asked = unit([30.0, -30.0])  # as near to the edit at 0 degrees, the first with two training cases about it
     router = Router(config, 2, asked, max_cases=3)
@@ -67,13 +68,11 @@ def test_a_case_in_a_crowd_of_training_cases_needs_a_higher_score():
     def cos(degrees):
         return float(unit([degrees])[0, 0])
 
-    # each training case: its likeness to the edit, less half the mean of its likeness to the two others
-    reached = [cos(60) - (cos(20) + cos(120)) / 4, cos(80) - (cos(20) + cos(100)) / 4, -1 - (cos(100) + cos(120)) / 4]
+    # each training case: its likeness to the edit, less the mean of its likeness to the two others
+    reached = [cos(60) - (cos(20) + cos(120)) / 2, cos(80) - (cos(20) + cos(100)) / 2, -1 - (cos(100) + cos(120)) / 2]
     assert router.threshold.item() == pytest.approx(max(reached), abs=1e-6)
-    left = [cos(30) - (cos(30) + cos(50)) / 4, cos(30) - (cos(90) + cos(110)) / 4]
-    assert left[0] > max(reached) < left[1]
-    assert router(asked)[1].flatten().tolist() == [0, 0]
-    router.threshold.fill_((left[0] + left[1]) / 2)
+    left = [cos(30) - (cos(30) + cos(50)) / 2, cos(30) - (cos(90) + cos(110)) / 2]
+    assert left[0] < max(reached) < left[1]
     assert router(asked)[1].flatten().tolist() == [-1, 0]
 
 

@@ -48,10 +48,8 @@ def inspect(path: Annotated[str, typer.Argument(help="Folder of saved edits, or 
     alpha = "adaptive" if shift.alpha is None else shift.alpha
     typer.echo(f"base: {base.family}, hidden size {base.hidden_size}, {base.num_layers} layers, {base.name_or_path}")
     typer.echo(f"shift: {shift.attention}, K = {shift.k}, alpha {alpha}" if shift.enabled else "shift: off")
-    cohort = f"discount {routing.cohort_weight} of {routing.cohort} cases"
-    typer.echo(
-        f"routing: {routing.mode}, false-accept rate {routing.false_accept_rate}, margin {routing.margin}, {cohort}"
-    )
+    limits = f"false-accept rate {routing.false_accept_rate}, margin {routing.margin} over {routing.cohort} cases"
+    typer.echo(f"routing: {routing.mode}, {limits}")
     typer.echo(edits.summary(limit=None))
 
 

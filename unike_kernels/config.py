@@ -59,10 +59,9 @@ class RoutingConfig:
     # 94.6 / 93.6, 94.9 / 90.3 and 97.6 / 96.9, 97.6 / 94.3, 97.8 / 92.5. Nearer than any training case: 95.4 / 94.8,
     # 95.4 / 93.5, 95.4 / 90.0 and 97.7 / 97.0, 97.7 / 93.9, 97.8 / 92.0. At 20, 0.01 is the best; 0.003 is for
     # hundreds, of which Table 2 shows it to keep M-Loc above 99
-    false_accept_rate: float = 0.003  # share of training-split cases that any edit may claim
-    margin: float = 0.0  # by which an edit has to be nearer to a case than any training-split case is; -2: no matter
-    cohort: int = 32  # training-split cases nearest to a case, by whose mean likeness its score is discounted
-    cohort_weight: float = 0.5  # of that mean; 0: no discount
+    false_accept_rate: float = 0.005  # share of training-split cases that any edit may claim
+    cohort: int = 64  # the training-split cases nearest to a case, whose mean likeness an edit's is held against
+    margin: float = 0.2  # by which it has to be greater, however few edits there are; -2: no matter
 
     def __post_init__(self) -> None:
         _one_of("RoutingConfig", "mode", self.mode, ("always", "routed"))
@@ -72,8 +71,6 @@ class RoutingConfig:
         if not -2.0 <= self.margin <= 2.0:  # two cosines are never further apart
             raise ValueError(f"RoutingConfig.margin must be in [-2, 2], but got {self.margin}")
         _at_least("RoutingConfig", "cohort", self.cohort, 1)
-        if not 0.0 <= self.cohort_weight <= 1.0:
-            raise ValueError(f"RoutingConfig.cohort_weight must be in [0, 1], but got {self.cohort_weight}")
 
 
 @dataclass(frozen=True)

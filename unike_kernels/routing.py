@@ -15,14 +15,13 @@ SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.
 
 
 class Router(ChoosesBackend):
-    """Which edits act on a case: the nearest by centred cosine at the first edited layer, if near enough twice over.
+    """Which edits act on a case: the nearest by centred cosine at the first edited layer, where much nearer than usual.
 
-    Its score, less `cohort_weight` times the mean score of the `cohort` training-split cases nearest to the case, must
-    be above `threshold` [] fp32: what a share `false_accept_rate` of those cases reaches with *some* edit, so it rises
-    with their number. The discount is speaker verification's adaptive score normalisation (Matejka et al., Interspeech
-    2017): some cases are like everything, edits among it. And the score has to be above that of the nearest of those
-    cases by `margin`: whatever else is like a question that was trained on, such as another question about an edit's
-    picture, is not the edit's.
+    What counts is an edit's score less `crowding`: the mean score of the `cohort` training-split cases nearest to the
+    case, since some cases are like everything, edits among it (speaker verification's adaptive score normalisation,
+    Matejka et al., Interspeech 2017). It has to be above `threshold` [] fp32, what a share `false_accept_rate` of those
+    cases reaches with *some* edit, which rises with their number; and above `margin`, since what is as near to many
+    training cases, such as another question about an edit's picture, is not the edit's. An edit's own question passes.
     keys [max_groups, d]: each edit's h_sem minus the centre, normalised; cases [max_cases, d] likewise; center [d].
     """
 
@@ -64,8 +63,8 @@ class Router(ChoosesBackend):
         self.keys[: len(keys)].copy_(keys)
         self.center.copy_(center)
         best = nearest(cases, keys)
-        discounted = best - self.config.cohort_weight * self._crowding(calibration.cases, cases)
-        self.threshold.fill_(calibrate(discounted, self.config.false_accept_rate))
+        reached = best - self._crowding(calibration.cases, cases)
+        self.threshold.fill_(calibrate(reached, self.config.false_accept_rate))
         self.n_groups.fill_(len(keys))
         others = cases[best < SAME_QUESTION]
         self.cases.zero_()
@@ -97,11 +96,12 @@ class Router(ChoosesBackend):
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
         centred = tap.detach().float() - self.center
         scores, selected = self._search(centred, self.keys, self.n_groups, self.config.top)
-        bar = self.threshold
-        if len(self.cases) > 0:
-            others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
-            bar = torch.maximum(others[:, :1] + self.config.margin, bar + self.config.cohort_weight * average(others))
-        return scores, torch.where(scores > bar, selected, -1)
+        if len(self.cases) == 0:
+            return scores, torch.where(scores > self.threshold, selected, -1)
+        others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
+        bar = average(others) + self.threshold.clamp(min=self.config.margin)
+        own = (scores >= SAME_QUESTION) & (scores > others[:, :1])
+        return scores, torch.where((scores > bar) | own, selected, -1)
 
     def _search(self, q: Tensor, keys: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(scores, indices) [C, k] among the first n [] of `keys`, a number that stays on the device."""
@@ -110,8 +110,7 @@ class Router(ChoosesBackend):
 
     def extra_repr(self) -> str:
         c = self.config
-        limits = f"false_accept_rate={c.false_accept_rate}, margin={c.margin}"
-        return f"top={c.top}, {limits}, cohort={c.cohort}, cohort_weight={c.cohort_weight}"
+        return f"top={c.top}, false_accept_rate={c.false_accept_rate}, cohort={c.cohort}, margin={c.margin}"
 
 
 def nearest(cases: Tensor, keys: Tensor) -> Tensor:

@@ -65,13 +65,9 @@ VARIANTS = (
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
     *(
-        Variant("routing", f"{r:g} accepted, {name}", routing(false_accept_rate=r, margin=m, cohort_weight=w))
-        for name, m, w in (
-            ("whatever is near", -2.0, 0.0),
-            ("nearer than a training case", 0.0, 0.0),
-            ("nearer than a training case, crowds discounted", 0.0, 0.5),
-        )
-        for r in (0.01, 0.003, 0.001)
+        Variant("routing", f"{r:g} accepted, over {n} by {m:g}", routing(false_accept_rate=r, cohort=n, margin=m))
+        for n, m in ((1, -2.0), (1, 0.0), (64, 0.1), (64, 0.2), (64, 0.3))
+        for r in (0.01, 0.005)
     ),
     *(Variant("neurons a layer", f"{n}", neurons(per_layer=n)) for n in (5, 10, 20)),
     Variant("keys centred", "yes", neurons(center_keys=True)),
