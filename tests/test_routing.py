@@ -1,4 +1,4 @@
-"""The router: which edits act on a case, by a calibrated threshold and against the nearest training case."""
+"""The router: which edits act on a case, by a calibrated threshold and against the nearest training cases."""
 
 from dataclasses import replace
 

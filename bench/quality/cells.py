@@ -274,7 +274,10 @@ def settings(cell: Cell, scale: Scale) -> str:
     """A digest of all that makes the cell another one beside its key: a cell saved with other settings is stale."""
     told: dict[str, Any] = {"brief": scale.brief, "quick": scale.quick}
     if cell.method in OF_ROWS:
-        told |= {"row": asdict(OF_ROWS[cell.method]), "config": default_config().to_json()}
+        row, config = OF_ROWS[cell.method], asdict(default_config())
+        if not row.routed:  # always on: nothing is routed
+            del config["routing"]
+        told |= {"row": asdict(row), "config": config}
     else:
         told |= {"config": asdict(baseline_config(cell.method, scale.brief)), "training": TRAINING}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
