@@ -22,6 +22,7 @@ from . import cpu_kernels, cuda_kernels, native, triton_kernels
 NAMES = ("auto", "triton", "cuda", "cpu", "reference")
 AUTO = {"cuda": "triton", "cpu": "cpu"}  # what "auto" means on a device; elsewhere the reference
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TAKEN = frozenset((*KERNEL_DTYPES, torch.int64))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _on_cpu(operator: str, backend: str, tensors: Sequence[Tensor], args: Sequen
     for t in tensors:  # a subclass may have no data of its own, as a fake or a quantised tensor
         if type(t) not in (Tensor, Parameter) or t.layout != torch.strided:
             return None
-        if backend == "auto" and (t.requires_grad or (t.dtype not in KERNEL_DTYPES and t.dtype != torch.int64)):
+        if backend == "auto" and (t.requires_grad or t.dtype not in _TAKEN):
             return None
     return chosen
 

@@ -170,9 +170,9 @@ def knowledge_shift(
     folded_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """h [T, d] and the alpha used, where nothing is projected or encoded: attention, cosine and mix in one call."""
-    (tokens, _), (cases, slots) = h_input.shape, indices.shape
-    raw = q.dim() == 2
-    hd, hv = q.shape[-1], item_values.shape[-1]
+    (tokens, _), (cases, slots), of_q, of_keys = h_input.shape, indices.shape, q.shape, item_keys.shape
+    raw = len(of_q) == 2
+    hd, hv = of_q[-1], item_values.shape[-1]
     of_case = alpha is not None and token_to_case is not None and alpha.shape[0] == cases
     out = new(h_input.shape, h_input.dtype, h_input)
     used = new((cases if of_case else tokens,), torch.float32, h_input if alpha is None else alpha)
@@ -193,9 +193,9 @@ def knowledge_shift(
         _address(token_to_case, kept),
         tokens,
         cases,
-        item_keys.shape[0],
-        1 if raw else q.shape[1],
-        1 if raw else item_keys.shape[1],
+        of_keys[0],
+        1 if raw else of_q[1],
+        1 if raw else of_keys[1],
         hd,
         hv,
         slots,

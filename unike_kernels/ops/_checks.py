@@ -40,9 +40,11 @@ def require_tensors(
                 raise TypeError(f"{name} must be a tensor of {kind}, but got {type(tensor).__name__}")
             if not (tensor.is_floating_point() if kind == "float" else tensor.dtype == torch.int64):
                 raise TypeError(f"{name} must be a tensor of {kind}, but got {tensor.dtype}")
-            device = tensor.device if device is None else device
-            if tensor.device != device:
-                raise ValueError(f"{first} is on {device}, {name} is on {tensor.device}")
+            there = tensor.device
+            if device is None:
+                device = there
+            elif there != device:
+                raise ValueError(f"{first} is on {device}, {name} is on {there}")
 
 
 def check_shape(
@@ -50,8 +52,13 @@ def check_shape(
 ) -> None:
     """A tensor, if there is one, has the wanted shape (None: any size), which follows from these other tensors."""
     if tensor is not None:
+        sizes = tensor.shape
+        fits = len(sizes) == len(wanted)
+        if fits:
+            for size, other in zip(sizes, wanted, strict=True):
+                fits = fits and (other is None or size == other)
         check(
-            tensor.dim() == len(wanted) and all(b is None or a == b for a, b in zip(tensor.shape, wanted, strict=True)),
+            fits,
             lambda: (
                 f"{name} must be [{', '.join('*' if size is None else str(size) for size in wanted)}] "
                 f"({', '.join(f'{other} {shape(t)}' for other, t in because.items())}), but got {shape(tensor)}"

@@ -46,7 +46,12 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
     def run(*args: Any) -> Any:
         at = len(args) - 1 - after
         backend, args = args[at], args[:at] + args[at + 1 :]
-        tensors = [leaf for leaf in _flat(args) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                tensors.append(arg)
+            elif type(arg) is list:
+                tensors += [leaf for leaf in arg if isinstance(leaf, Tensor)]
         chosen = backends.implementation(name, backend, tensors, args) or kernel
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):

@@ -69,18 +69,15 @@ def knowledge_shift(
     layers = [] if encoder is None else list(encoder)
     given = alpha if isinstance(alpha, Tensor) else None
     floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": given}
-    for name, pair in [("out_proj", (weight, bias)), *((f"encoder[{i}]", layer) for i, layer in enumerate(layers))]:
-        floats[f"{name} weight"], floats[f"{name} bias"] = pair
+    required = ["h_input", "q", "item_keys", "item_values", "indices"]
+    if out_proj is not None:
+        floats |= {"out_proj weight": weight, "out_proj bias": bias}
+    for i, (layer_weight, layer_bias) in enumerate(layers):
+        floats |= {f"encoder[{i}] weight": layer_weight, f"encoder[{i}] bias": layer_bias}
+        required.append(f"encoder[{i}] weight")
     folded_weight, folded_bias = (None, None) if folded is None else folded
-    floats |= {"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias}
-    required = [
-        "h_input",
-        "q",
-        "item_keys",
-        "item_values",
-        "indices",
-        *(f"encoder[{i}] weight" for i in range(len(layers))),
-    ]
+    if encoder_rows is not None or folded is not None:
+        floats |= {"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias}
     require_tensors(required, floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
     if alpha is not None and not isinstance(alpha, Tensor):
         count = h_input.shape[0] if token_to_case is None else indices.shape[0]
@@ -124,15 +121,14 @@ def check_arguments(
             item_keys.shape[1] > 0 and heads % item_keys.shape[1] == 0,
             lambda: f"q has {heads} heads, which is no multiple of the {item_keys.shape[1]} heads of item_keys",
         )
-    check_shape(check, "token_to_case", token_to_case, (tokens,), h_input=h_input)
+    if token_to_case is not None:
+        check_shape(check, "token_to_case", token_to_case, (tokens,), h_input=h_input)
     rows = tokens if token_to_case is None else None
     check_shape(check, "indices", indices, (rows, None), h_input=h_input, token_to_case=token_to_case)
     cases = indices.shape[0]
-    check(
-        case_tokens is None or token_to_case is not None,
-        lambda: f"case_tokens is {shape(case_tokens)}, but token_to_case is None",
-    )
-    check_shape(check, "case_tokens", case_tokens, (cases,), indices=indices)
+    if case_tokens is not None:
+        check(token_to_case is not None, lambda: f"case_tokens is {shape(case_tokens)}, but token_to_case is None")
+        check_shape(check, "case_tokens", case_tokens, (cases,), indices=indices)
     if alpha is not None:
         per_case = token_to_case is not None and alpha.dim() == 1 and alpha.shape[0] == cases
         check(
@@ -144,8 +140,11 @@ def check_arguments(
         out_weight is not None or width == d,
         lambda: f"the heads make {width} features, h_input has {d}, and out_proj is None",
     )
-    check_shape(check, "out_proj weight", out_weight, (d, width), h_input=h_input, q=q, item_values=item_values)
-    check_shape(check, "out_proj bias", out_bias, (d,), h_input=h_input)
+    if out_weight is not None:
+        check_shape(check, "out_proj weight", out_weight, (d, width), h_input=h_input, q=q, item_values=item_values)
+        check_shape(check, "out_proj bias", out_bias, (d,), h_input=h_input)
+    if not encoder and encoder_rows is None and folded_weight is None:
+        return  # what is not given costs nothing: a call of one token takes some thirty microseconds in all
     size, source = d, {"h_input": h_input}
     for i in range(0, len(encoder), 2):
         weight, bias = encoder[i], encoder[i + 1]
