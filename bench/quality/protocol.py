@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -104,13 +104,17 @@ def main(
     edits: Annotated[int, typer.Option(help="Of each task.")] = 200,
     base: Annotated[int, typer.Option(help="Base model, by training seed.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the edits and of their order.")] = 0,
+    rate: Annotated[float | None, typer.Option(help="false_accept_rate of routed rows, if another.")] = None,
     quick: Annotated[bool, typer.Option(help="A smaller memory, and 200 training edits.")] = False,
 ) -> None:
     """Runs methods through a protocol on the emoji world and prints what comes out; stopped, it goes on.
 
     Example: python -m bench.quality.protocol --method "UniKE, routed" --protocol sequential -k 100
     """
-    editor = world.prepared(base, default_config(), quick=quick)
+    config = default_config()
+    if rate is not None:
+        config = replace(config, routing=replace(config.routing, false_accept_rate=rate))
+    editor = world.prepared(base, config, quick=quick)
     examiner = Examiner(editor.collator, batch_size=64)
     plan = protocols.plan(protocol, tasks_of(protocol, task, edits, seed), k=k, seed=seed)
     for name in methods or names():
