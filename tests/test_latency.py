@@ -35,7 +35,7 @@ def eager(case):
 def test_every_provider_computes_the_same(name):
     case = eager(QUICK[name])
     assert OURS in case.providers and len(case.providers) >= 2 + (case.operator != "external path")
-    words = verdicts(case, inputs_of(case))
+    words = verdicts(case, [inputs_of(case)])
     assert words.pop(OURS) == "exact"
     assert set(words.values()) <= {"exact", "rounds more", "floor"}
 
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_not_timed(name):
     with pytest.raises(AssertionError, match="unike is not timed, it is wrong"):
         run.time_case(dataclasses.replace(case, providers={OURS: wrong}), CPU, torch.float32, 0.01)
     with pytest.raises(OSError, match="no such library"):
-        verdicts(dataclasses.replace(case, providers={OURS: broken}), inputs_of(case))
+        verdicts(dataclasses.replace(case, providers={OURS: broken}), [inputs_of(case)])
 
 
 def test_the_gate_of_a_search_sees_every_way_to_be_wrong(monkeypatch):
@@ -79,7 +79,7 @@ def test_the_gate_of_a_search_sees_every_way_to_be_wrong(monkeypatch):
         return dataclasses.replace(case, providers={OURS: case.providers[OURS], "rival": provider})
 
     def word(change):
-        return verdicts(with_indices(change), inputs)["rival"]
+        return verdicts(with_indices(change), [inputs])["rival"]
 
     assert word(lambda indices: None) == "exact"
     assert word(lambda indices: indices.copy_(indices.flip(1))) == "exact"  # the order does not matter

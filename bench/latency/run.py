@@ -45,7 +45,7 @@ def time_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: flo
     for _ in range(max(1, min(wanted, 16, int(MOST[device.type] // max(size, 1)))) - 1):
         sets.append(case.make(generator, dtype, device))
     with torch.inference_mode():
-        words = verdicts(case, sets[0])
+        words = verdicts(case, sets)
         if words[OURS] != "exact":
             raise AssertionError(f"{case.name}: {OURS} is not timed, it is wrong: {words[OURS]}")
         fit = {name: case.providers[name] for name, word in words.items() if word in ("exact", "rounds more", "floor")}
