@@ -22,10 +22,8 @@ from tests.models_tiny import MULTIMODAL, make_model
 from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
 from unike_kernels.editing import editor as editor_module
 from unike_kernels.editing import saved
-from unike_kernels.editing import train as train_module
 from unike_kernels.editing.editor import Editor
 from unike_kernels.editing.inputs import Sample
-from unike_kernels.editing.sparing import batch_axes, narrowed
 from unike_kernels.editing.train import GroupTrainer, _spread
 from unike_kernels.edits import LayerEdits
 
@@ -236,56 +234,6 @@ def test_an_edit_that_is_done_stays():
     for i in editor.layers:
         assert_close_layers(edits.select([name]).layers[i], short.select([name]).layers[i], rtol=0, atol=0)
     assert edits.entries[first] == short.entries[first]
-
-
-@pytest.mark.parametrize("seen", [True, False])
-@pytest.mark.parametrize("name", ["opt", "llava"])
-def test_finished_edits_leave_the_batch(name, seen, monkeypatch):
-    """Their rows are picked from the states there are; where it does not show how, the layers below run again."""
-    editor, requests = make_editor(name), make_requests(name, 6)
-    alone = [editor.edit([r], **QUIET).entries[0] for r in requests]
-    passes, sizes = [], []
-    run, forward = GroupTrainer._pass, GroupTrainer._forward
-
-    def traced(self, samples, rows):
-        passes.append(len(rows))
-        return run(self, samples, rows)
-
-    def sized(self, work):
-        sizes.append(len(work.rows))
-        return forward(self, work)
-
-    monkeypatch.setattr(GroupTrainer, "_pass", traced)
-    monkeypatch.setattr(GroupTrainer, "_forward", sized)
-    if not seen:
-        monkeypatch.setattr(train_module, "batch_axes", lambda of_all, of_two: None)
-    edits = editor.edit(requests, **QUIET)
-    assert passes[:2] == [6, 2] and (len(passes) == 2) == seen
-    steps = [e.steps for e in edits.entries]
-    assert len(set(steps)) > 2 and steps == [e.steps for e in alone]
-    if seen:
-        assert sizes == [sum(n >= step for n in steps) for step in range(max(steps) + 1)]
-    for one, other in zip(alone, edits.entries, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-3)
-
-
-def test_what_grows_with_the_batch_is_seen_not_guessed():
-    def states(b, *more):
-        return (
-            torch.zeros(b, 5, 4),
-            {3: ((torch.zeros(3, b, 5), None), {"mask": torch.zeros(1, 1, 5, 5), "n": 2})},
-            *more,
-        )
-
-    axes = batch_axes(states(5), states(2))
-    assert axes == [0, 1, None, None, None]  # of 5 edits with 5 tokens each, the rows
-    hidden, calls = narrowed(states(5), axes, torch.tensor([0, 3]))
-    assert hidden.shape == (2, 5, 4) and calls[3][0][0].shape == (3, 2, 5) and calls[3][1]["mask"].shape == (1, 1, 5, 5)
-    assert batch_axes(states(5, torch.zeros(25)), states(2, torch.zeros(10))) is None  # flattened
-    assert batch_axes(states(5, torch.zeros(5, 7)), states(2, torch.zeros(2, 6))) is None
-    assert batch_axes(states(5, object()), states(2, object())) is None
-    assert batch_axes(states(5, 3), states(2, 4)) is None
-    assert batch_axes(states(5, None), states(2)) is None
 
 
 def test_an_edit_that_overflows_is_held_at_its_last_finite_state():

@@ -1,7 +1,5 @@
 """The edited layers alone: the same logits and gradients as the full forward, and nothing below runs again."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -188,45 +186,3 @@ def test_training_by_tail_is_training_by_full_forward(name, independent):
     for a, b, key in zip(tail, full, leaves, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert max(g.abs().max() for g in tail) > 1e-3
-
-
-SHIFTS = {
-    "per case": {},
-    "raw": {"attention": "raw"},
-    "per token": {"per": "token"},
-    "from the case token": {"positions": "from_case_token"},
-    "a fixed alpha": {"alpha": 0.5},
-}
-
-
-@pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_a_spared_step_is_a_whole_one(name, shift, independent):
-    """Where target tokens are predicted: the first edited layer replayed, the last at those tokens alone."""
-    model = make_model(name, dtype=torch.float64)
-    model.requires_grad_(False)
-    collator, decoder = Collator(model, make_processor(name)), find_decoder(model)
-    samples = [Sample(r["prompt"], r["target"], r["image"]) for r in make_requests(name, 3)]
-    config = replace(ALWAYS, shift=replace(ALWAYS.shift, **SHIFTS[shift]))
-    edits = edits_for(model, config, prompts=inputs_for(model, [5, 4, 3]))
-    attention = get_module(model, decoder.layers[min(edits.layers)].attention)
-    with uk.patch(model, edits) as handle:
-        zeros = dict.fromkeys(edits.layers, torch.zeros(16))
-        trainer = GroupTrainer(collator, decoder, handle, config.neurons, zeros, zeros, independent=independent)
-        work = trainer._pass(samples, torch.arange(3))
-        assert work.attended is not None
-        seen: list[int] = []
-        hook = attention.register_forward_hook(lambda *_: seen.append(1))
-        other = trainer._pass(samples, torch.arange(3))
-        assert other.attended is None and len(seen) == 1  # hooks of others are to hear of every step
-        whole = trainer._tail(other, whole=True)
-        assert len(seen) == 2
-        hook.remove()
-        before = {m: dict(vars(m)) for m in model.modules()}
-        spared = trainer._tail(work)
-        assert all(vars(m).keys() == kept.keys() for m, kept in before.items())
-        assert all(vars(m).get("forward") is kept.get("forward") for m, kept in before.items())
-    at = torch.nn.functional.pad(work.batch.target_mask[:, 1:], (0, 1))
-    torch.testing.assert_close(spared[at], whole[at], **CLOSE)
-    assert not torch.allclose(spared[~at], whole[~at])

@@ -90,14 +90,35 @@ def test_crowding_is_found_once_for_a_calibration_and_anew_for_another():
     calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
     router = Router(RoutingConfig(mode="routed"), 1, calibration.cases, max_cases=3)
     router.load(unit([0.0]), calibration)
-    first, threshold = router._crowds[2], router.threshold.item()
+    first, threshold = router._crowds[1], router.threshold.item()
     router.load(unit([20.0]), calibration)
-    assert router._crowds[2] is first
+    assert router._crowds[1] is first
     router.load(unit([0.0]), calibration)
     assert router.threshold.item() == threshold
     calibration.cases[0] = unit([120.0])[0]  # changed in place
     router.load(unit([0.0]), calibration)
-    assert router._crowds[2] is not first and router.threshold.item() != threshold
+    assert router._crowds[1] is not first and router.threshold.item() != threshold
+    moved = Calibration(2, torch.tensor([0.3, 0.1]), calibration.cases)  # the same cases around another centre
+    router.load(unit([0.0]), moved)
+    fresh = Router(RoutingConfig(mode="routed"), 1, calibration.cases, max_cases=3)
+    fresh.load(unit([0.0]), moved)
+    assert router.threshold == fresh.threshold
+
+
+def test_a_calibration_made_in_inference_mode_is_taken_and_followed():
+    with torch.inference_mode():
+        calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
+    router = Router(RoutingConfig(mode="routed"), 1, torch.zeros(2), max_cases=3)
+    found = []
+    for case in (60.0, 120.0):
+        with torch.inference_mode():
+            calibration.cases[0] = unit([case])[0]
+        router.load(unit([0.0]), calibration)
+        plain = Router(router.config, 1, torch.zeros(2), max_cases=3)
+        plain.load(unit([0.0]), calibration.map(lambda t: t.clone()))
+        assert router.threshold == plain.threshold
+        found.append(router.threshold.item())
+    assert found[0] != found[1]
 
 
 def test_router_refuses_more_than_it_has_room_for():

@@ -45,7 +45,7 @@ class Router(ChoosesBackend):
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
-        self._crowds: tuple[Tensor, int, Tensor] | None = None  # the last calibration's cases, their version, crowding
+        self._crowds: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # of which tensors, as they were: crowding
         self.choose(backend)
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Router(ChoosesBackend):
         self.keys[: len(keys)].copy_(keys)
         self.center.copy_(center)
         best = nearest(cases, keys)
-        reached = best - self._crowding(calibration.cases, cases)
+        reached = best - self._crowding(calibration, cases)
         self.threshold.fill_(calibrate(reached, self.config.false_accept_rate))
         self.n_groups.fill_(len(keys))
         others = cases[best < SAME_QUESTION]
@@ -71,12 +71,15 @@ class Router(ChoosesBackend):
         self.cases[: len(others)].copy_(others)
         self.n_cases.fill_(len(others))
 
-    def _crowding(self, given: Tensor, cases: Tensor) -> Tensor:
+    def _crowding(self, calibration: Calibration, cases: Tensor) -> Tensor:
         """`crowding` [M] of the calibration's cases, kept from one load to the next: it does not hang on the edits."""
+        made_of = (calibration.center, calibration.cases)
+        if any(t.is_inference() for t in made_of):  # of those nobody counts the changes
+            return crowding(cases, self.config.cohort)
         kept = self._crowds
-        if kept is None or kept[0] is not given or kept[1] != given._version:
-            kept = self._crowds = given, given._version, crowding(cases, self.config.cohort)
-        return kept[2].to(cases.device)
+        if kept is None or any(a is not b or v != b._version for (a, v), b in zip(kept[0], made_of, strict=True)):
+            kept = self._crowds = [(t, t._version) for t in made_of], crowding(cases, self.config.cohort)
+        return kept[1].to(cases.device)
 
     def check(self, groups: int, cases: int) -> None:
         """Raises ValueError when that many edits or calibration cases do not fit."""
