@@ -63,6 +63,21 @@ def test_the_last_block_sees_what_all_wrote_and_a_missing_barrier_shows(library)
     assert wrong > len(SEEDS) // 2
 
 
+def test_lanes_of_one_warp_need_a_barrier_too(library):
+    """Lane 0 may be ahead of the others of its warp: told too soon that all is there, the last block misses some."""
+    values = torch.randint(1, 100, (6 * 32,), dtype=torch.int32)
+    wrong = 0
+    for seed in range(32):
+        for forget in (0, 1):
+            parts = torch.zeros(6 * 32, dtype=torch.int32)
+            arrived, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            assert call(library, "sum_of_lanes", values, parts, arrived, out, 6, forget, seed=seed) == 0
+            right = int(out) == int(values.sum())
+            assert right or forget
+            wrong += not right
+    assert wrong > 3
+
+
 def test_clusters_read_each_others_shared_memory(library):
     wrong = 0
     for seed in SEEDS:

@@ -153,7 +153,7 @@ namespace {
 Context scheduler;
 Fiber* current = nullptr;
 bool failed = false;
-bool stragglers = false;  // in this launch, some warp does not run while any other can
+bool stragglers = false;  // in this launch, some warp, or some of its lanes, do not run while any other can
 bool released = false;    // a barrier was just passed: whoever is held back stays where it is
 int shared_size = 0;
 std::vector<char*> stacks;  // not in use
@@ -372,6 +372,7 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
     stragglers = draw(2), released = false;
     const bool whole = draw(2);  // nor do the others of its block
     const Warp* straggler = nullptr;
+    uint32_t held = 0;  // the straggler's lanes that do not run
     size_t next = 0;
     std::vector<Warp*> ready;
     while (!failed && (next < order.size() || !running.empty())) {
@@ -397,22 +398,26 @@ cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_byt
             complain(where);
             break;
         }
-        if (std::find(ready.begin(), ready.end(), straggler) == ready.end()) {
+        if (std::find(ready.begin(), ready.end(), straggler) == ready.end() || draw(32) == 0) {
             straggler = stragglers ? ready[draw(static_cast<uint32_t>(ready.size()))] : nullptr;
+            held = whole || draw(2) ? ~0u : draw(~0u);
         }
-        const auto late = [&](const Warp* warp) {
-            return straggler && (warp == straggler || (whole && warp->lanes[0]->block == straggler->lanes[0]->block));
+        const auto late = [&](const Warp* warp) -> uint32_t {  // the lanes that are held back
+            if (!straggler) return 0;
+            if (warp == straggler) return held;
+            return whole && warp->lanes[0]->block == straggler->lanes[0]->block ? ~0u : 0;
         };
-        if (!std::all_of(ready.begin(), ready.end(), late))
-            ready.erase(std::remove_if(ready.begin(), ready.end(), late), ready.end());
+        const auto stuck = [&](const Warp* warp) { return (warp->ready & ~late(warp)) == 0; };
+        const bool all_stuck = std::all_of(ready.begin(), ready.end(), stuck);
+        if (!all_stuck) ready.erase(std::remove_if(ready.begin(), ready.end(), stuck), ready.end());
         // A few turns before the list is made anew; a warp of it may meanwhile have become unable to go on.
         released = false;
         for (size_t turn = 0; turn < 2 * ready.size() && !failed && !released; ++turn) {
             Warp& warp = *ready[draw(static_cast<uint32_t>(ready.size()))];
-            const uint32_t offset = draw(32);
+            const uint32_t offset = draw(32), may = all_stuck ? ~0u : ~late(&warp);
             for (uint32_t i = 0; i < 32 && !failed && !released; ++i) {
                 const uint32_t lane = (i + offset) % 32;
-                if (warp.ready >> lane & 1) resume(*warp.lanes[lane]);
+                if (warp.ready & may & 1u << lane) resume(*warp.lanes[lane]);
             }
         }
         for (auto& one : running)

@@ -58,6 +58,18 @@ __global__ void sum(const int* in, int* parts, uint32_t* arrived, int* out, bool
     *arrived = 0;
 }
 
+// out[0] = sum of in [blocks * 32]: every lane leaves its own element in `parts`, and lane 0 tells that the block has come.
+__global__ void sum_of_lanes(const int* in, int* parts, uint32_t* arrived, int* out, bool forget_barrier) {
+    const int at = static_cast<int>(blockIdx.x) * 32 + static_cast<int>(threadIdx.x);
+    parts[at] = in[at];
+    if (!forget_barrier) __syncthreads();
+    if (threadIdx.x != 0 || count_arrival(arrived) != gridDim.x - 1) return;
+    int total = 0;
+    for (unsigned i = 0; i < 32 * gridDim.x; ++i) total += parts[i];
+    *out = total;
+    *arrived = 0;
+}
+
 // out [blocks, size]: rank r of a cluster reads what every rank wrote to its own shared memory.
 __global__ void exchange(int* out, bool forget_barrier) {
     int* mine = reinterpret_cast<int*>(shared_memory());
@@ -112,6 +124,11 @@ EXPORT int run_sum(const int* in, int* parts, uint32_t* arrived, int* out, int b
     Launch how;
     how.grid = blocks, how.block = threads, how.shared_bytes = threads / 32 * 4;
     return launch(sum, how, in, parts, arrived, out, forget);
+}
+EXPORT int run_sum_of_lanes(const int* in, int* parts, uint32_t* arrived, int* out, int blocks, int forget) {
+    Launch how;
+    how.grid = blocks, how.block = 32;
+    return launch(sum_of_lanes, how, in, parts, arrived, out, forget);
 }
 EXPORT int run_exchange(int* out, int blocks, int cluster, int forget) {
     Launch how;
