@@ -16,6 +16,7 @@ from bench.quality.baselines import METHODS
 from bench.quality.baselines.ike import Ike
 from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.rows import FIGURES, ROWS, Row, default_config
+from unike_kernels.edits import Edits
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
 from unike_kernels.evaluation.methods import Method
@@ -235,6 +236,7 @@ class Bench:
         self.editor = world.prepared(base, default_config(), quick=scale.quick)
         self.examiner = Examiner(self.editor.collator, batch_size=64)
         self.made: dict[str, Method] = {}
+        self.edits: dict[str, list[Edits]] = {}  # that rows share
         self.training = TRAINING // (8 if scale.quick else 1)
 
     def method(self, name: str) -> Method:
@@ -245,7 +247,8 @@ class Bench:
 
     def _make(self, name: str) -> Method:
         if name in OF_ROWS:
-            return protocol.RowMethod(OF_ROWS[name], self.editor, cache=world.CACHE / "groups", progress=True)
+            options = {"made": self.edits, "cache": world.CACHE / "groups", "progress": True}
+            return protocol.RowMethod(OF_ROWS[name], self.editor, **options)
         config, processor = baseline_config(name, self.scale.brief), self.editor.collator.processor
         return fitted(name, self.editor.model, processor, self.base, config=config, training=self.training)
 

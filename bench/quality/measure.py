@@ -62,7 +62,7 @@ VARIANTS = (
     *(Variant("rate of the keys", f"{r:g}", neurons(lr_keys=r)) for r in (0.0, 1e-3, 3e-3, 1e-2, 3e-2)),
     *(Variant("rate of the values", f"{r:g}", neurons(lr_values=r)) for r in (3e-3, 1e-2, 3e-2)),
     *(Variant("threshold of the keys", f"{t:g}", neurons(key_threshold=t)) for t in (0.0, 0.3, 0.5, 0.7)),
-    *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50)),
+    *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50, 200)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
     *(
         Variant("routing", f"cohort {n}, margin {m:g}", routing(cohort=n, margin=m))

@@ -172,6 +172,9 @@ class GradientEditor(Baseline):
     """A method whose network, trained on the training split, turns what it is told of an edit into a change."""
 
     trained = True
+    # with 800 edits base model 1's MEND stays at a mean of 80.5 on development edits, with 3200 at 85.0, with 6400 and
+    # twice the steps at 83.9
+    share = 4
     network: nn.Module | None = None
     history: Sequence[dict[str, float]] = ()  # what the training showed, every 50 steps
 

@@ -43,7 +43,7 @@ class KeConfig:
     max_scale: float = 1.0
     lr: float = 1e-3
     lr_multiplier: float = 1e-1
-    steps: int = 800
+    steps: int = 3200
     batch: int = 8
 
 

@@ -14,7 +14,7 @@ from . import METHODS
 from .base import Baseline
 from .training_split import training_records
 
-TRAINING = 800  # training-split edits that are learned from
+TRAINING = 800  # training-split edits that are learned from, `share` times
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -33,5 +33,5 @@ def fitted(
             shutil.copyfile(file, part)
             part.replace(folder / file.name)
     method = METHODS[name](model, processor, config)
-    method.fit(training_records(training), seed=0, cache=folder)
+    method.fit(training_records(training * method.share), seed=0, cache=folder)
     return method

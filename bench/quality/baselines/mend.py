@@ -34,7 +34,7 @@ class MendConfig:
     rank: int = 128
     edit_lr: float = 1e-3
     lr: float = 3e-3
-    steps: int = 800
+    steps: int = 3200
     batch: int = 8
     edit_weight: float = 10.0
     locality_weight: float = 1.0

@@ -13,7 +13,7 @@ from bench.quality.emoji import vision as drawn
 
 from . import vision
 
-VIEWS = 4  # of every drawing: the drawing itself and distortions of it
+VIEWS = 8  # of every drawing: the drawing itself and distortions of it
 STRENGTH = 0.7  # of a distortion, as at the end of the emoji world's own training
 
 

@@ -18,7 +18,7 @@ from bench.quality.world import CACHE
 from . import features, model
 from .stages import AlignStage, SpeakStage
 
-STEPS = {"align": 700, "speak": 300}
+STEPS = {"align": 1000, "speak": 800}
 WARM_UP = 20  # steps
 RATES = {"align": (1.5e-3, 0.05), "speak": (7e-4, 0.02)}  # peak learning rate, weight decay
 
