@@ -79,8 +79,8 @@ int64_t cosine_topk_workspace(const std::string& q_dtype, const std::string& key
 
 void cosine_topk(uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, uintptr_t key_norm, uintptr_t ranges,
                  const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k,
-                 uintptr_t workspace, int64_t bytes, uintptr_t zeros, bool alone, uintptr_t scores, uintptr_t indices,
-                 uintptr_t stream) {
+                 uintptr_t workspace, int64_t bytes, uintptr_t zeros, bool alone, bool bulk, uintptr_t scores,
+                 uintptr_t indices, uintptr_t stream) {
     unike::Search search = search_of(q_dtype, key_dtype, t, n, d, k);
     if (t == 0 || k == 0) return;
     within("q_stride", q_stride, 0, INT64_MAX);
@@ -91,8 +91,8 @@ void cosine_topk(uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stri
     search.q = at<void>(q), search.keys = at<void>(keys);
     search.q_stride = q_stride, search.key_stride = key_stride;
     search.key_norm = at<float>(key_norm), search.ranges = at<int64_t>(ranges);
-    require(unike::cosine_topk(search, at<void>(workspace), at<void>(zeros), alone, at<float>(scores), at<int64_t>(indices),
-                               at<CUstream_st>(stream)),
+    require(unike::cosine_topk(search, at<void>(workspace), at<void>(zeros), alone, bulk, at<float>(scores),
+                               at<int64_t>(indices), at<CUstream_st>(stream)),
             "launching cosine_topk");
 }
 
@@ -193,6 +193,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("cosine_topk", &cosine_topk, py::arg("q"), py::arg("q_stride"), py::arg("keys"), py::arg("key_stride"),
           py::arg("key_norm"), py::arg("ranges"), py::arg("q_dtype"), py::arg("key_dtype"), py::arg("t"), py::arg("n"),
           py::arg("d"), py::arg("k"), py::arg("workspace"), py::arg("bytes"), py::arg("zeros"), py::arg("alone"),
-          py::arg("scores"), py::arg("indices"), py::arg("stream"),
+          py::arg("bulk"), py::arg("scores"), py::arg("indices"), py::arg("stream"),
           "The k keys of largest cosine to each query: scores float32 and indices int64 [t, k]. See csrc/cosine_topk.cuh.");
 }

@@ -6,7 +6,8 @@
 #include "streaming.cuh"
 
 // The scan: a persistent grid; a block takes units of 16 to 64 rows in turn and streams each through shared memory in slabs of a
-// few hundred columns, several slabs ahead (cp.async). Its eight warps share the columns of a slab, add up their partial products
+// few hundred columns, several slabs ahead: each thread copies 16 bytes at a time, or, from sm_90 on and where rows are whole slabs,
+// the copy engine brings a slab of a row at a time. Its eight warps share the columns of a slab, add up their partial products
 // at the end of a unit, and each warp then offers the scores of its own queries to their lists, which keep the best. What k rows are
 // known to reach anywhere is told to all blocks, so that few scores are kept. The block that comes last takes the best of the
 // lists, a warp for each query; for many queries another kernel does, a block for each.
@@ -183,7 +184,8 @@ struct Layout {
     static constexpr int stage_bytes =
         key_bytes + (Math::resident ? 0 : Math::queries * staged_q_pitch * static_cast<int>(sizeof(typename Math::Query)));
     static constexpr int of_queries = Math::stages * stage_bytes;
-    static constexpr int partial = of_queries + Math::queries * static_cast<int>(sizeof(OfQuery));
+    static constexpr int barriers = (of_queries + Math::queries * static_cast<int>(sizeof(OfQuery)) + 7) / 8 * 8;
+    static constexpr int partial = barriers + Math::stages * static_cast<int>(sizeof(CopyBarrier));
     static constexpr int queries = (partial + Math::parts * Math::rows * (Math::queries + 1) * 4 + 15) / 16 * 16;
 
     // Whole slabs of columns, and elements between the rows of resident queries.
@@ -220,12 +222,14 @@ __device__ __forceinline__ float norm_of(const T* row, int d, bool aligned, int 
 }
 
 // Block (p, y): units p, p + lists, ... for queries [y * Math::queries, ...). Moves n d (keys, once per tile of queries), 8 bytes for
-// each query and unit, and 8 width for each query the first, second, fourth, ... time.
-template <class Math>
+// each query and unit, and 8 width for each query the first, second, fourth, ... time. Bulk: d is a multiple of Math::columns, and
+// rows of keys are 16-byte aligned.
+template <class Math, bool Bulk>
 __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem problem) {
     using Key = typename Math::Key;
     using Query = typename Math::Query;
     using At = Layout<Math>;
+    static_assert(!Bulk || Math::resident, "queries that come along with every slab are not counted by its barrier");
     const Search& of = problem.of;
     const int n = static_cast<int>(of.n), d = of.d, k = of.k, lists = problem.to.lists;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -237,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
     unsigned char* shared = shared_memory();
     OfQuery* const of_query = reinterpret_cast<OfQuery*>(shared + At::of_queries);
     float* const partial = reinterpret_cast<float*>(shared + At::partial);
+    CopyBarrier* const barriers = reinterpret_cast<CopyBarrier*>(shared + At::barriers);
     Query* const resident = reinterpret_cast<Query*>(shared + At::queries);
     const int slabs = At::slabs(d), q_pitch = At::q_pitch(d);
 
@@ -250,6 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         mine.start = static_cast<int>(start < 0 ? 0 : start < of.n ? start : of.n);
         mine.end = static_cast<int>(i >= count || end < 0 ? 0 : end < of.n ? end : of.n);
     }
+    if (Bulk && thread < Math::stages) start_barrier(barriers + thread);
     __syncthreads();
     const int units = (n + Math::rows - 1) / Math::rows;
     const auto wanted = [&](int unit) {  // the first of this block's units, from `unit` on, that a query sees a row of
@@ -269,8 +275,15 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         if (next_unit < units) {
             unsigned char* stage = shared + next_stage * At::stage_bytes;
             const int column = next_slab * Math::columns;
-            fetch<Math::rows, Math::columns>(reinterpret_cast<Key*>(stage), At::pitch, keys, of.key_stride, next_unit * Math::rows,
-                                             n, column, d, problem.aligned);
+            if (Bulk) {
+                if (warp == kWarps - 1)  // rows past the last stay as they are: nobody sees their scores
+                    bring<Math::columns>(reinterpret_cast<Key*>(stage), At::pitch,
+                                         keys + next_unit * Math::rows * of.key_stride + column, of.key_stride,
+                                         min(Math::rows, n - next_unit * Math::rows), barriers + next_stage);
+            } else {
+                fetch<Math::rows, Math::columns>(reinterpret_cast<Key*>(stage), At::pitch, keys, of.key_stride,
+                                                 next_unit * Math::rows, n, column, d, problem.aligned);
+            }
             if (!Math::resident)
                 fetch<Math::queries, Math::columns>(reinterpret_cast<Query*>(stage + At::key_bytes), q_pitch, q, of.q_stride,
                                                     first_query, of.t, column, d, problem.q_aligned);
@@ -280,6 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         cp_async_commit();
     };
     int unit = next_unit, slab = 0, stage = 0, done = 0;
+    uint32_t parity = 0;  // of the stages' uses, this time round
     if (Math::resident && unit < units)  // with the first group of copies
         for (int i = 0; i < slabs; ++i)
             fetch<Math::queries, Math::columns>(resident + i * Math::columns, q_pitch, q, of.q_stride, first_query, of.t,
@@ -300,13 +314,14 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         if (slab == 0 && warp + kWarps * lane < count)  // it is there when the unit is done
             known = load_relaxed(bounds.reached + first_query + warp + kWarps * lane);
         cp_async_wait<Math::stages - 2>();
+        if (Bulk) wait_for_bytes(barriers + stage, parity);
         __syncthreads();  // the slab is there for all, and nobody reads the one before it any more
         start_next();
         const unsigned char* staged = shared + stage * At::stage_bytes;
         math.add(reinterpret_cast<const Key*>(staged), At::pitch,
                  Math::resident ? resident + slab * Math::columns : reinterpret_cast<const Query*>(staged + At::key_bytes), q_pitch,
                  norms);
-        stage = stage + 1 == Math::stages ? 0 : stage + 1;
+        if (++stage == Math::stages) stage = 0, parity ^= 1;
         if (++slab < slabs) continue;
 
         math.store(partial, norms);
@@ -375,12 +390,16 @@ __global__ void __launch_bounds__(32 * kSelectionWarps, 1)
 
 struct Plan {
     void (*scan)(Problem);
-    int queries, rows, shared_bytes, lists;
+    void (*bulk_scan)(Problem);  // null: there is none
+    int queries, rows, columns, shared_bytes, lists;
 };
 
 template <class Math>
 bool fits(const Search& search, const Device& device, Plan& plan) {
-    plan = {&cosine_topk_stream<Math>, Math::queries, Math::rows, static_cast<int>(Layout<Math>::bytes(search.d)), 0};
+    plan.scan = &cosine_topk_stream<Math, false>, plan.bulk_scan = nullptr;
+    if constexpr (Math::resident) plan.bulk_scan = &cosine_topk_stream<Math, true>;
+    plan.queries = Math::queries, plan.rows = Math::rows, plan.columns = Math::columns;
+    plan.shared_bytes = static_cast<int>(Layout<Math>::bytes(search.d)), plan.lists = 0;
     return Layout<Math>::bytes(search.d) <= device.shared_bytes;
 }
 
@@ -432,8 +451,8 @@ cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes) {
 
 int64_t cosine_topk_zeros(int t, int k) { return kCounter + Bounds::bytes(t, k); }
 
-cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, float* scores, int64_t* indices,
-                        cudaStream_t stream) {
+cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, bool bulk, float* scores,
+                        int64_t* indices, cudaStream_t stream) {
     if (search.t == 0 || search.k == 0) return cudaSuccess;
     Plan plan;
     Device device;
@@ -450,10 +469,13 @@ cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool
     problem.scores = scores, problem.indices = indices;
     problem.aligned = in_sixteens(search.keys, search.key_stride, search.key_dtype);
     problem.q_aligned = in_sixteens(search.q, search.q_stride, search.q_dtype);
+    bulk = bulk && plan.bulk_scan != nullptr && problem.aligned && search.d % plan.columns == 0 && device.major >= 9;
+    if (bulk) error = built_for_hopper(plan.bulk_scan, bulk);
+    if (error != cudaSuccess) return error;
     Launch scan;
     scan.grid = dim3(plan.lists, (search.t + plan.queries - 1) / plan.queries), scan.block = kThreads;
     scan.shared_bytes = plan.shared_bytes, scan.stream = stream;
-    if (plan.lists > 0) error = launch(plan.scan, scan, problem);
+    if (plan.lists > 0) error = launch(bulk ? plan.bulk_scan : plan.scan, scan, problem);
     if (error != cudaSuccess || alone) return error;
     return select(problem.to, search.t, search.k, scores, indices, plan.lists > 0, stream);
 }

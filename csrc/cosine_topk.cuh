@@ -28,10 +28,11 @@ cudaError_t cosine_topk_workspace(const Search& search, int64_t& bytes);
 int64_t cosine_topk_zeros(int t, int k);
 
 // scores, indices [t, k]: largest first, among equal scores the lowest index; -inf and -1 where there is none. alone: one launch, whose
-// last block chooses the best for all queries; otherwise two (one where n is 0), the second with a block for each query. Products of
+// last block chooses the best for all queries; otherwise two (one where n is 0), the second with a block for each query. bulk: the copy
+// engine brings the keys where it can (sm_90, up to 16 queries of half precision, d a multiple of 512, aligned rows). Products of
 // half precision on tensor cores, their sums in float32, in an order that depends on t and d alone: equal rows score equally, and the
 // result does not depend on which block runs when.
-cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, float* scores, int64_t* indices,
-                        cudaStream_t stream);
+cudaError_t cosine_topk(const Search& search, void* workspace, void* zeros, bool alone, bool bulk, float* scores,
+                        int64_t* indices, cudaStream_t stream);
 
 }  // namespace unike

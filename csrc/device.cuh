@@ -76,6 +76,54 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
+// From sm_90 on, the copy engine brings whole rows: one thread asks, and a barrier in shared memory counts the bytes. Code for less
+// does nothing here: `built_for_hopper` tells the host.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define UNIKE_HOPPER 1
+#endif
+
+// In shared memory. One thread starts it, and then all meet at a barrier; it opens, phase after phase, when one thread has named the
+// bytes of the phase and all of them are there.
+struct alignas(8) CopyBarrier {
+    unsigned long long state;
+};
+
+__device__ __forceinline__ void start_barrier(CopyBarrier* barrier) {
+#ifdef UNIKE_HOPPER
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::"r"(
+                     shared_address(barrier))
+                 : "memory");
+#endif
+}
+
+// Names the bytes of the phase that begins: by one thread, before any of its copies.
+__device__ __forceinline__ void expect_bytes(CopyBarrier* barrier, int bytes) {
+#ifdef UNIKE_HOPPER
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+
+// Starts a copy of `bytes` from global memory; both addresses 16-byte aligned, bytes a multiple of 16.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
+#ifdef UNIKE_HOPPER
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+#endif
+}
+
+// Waits until the phase of this parity (0 for the first, then 1, 0, ...) is over: its bytes are there for this thread.
+__device__ __forceinline__ void wait_for_bytes(CopyBarrier* barrier, uint32_t parity) {
+#ifdef UNIKE_HOPPER
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+            shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------- global memory
 
 // 16 bytes that will not be read again soon: past the first-level cache. 16-byte aligned, constant while the kernel runs.
@@ -236,6 +284,15 @@ struct Launch {
     bool early = false;       // may start while the kernel before it ends: it calls wait_for_previous_kernel
 };
 
+// Whether the code of a kernel that the current device runs was made for sm_90 or more.
+template <typename... Parameters>
+cudaError_t built_for_hopper(void (*kernel)(Parameters...), bool& hopper) {
+    cudaFuncAttributes code = {};
+    const cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+    hopper = error == cudaSuccess && code.ptxVersion >= 90;
+    return error;
+}
+
 // Starts a kernel. Nothing waits; the error is that of the launch itself. Code for less than sm_90, which newer devices may run
 // from PTX, has neither clusters (refused) nor early starts (not early then).
 template <typename... Parameters, typename... Arguments>
@@ -247,10 +304,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Arguments..
     }
     bool hopper = false;
     if (how.cluster > 1 || how.early) {
-        cudaFuncAttributes code = {};
-        const cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+        const cudaError_t error = built_for_hopper(kernel, hopper);
         if (error != cudaSuccess) return error;
-        hopper = code.ptxVersion >= 90;
     }
     if (how.cluster > 1 && !hopper) return cudaErrorNotSupported;
     cudaLaunchAttribute attributes[2] = {};

@@ -34,4 +34,14 @@ __device__ __forceinline__ void fetch(T* shared, int pitch, const T* rows, int64
     }
 }
 
+// The same by one warp, from sm_90 on: Columns columns of `count` rows that lie `stride` elements apart, 16-byte aligned.
+template <int Columns, typename T>
+__device__ __forceinline__ void bring(T* shared, int pitch, const T* rows, int64_t stride, int count, CopyBarrier* there) {
+    constexpr int bytes = Columns * static_cast<int>(sizeof(T));
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane == 0) expect_bytes(there, count * bytes);
+    __syncwarp();
+    for (int row = lane; row < count; row += 32) bulk_copy(shared + row * pitch, rows + row * stride, bytes, there);
+}
+
 }  // namespace unike

@@ -1,7 +1,7 @@
 """The compile gate of csrc: every CUDA kernel, built by nvcc for GPUs that are not here, with setup.py's flags.
 
-Holds registers, stack, spills, shared memory, wide and asynchronous loads and tensor-core instructions of each kernel
-and architecture against tests/nvcc_gate.json, which is of one version of nvcc. Runs in its own process:
+Holds registers, stack, spills, shared memory, wide, asynchronous and bulk loads and tensor-core instructions of each
+kernel and architecture against tests/nvcc_gate.json, which is of one version of nvcc. Runs in its own process:
 
     python tests/nvcc_gate.py                       # compile everything, compare with the table
     python tests/nvcc_gate.py --only cosine_topk    # only the files with this in their names
@@ -29,11 +29,12 @@ FLAGS = ("-O3", "-std=c++17", f"-I{CSRC}", "-cubin", "-Xptxas", "-v")
 SASS = {
     "wide": r"\bLDG(?:\.\w+)*\.128\b",
     "async": r"\bLDGSTS(?:\.\w+)*\.128\b",
+    "bulk": r"\bUBLKCP\b",
     "mma": r"\bHMMA\b|\bIMMA\b|\bUTC\w*MMA\b",
     "ldmatrix": r"\bLDSM\b",
 }
 GROWN = {"registers": 8, "stack": 0, "spills": 0, "shared": 0}  # by how much each may grow before it fails
-KEPT = ("wide", "async", "mma", "ldmatrix")  # these may not vanish
+KEPT = ("wide", "async", "bulk", "mma", "ldmatrix")  # these may not vanish
 Row = dict[str, int]
 
 

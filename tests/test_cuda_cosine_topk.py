@@ -95,6 +95,33 @@ class TestCuda(CosineTopk):
             with tuning.trying(lambda row: {"launches": 1}):
                 assert all(torch.equal(a, b) for a, b in zip(expected, self.found(q, keys, 40), strict=True))
 
+    @pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_copy_engine_brings_the_same_keys(self, tokens, dtype):
+        """Several slabs and several units for each block, the last of them cut short, and rows that nobody sees."""
+        q, keys = rand(tokens, 1024, dtype=dtype), rand(330, 1024, dtype=dtype)
+        ranges = torch.tensor([[7, 250], [100, 101], [300, 330]], device=DEVICE).repeat(6, 1)[:tokens].contiguous()
+        for options in ({}, {"key_norm": keys.float().norm(dim=1)}, {"ranges": ranges}):
+            expected = self.found(q, keys, 9, **options)
+            for value in SEEDS:
+                seed(value)
+                with tuning.trying(lambda row: {"launches": 1, "copies": 2}):
+                    found = self.found(q, keys, 9, **options)
+                assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+                if EMULATED:  # each row in two slabs, and fewer where some are not seen
+                    brought = emulator.bulk_copies()
+                    assert brought == 660 if "ranges" not in options else 0 < brought <= 660
+
+    @pytest.mark.parametrize(
+        ("tokens", "d", "dtype"), [(2, 600, torch.float16), (17, 512, torch.float16), (2, 512, torch.float32)]
+    )
+    def test_where_the_copy_engine_cannot_every_thread_copies(self, tokens, d, dtype):
+        with tuning.trying(lambda row: {"launches": 1, "copies": 2}):
+            self.check(rand(tokens, d, dtype=dtype), rand(90, d, dtype=dtype), 5)
+            self.check(rand(2, 512, dtype=dtype), rand(90, 513, dtype=dtype)[:, 1:], 5)  # rows start anywhere
+        if EMULATED:
+            assert emulator.bulk_copies() == 0
+
     @pytest.mark.skipif(not EMULATED, reason="reads the workspace, and asks for a number of multiprocessors")
     def test_almost_no_score_is_kept(self, monkeypatch):
         """Each of 12 blocks sees 500 rows: alone, it would keep 224 of them before it knew of any bound."""
@@ -212,7 +239,16 @@ class TestCuda(CosineTopk):
         sizes = {"q_dtype": "float16", "key_dtype": "float16", "t": 1, "n": 10, "d": 8, "k": 3}
         needed = module.cosine_topk_workspace(**sizes)
         good = {"q": 16, "q_stride": 8, "keys": 16, "key_stride": 8, "key_norm": 0, "ranges": 0, **sizes}
-        good |= {"workspace": 16, "bytes": needed, "zeros": 16, "alone": True, "scores": 16, "indices": 16, "stream": 0}
+        good |= {
+            "workspace": 16,
+            "bytes": needed,
+            "zeros": 16,
+            "alone": True,
+            "bulk": False,
+            "scores": 16,
+            "indices": 16,
+            "stream": 0,
+        }
         for change, said in (
             ({"t": 65}, "t must be 0 to 64, but is 65"),
             ({"k": 129}, "k must be 0 to 128, but is 129"),

@@ -42,6 +42,16 @@ def test_copies_that_nobody_waited_for_are_not_there(library):
     assert not all(seen)
 
 
+@pytest.mark.parametrize("forget", [0, 1, 2, 3])
+def test_the_copy_engine_and_what_is_forgotten_beside_it(library, forget):
+    values, seen = torch.randn(8, 32), []
+    for seed in range(32):
+        out = torch.full((8, 32), float("nan"))
+        done = call(library, "brought", values, out, 4, forget, seed=seed) == 0  # some mistakes are named
+        seen.append(done and torch.equal(out, values))
+    assert all(seen) if forget == 0 else not all(seen)
+
+
 def test_int8_product(library):
     a = torch.randint(-127, 128, (16, 32), dtype=torch.int8)
     b = torch.randint(-127, 128, (8, 32), dtype=torch.int8)
@@ -99,6 +109,9 @@ def test_clusters_read_each_others_shared_memory(library):
         (2, "waits at __syncwarp"),
         (3, "an address is not 16-byte aligned"),
         (4, "while other lanes of its mask are at"),
+        (5, "expect_bytes: nobody started the barrier"),
+        (6, "wait_for_bytes: nobody sends them"),
+        (7, "bulk_copy: addresses and bytes must be multiples of 16"),
     ],
 )
 def test_mistakes_are_named(library, which, said):

@@ -54,9 +54,10 @@ def test_no_kernel_spills_and_those_that_stream_do_it_as_intended() -> None:
     table = json.loads((Path(nvcc_gate.__file__).with_suffix(".json")).read_text())["kernels"]
     assert all(row["spills"] == 0 and row["stack"] == 0 for row in table.values())
     streams = {key: row for key, row in table.items() if " cosine_topk_stream<" in key}
-    assert len(streams) == 11 * len(nvcc_gate.ARCHS)
+    assert len(streams) == 15 * len(nvcc_gate.ARCHS)
     for key, row in streams.items():
         assert row["async"], key
+        assert bool(row["bulk"]) == (key.endswith("true>") and key[:5] in ("sm_90", "sm_10")), key
         assert bool(row["mma"] and row["ldmatrix"]) == ("TensorCores" in key), key
 
 

@@ -123,18 +123,18 @@ def check_cuda(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
 
 def check_searches(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     """The CUDA C++ searches, at most 16 queries: several units of rows for a block, lists that are pruned, ranges; in
-    one launch and in two, and captured in a graph.
+    one launch and in two, with keys that threads copy and that the copy engine brings, and captured in a graph.
     """
     generator = torch.Generator().manual_seed(tokens)
 
-    d, n = 72, 3000
+    d, n = 512 if dtype.itemsize == 2 else 72, 3000
     q, keys = (torch.randn(rows, d, generator=generator).to(device, dtype) for rows in (tokens, n))
     starts = torch.arange(tokens, device=device) * 37
     for k, ranges in ((9, torch.stack([starts, starts + 500], dim=1)), (128, None)):
         truth, _ = reference.cosine_topk(q.double(), keys.double(), k, ranges=ranges)
         search = partial(ops.cosine_topk, keys=keys, k=k, ranges=ranges, backend="cuda")
-        for launches in (1, 2):
-            with tuning.trying(lambda row, launches=launches: {"launches": launches}):
+        for choice in ({"launches": 1}, {"launches": 2}, {"launches": 1, "copies": 2}):
+            with tuning.trying(lambda row, choice=choice: choice):
                 scores, indices = search(q)
                 assert_close_to_reference(scores, truth, reference.cosine_topk(q, keys, k, ranges=ranges)[0], 2)
                 graph, captured = torch.cuda.CUDAGraph(), torch.zeros_like(q)

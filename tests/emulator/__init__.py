@@ -92,3 +92,8 @@ def seed(value: int, of: ModuleType | None = None) -> None:
 def device(multiprocessors: int = 3, shared_bytes: int = 227 * 1024, of: ModuleType | None = None) -> None:
     """What `current_device` says: few multiprocessors, so that small inputs keep every one of them busy for long."""
     _library(str((of or module()).__file__)).emulator_device(multiprocessors, shared_bytes)
+
+
+def bulk_copies(of: ModuleType | None = None) -> int:
+    """How many rows the copy engine has brought since this was asked last."""
+    return int(_library(str((of or module()).__file__)).emulator_bulk_copies())

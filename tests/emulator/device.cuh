@@ -51,6 +51,15 @@ void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int groups);
 
+struct alignas(8) CopyBarrier {
+    int32_t bytes;           // on their way, or (below zero) there before they were named
+    uint16_t named, phase;   // whether this phase's bytes were named; its parity, and a mark that it was started
+};
+void start_barrier(CopyBarrier* barrier);
+void expect_bytes(CopyBarrier* barrier, int bytes);
+void bulk_copy(void* shared, const void* global, int bytes, CopyBarrier* barrier);
+void wait_for_bytes(CopyBarrier* barrier, uint32_t parity);
+
 cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_bytes, const std::function<void()>& kernel);
 
 template <typename T>
@@ -258,6 +267,12 @@ inline void cp_async_commit() { emulator::commit_copies(); }
 template <int Groups>
 inline void cp_async_wait() { emulator::wait_copies(Groups); }
 
+using emulator::bulk_copy;
+using emulator::CopyBarrier;
+using emulator::expect_bytes;
+using emulator::start_barrier;
+using emulator::wait_for_bytes;
+
 inline uint4 load_streaming(const void* global) {
     if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("load_streaming: the address is not 16-byte aligned");
     uint4 x;
@@ -383,6 +398,12 @@ struct Launch {
     cudaStream_t stream = nullptr;
     bool early = false;
 };
+
+template <typename... Parameters>
+cudaError_t built_for_hopper(void (*)(Parameters...), bool& hopper) {
+    hopper = true;
+    return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {

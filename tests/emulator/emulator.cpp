@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device.cuh"
@@ -29,7 +30,7 @@ namespace {
 uint64_t seed = 1, state = 1;
 std::string message = "no error";
 int multiprocessors = 3, shared_limit = 227 * 1024;
-uint64_t launches = 0;
+uint64_t launches = 0, bulk_copies = 0;
 enum class Copies { late, at_once, either } copies = Copies::late;
 const std::function<void()>* body = nullptr;
 
@@ -96,6 +97,13 @@ struct Copy {
     int bytes;
 };
 
+struct BulkCopy {
+    void* to;
+    const void* from;
+    int bytes;
+    CopyBarrier* barrier;
+};
+
 struct Barrier {
     int arrived = 0;
     std::vector<Fiber*> waiting;
@@ -140,6 +148,7 @@ struct Block {
     Barrier barrier;
     int threads = 0, left = 0;
     bool started = false;  // one of its threads has run
+    std::vector<BulkCopy> bulk;  // not done yet
 };
 
 struct Cluster {
@@ -351,6 +360,67 @@ void wait_copies(int groups) {
     for (size_t& end : ends) end -= done;
 }
 
+// A barrier's phase: its parity in the lowest bit, and above it a mark that no memory holds by chance.
+constexpr uint16_t kStarted = 0x5ac6;
+constexpr int kPatience = 100000;  // turns that a thread waits for bytes which nobody sends
+
+CopyBarrier* checked(CopyBarrier* barrier, const char* what) {
+    if (!in_shared(barrier, sizeof(CopyBarrier)) || reinterpret_cast<uintptr_t>(barrier) % 8)
+        fail((std::string(what) + ": the barrier is not 8 aligned bytes of shared memory").c_str());
+    if ((barrier->phase & ~1) != kStarted) fail((std::string(what) + ": nobody started the barrier").c_str());
+    return barrier;
+}
+
+void settle(CopyBarrier* barrier) {
+    if (barrier->named && barrier->bytes == 0) barrier->named = 0, barrier->phase ^= 1;
+}
+
+void perform(const BulkCopy& copy) {
+    ++bulk_copies;
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    copy.barrier->bytes -= copy.bytes;
+    settle(copy.barrier);
+}
+
+void start_barrier(CopyBarrier* barrier) {
+    if (!in_shared(barrier, sizeof(CopyBarrier))) fail("start_barrier: not the block's shared memory");
+    *barrier = {0, 0, kStarted};
+}
+
+void expect_bytes(CopyBarrier* barrier, int bytes) {
+    if (checked(barrier, "expect_bytes")->named) fail("expect_bytes: this phase's bytes were named before");
+    barrier->bytes += bytes, barrier->named = 1;
+    settle(barrier);
+    yield(false);
+}
+
+void bulk_copy(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
+    checked(barrier, "bulk_copy");
+    if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes <= 0 || bytes % 16)
+        fail("bulk_copy: addresses and bytes must be multiples of 16");
+    if (!in_shared(shared, static_cast<size_t>(bytes))) fail("bulk_copy: not the block's shared memory");
+    const BulkCopy copy{shared, global, bytes, barrier};
+    if (copies == Copies::at_once || (copies == Copies::either && draw(2))) return perform(copy);
+    current->block->bulk.push_back(copy);
+}
+
+void wait_for_bytes(CopyBarrier* barrier, uint32_t parity) {
+    checked(barrier, "wait_for_bytes");
+    for (int turn = 0; (barrier->phase & 1u) == parity; ++turn) {
+        auto& waiting = current->block->bulk;  // what others asked for comes when somebody needs it
+        std::vector<BulkCopy> rest;
+        for (const BulkCopy& copy : waiting)
+            if (copy.barrier == barrier)
+                perform(copy);
+            else
+                rest.push_back(copy);
+        waiting.swap(rest);
+        if ((barrier->phase & 1u) != parity) break;
+        if (turn == kPatience) fail("wait_for_bytes: nobody sends them");
+        yield(true);
+    }
+}
+
 cudaError_t run(const dim3& grid, const dim3& block, int cluster, int shared_bytes, const std::function<void()>& kernel) {
     const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
     message = "";
@@ -458,3 +528,5 @@ EXPORT void emulator_seed(uint64_t seed) { emulator::seed = seed, emulator::laun
 EXPORT void emulator_device(int multiprocessors, int shared_bytes) {
     emulator::multiprocessors = multiprocessors, emulator::shared_limit = shared_bytes;
 }
+// How many rows the copy engine has brought since it was asked last.
+EXPORT uint64_t emulator_bulk_copies() { return std::exchange(emulator::bulk_copies, 0); }

@@ -40,6 +40,28 @@ __global__ void product_int8(const uint32_t* a, const uint32_t* b, int32_t* out)
     for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + p * 2 + i % 2] = d[i];
 }
 
+// out [stages * rounds, 32] = in, brought by the copy engine, 128 bytes at a time, two stages taking turns. One warp.
+// forget: 1, to wait for the bytes; 2, that all have read a stage before it is filled again; 3, the parity of later rounds.
+__global__ void brought(const float* in, float* out, int rounds, int forget) {
+    float* stages = reinterpret_cast<float*>(shared_memory());  // [2, 32]
+    CopyBarrier* there = reinterpret_cast<CopyBarrier*>(stages + 64);
+    const int lane = static_cast<int>(threadIdx.x);
+    if (lane < 2) start_barrier(there + lane);
+    __syncthreads();
+    const auto ask = [&](int i) {
+        if (lane != 0 || i >= 2 * rounds) return;
+        expect_bytes(there + i % 2, 128);
+        bulk_copy(stages + i % 2 * 32, in + i * 32, 128, there + i % 2);
+    };
+    ask(0), ask(1);
+    for (int i = 0; i < 2 * rounds; ++i) {
+        if (forget != 1) wait_for_bytes(there + i % 2, forget == 3 ? 0 : i / 2 % 2);
+        out[i * 32 + lane] = stages[i % 2 * 32 + lane];
+        if (forget != 2) __syncthreads();
+        ask(i + 2);
+    }
+}
+
 // out[0] = sum of in [blocks * threads]: the last block adds what the others left. total: zero before, zero after.
 __global__ void sum(const int* in, int* parts, uint32_t* arrived, int* out, bool forget_barrier) {
     int* of_warp = reinterpret_cast<int*>(shared_memory());
@@ -86,6 +108,13 @@ __global__ void wrong(int which) {
     if (which == 1 && threadIdx.x < 40) __syncthreads();
     if (which == 2 && threadIdx.x < 16) __syncwarp();
     if (which == 3) cp_async16(shared + 4, shared);
+    CopyBarrier* there = reinterpret_cast<CopyBarrier*>(shared);
+    if (which > 4 && threadIdx.x == 0) {
+        if (which != 5) start_barrier(there);
+        if (which < 8) expect_bytes(there, 16);
+        if (which == 7) bulk_copy(shared + 8, shared + 32, 16, there);
+        if (which == 6) wait_for_bytes(there, 0);
+    }
     if (which == 4) {
         if (threadIdx.x < 16)
             __shfl_sync(0xffffffff, 1, 0);
@@ -119,6 +148,11 @@ EXPORT int run_product_int8(const uint32_t* a, const uint32_t* b, int32_t* out) 
     Launch how;
     how.block = 32;
     return launch(product_int8, how, a, b, out);
+}
+EXPORT int run_brought(const float* in, float* out, int rounds, int forget) {
+    Launch how;
+    how.block = 32, how.shared_bytes = 64 * 4 + 16;
+    return launch(brought, how, in, out, rounds, forget);
 }
 EXPORT int run_sum(const int* in, int* parts, uint32_t* arrived, int* out, int blocks, int threads, int forget) {
     Launch how;

@@ -20,10 +20,12 @@ KERNEL = "cosine_topk_stream"
 # launches: 1, the block that comes last chooses for all queries, a warp for each; or 2, a block for each. Estimated:
 # 3.3 us for one to eight queries and 2.6 for each eight more, against 3.5 for any number with a second launch, or 4.7
 # where it cannot start early (before sm_90). Where a block sees only a unit or two, lists are too long for a warp.
+# copies: 1, every thread copies its 16 bytes; or 2, the copy engine brings rows, where csrc/cosine_topk.cuh says that
+# it can. Estimated: 80 of the 650 cycles that a slab takes to arrive go into asking for it with 1, and they are hidden.
 tuning.ROWS += [
-    Row(KERNEL, 0, {"n": 4096}, {"launches": 2}),
-    Row(KERNEL, 0, {"queries": 8}, {"launches": 1}),
-    Row(KERNEL, 0, {}, {"launches": 2}),
+    Row(KERNEL, 0, {"n": 4096}, {"launches": 2, "copies": 1}),
+    Row(KERNEL, 0, {"queries": 8}, {"launches": 1, "copies": 1}),
+    Row(KERNEL, 0, {}, {"launches": 2, "copies": 1}),
 ]
 
 ZEROS = Zeros(MOST_QUERIES * 8 * 257 + 128)  # what csrc/cosine_topk.cu wants for the most queries and items
@@ -70,14 +72,15 @@ def cosine_topk(
         needed = native.cuda().cosine_topk_workspace(*sizes)
         zeros = ZEROS.of(device, native.cuda().cosine_topk_zeros(tokens, k))
     workspace = allocating.new((needed,), torch.uint8, device)
-    alone = n > 0 and tuning.choose(KERNEL, device, n=n, queries=tokens)["launches"] == 1
+    choice = tuning.choose(KERNEL, device, n=n, queries=tokens)
+    alone, bulk = n > 0 and choice["launches"] == 1, choice.get("copies") == 2
     try:
         launch(
             "cosine_topk",
             device,
             (*([KERNEL] if n else []), *([] if alone else ["cosine_topk_select"])),
             *(address(q), q.stride(0), address(keys), keys.stride(0), address(key_norm), address(ranges), *sizes),
-            *(address(workspace), needed, zeros, alone, address(scores), address(indices)),
+            *(address(workspace), needed, zeros, alone, bulk, address(scores), address(indices)),
         )
     except BaseException:
         ZEROS.forget(zeros)

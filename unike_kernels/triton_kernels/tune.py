@@ -47,7 +47,7 @@ def neighbours(choice: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Choices that differ in one entry: warps, stages, or a block (also a number of programs) halved or doubled; of a
     CUDA C++ kernel (SPLIT, ROWS, launches) all that it is built for.
     """
-    in_cuda = {"SPLIT": 8, "ROWS": 4, "launches": 2}
+    in_cuda = {"SPLIT": 8, "ROWS": 4, "launches": 2, "copies": 2}
     if in_cuda.keys() & choice.keys():
         for name in choice:
             yield from ({**choice, name: n} for n in (1, 2, 4, 8) if n != choice[name] and n <= in_cuda[name])
