@@ -623,6 +623,8 @@ FORGED = {
     "negative items": ({"document": _set("items", -1)}, "items must be at least 0, but is -1"),
     "endless encoders": ({"document": _set("encoder_maps", 10**15)}, "encoder_maps must be from 0 to 16, but is 1000"),
     "negative cases": ({"document": _set("calibration", "cases", -1)}, "cases must be at least 0, but is -1"),
+    "negative wording": ({"document": _set("calibration", "wording", -1)}, "wording must be at least 0, but is -1"),
+    "wording absent": ({"document": _set("calibration", "wording", 2)}, "the tensor files lack 'calibration.wording'"),
     "calibrated elsewhere": ({"document": _set("calibration", "layer", 3)}, "first edited layer, 2, but names 3"),
     "two edits of one id": ({"document": _set("entries", 0, "id", "edit-0-1")}, "two edits have the id 'edit-0-1'"),
     "no files": ({"document": _set("files", [])}, "files must be a list of tensor files, but is []"),

@@ -85,7 +85,8 @@ class Edits:
             for i, (weight, bias) in enumerate(shared.encoder):
                 named |= {f"shared.{layer}.encoder.{i}.weight": weight, f"shared.{layer}.encoder.{i}.bias": bias}
         if self.calibration:
-            named |= {"calibration.center": self.calibration.center, "calibration.cases": self.calibration.cases}
+            parts = ("center", "cases", "wording")
+            named |= {f"calibration.{part}": getattr(self.calibration, part) for part in parts}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def select(self, ids: str | Iterable[str]) -> "Edits":
@@ -265,7 +266,7 @@ class Edits:
             layers=tuple(sorted(self.layers)),
             items=len(shared.h_sem) if shared else 0,
             encoder_maps=len(shared.encoder) if shared else 0,
-            calibration=(self.calibration.layer, len(self.calibration.cases)) if self.calibration else None,
+            calibration=self.calibration.sizes if self.calibration else None,
         )
 
     @classmethod
@@ -291,7 +292,12 @@ class Edits:
                 for layer in header.layers
             },
             calibration=header.calibration
-            and Calibration(header.calibration[0], named["calibration.center"], named["calibration.cases"]),
+            and Calibration(
+                header.calibration[0],
+                named["calibration.center"],
+                named["calibration.cases"],
+                named.get("calibration.wording"),
+            ),
         )
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Edits":

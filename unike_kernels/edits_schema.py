@@ -1,6 +1,7 @@
 """What edits consist of: the records of an edit and of its base, the tensors of a layer, the header on disk.
 
-Sizes: E edits, d hidden size, n neurons of one layer over all edits, N items of the memory, M calibration cases.
+Sizes: E edits, d hidden size, n neurons of one layer over all edits, N items of the memory, M calibration cases, r
+directions of wording.
 """
 
 import math
@@ -173,10 +174,17 @@ class Calibration:
     layer: int
     center: torch.Tensor  # [d], subtracted before the cosine
     cases: torch.Tensor  # [M, d]
+    wording: torch.Tensor | None = None  # [r, d] W: a tap less the center counts as x - W^T W x; None: as it is
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(layer, M, r)."""
+        return self.layer, len(self.cases), 0 if self.wording is None else len(self.wording)
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Calibration":
         """fn of every tensor."""
-        return Calibration(self.layer, fn(self.center), fn(self.cases))
+        wording = None if self.wording is None else fn(self.wording)
+        return Calibration(self.layer, fn(self.center), fn(self.cases), wording)
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ class Header:
     layers: tuple[int, ...]
     items: int  # N
     encoder_maps: int  # of each layer's encoder
-    calibration: tuple[int, int] | None  # (layer, M)
+    calibration: tuple[int, int, int] | None  # (layer, M, r)
 
     def check(self) -> None:
         """Raise an EditsError, naming both values, if entries, layers, base and calibration contradict each other."""
@@ -237,7 +245,9 @@ class Header:
                 common |= {f"encoder.{i}.weight": (d, d), f"encoder.{i}.bias": (d,)}
             shapes |= {f"shared.{layer}.{name}": shape for name, shape in common.items()}
         if self.calibration:
-            shapes |= {"calibration.center": (d,), "calibration.cases": (self.calibration[1], d)}
+            _, cases, wording = self.calibration
+            shapes |= {"calibration.center": (d,), "calibration.cases": (cases, d)}
+            shapes |= {"calibration.wording": (wording, d)} if wording else {}
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -267,9 +277,10 @@ class Header:
         calibration = data["calibration"]
         if calibration is not None:
             calibration = checked("calibration", calibration, _CALIBRATION)
-            if calibration["cases"] < 0:
-                raise EditsError(f"calibration: cases must be at least 0, but is {calibration['cases']}")
-            calibration = (calibration["layer"], calibration["cases"])
+            for name in ("cases", "wording"):
+                if calibration[name] < 0:
+                    raise EditsError(f"calibration: {name} must be at least 0, but is {calibration[name]}")
+            calibration = tuple(calibration[name] for name in _CALIBRATION)
         try:
             config = UnikeConfig.from_json(data["config"])
         except (TypeError, ValueError) as err:  # a TypeError where a value has a type that its field cannot have
@@ -303,7 +314,7 @@ def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
 
 
 _ENTRY, _BASE = _kinds(EditEntry), _kinds(BaseFingerprint)
-_CALIBRATION: dict[str, tuple[type, ...]] = {"layer": (int,), "cases": (int,)}
+_CALIBRATION: dict[str, tuple[type, ...]] = {"layer": (int,), "cases": (int,), "wording": (int,)}
 _HEADER: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "package_version": (str,),

@@ -103,7 +103,7 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
         elif len(own.keys):
             raise ValueError(f"room for 0 neurons (max_neurons at patch time), but got {len(own.keys)}")
         if layer.router is not None and edits.calibration is not None:
-            layer.router.check(len(edits), len(edits.calibration.cases))
+            layer.router.check(len(edits), edits.calibration)
         if layer.shift is not None:
             layer.shift.check_encoder(shared.encoder)
             items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config)
@@ -265,7 +265,7 @@ def _plan_layer(
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
         shift.precompute(get_module(holder, sites.attention), Projections(sites))
     if first and config.routing.mode == "routed" and edits.calibration is not None:
-        room, at = len(edits.calibration.cases), layer.h_sem.to(at_attention.device)
-        router = Router(config.routing, groups, at, backend, max_cases=room)
+        (_, cases, wording), at = edits.calibration.sizes, layer.h_sem.to(at_attention.device)
+        router = Router(config.routing, groups, at, backend, max_cases=cases, max_wording=wording)
         router.load(layer.h_sem, edits.calibration)
     return LayerPatch(index, sites, neurons, shift, router)

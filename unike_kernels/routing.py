@@ -23,17 +23,27 @@ class Router(ChoosesBackend):
     cases reaches with *some* edit, which rises with their number; and above `margin`, since what is as near to many
     training cases, such as another question about an edit's picture, is not the edit's. An edit's own question passes.
     keys [max_groups, d]: each edit's h_sem minus the centre, normalised; cases [max_cases, d] likewise; center [d].
+    wording [max_wording, d] W: what of a state, less the centre, another wording of the question changes is taken out
+    in part, x - W^T W x, wherever a cosine is taken (`editing.wording`).
     """
 
     keys: Tensor
     cases: Tensor
     center: Tensor
+    wording: Tensor
     threshold: Tensor
     n_groups: Tensor
     n_cases: Tensor
 
     def __init__(
-        self, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto", *, max_cases: int = 0
+        self,
+        config: RoutingConfig,
+        max_groups: int,
+        like: Tensor,
+        backend: str = "auto",
+        *,
+        max_cases: int = 0,
+        max_wording: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -42,6 +52,7 @@ class Router(ChoosesBackend):
         self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
         self.register_buffer("cases", torch.zeros(max_cases, d, device=like.device), persistent=False)
         self.register_buffer("center", torch.zeros(d, device=like.device), persistent=False)
+        self.register_buffer("wording", torch.zeros(max_wording, d, device=like.device), persistent=False)
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
@@ -54,14 +65,16 @@ class Router(ChoosesBackend):
 
         A case that asks what one of them asks does not compete with it.
         """
-        self.check(len(h_sem), len(calibration.cases))
+        self.check(len(h_sem), calibration)
         device = self.keys.device
-        center = calibration.center.float().to(device)
-        keys = nn.functional.normalize(h_sem.float().to(device) - center, dim=-1)
-        cases = nn.functional.normalize(calibration.cases.float().to(device) - center, dim=-1)
+        self.wording.zero_()
+        if calibration.wording is not None:
+            self.wording[: len(calibration.wording)].copy_(calibration.wording)
+        self.center.copy_(calibration.center)
+        keys = nn.functional.normalize(self._centred(h_sem.to(device)), dim=-1)
+        cases = nn.functional.normalize(self._centred(calibration.cases.to(device)), dim=-1)
         self.keys.zero_()
         self.keys[: len(keys)].copy_(keys)
-        self.center.copy_(center)
         best = nearest(cases, keys)
         reached = best - self._crowding(calibration, cases)
         self.threshold.fill_(calibrate(reached, self.config.false_accept_rate))
@@ -73,23 +86,27 @@ class Router(ChoosesBackend):
 
     def _crowding(self, calibration: Calibration, cases: Tensor) -> Tensor:
         """`crowding` [M] of the calibration's cases, kept from one load to the next: it does not hang on the edits."""
-        made_of = (calibration.center, calibration.cases)
+        made_of = [calibration.center, calibration.cases]
+        made_of += [] if calibration.wording is None else [calibration.wording]
         if any(t.is_inference() for t in made_of):  # of those nobody counts the changes
             return crowding(cases, self.config.cohort)
         kept = self._crowds
-        if kept is None or any(a is not b or v != b._version for (a, v), b in zip(kept[0], made_of, strict=True)):
+        if kept is None or [(id(t), v) for t, v in kept[0]] != [(id(t), t._version) for t in made_of]:
             kept = self._crowds = [(t, t._version) for t in made_of], crowding(cases, self.config.cohort)
         return kept[1].to(cases.device)
 
-    def check(self, groups: int, cases: int) -> None:
-        """Raises ValueError when that many edits or calibration cases do not fit."""
+    def check(self, groups: int, calibration: Calibration) -> None:
+        """Raises ValueError when that many edits, or the calibration, do not fit."""
         if groups > len(self.keys):
             raise ValueError(f"room for {len(self.keys)} edits (max_groups at patch time), but got {groups}")
+        _, cases, wording = calibration.sizes
         if cases > len(self.cases):
             raise ValueError(f"room for {len(self.cases)} calibration cases (as patched), but got {cases}")
+        if wording > len(self.wording):
+            raise ValueError(f"room for {len(self.wording)} directions of wording (as patched), but got {wording}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Router":
-        exact = {name: getattr(self, name) for name in ("keys", "cases", "center", "threshold")}
+        exact = {name: getattr(self, name) for name in ("keys", "cases", "center", "wording", "threshold")}
         super()._apply(fn, *args, **kwargs)
         for name, tensor in exact.items():  # .half() and the like move nothing here and must round nothing
             setattr(self, name, tensor.to(getattr(self, name).device))
@@ -97,7 +114,7 @@ class Router(ChoosesBackend):
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
-        centred = tap.detach().float() - self.center
+        centred = self._centred(tap.detach())
         scores, selected = self._search(centred, self.keys, self.n_groups, self.config.top)
         if len(self.cases) == 0:
             return scores, torch.where(scores > self.threshold, selected, -1)
@@ -105,6 +122,11 @@ class Router(ChoosesBackend):
         bar = average(others) + self.threshold.clamp(min=self.config.margin)
         own = (scores >= SAME_QUESTION) & (scores > others[:, :1])
         return scores, torch.where((scores > bar) | own, selected, -1)
+
+    def _centred(self, states: Tensor) -> Tensor:
+        """[C, d] fp32 of states [C, d]: without the centre, and with less of what wording changes."""
+        x = states.float() - self.center
+        return x - (x @ self.wording.T) @ self.wording if len(self.wording) else x
 
     def _search(self, q: Tensor, keys: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(scores, indices) [C, k] among the first n [] of `keys`, a number that stays on the device."""

@@ -81,7 +81,8 @@ class RowEditor(Editor):
         """Takes over `like`'s memory, encoders and calibration, with the row's changes."""
         self.row = row
         self.config = row.config(like.config, mean_alpha)
-        self.triplets, self.states, self.cases = like.triplets, like.states, like.cases
+        self.triplets, self.states = like.triplets, like.states
+        self.cases, self.questions = like.cases, like.questions
         self.fits = dict(like.fits)
         generator = torch.Generator().manual_seed(1)
         if self.states is not None and row.memory in ("shuffled", "negative"):

@@ -22,9 +22,10 @@ from ..projections import Projections, empty_like_site
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample, image_digest
-from .requests import Request, appended, asked, check_samples, new_layer, read_requests
+from .requests import Request, appended, asked, check_questions, check_samples, new_layer, read_requests
 from .saved import Learned, read, write
 from .train import GroupTrainer
+from .wording import wording
 
 EDITOR_PATCH = "unike_editor"  # the patch that carries edits while they train
 
@@ -58,6 +59,8 @@ class Editor:
         self.states: TripletStates | None = None
         self.fits: dict[int, LayerFit] = {}
         self.cases: Tensor | None = None  # [M, d] case tokens that calibrate routing
+        self.questions: list[str | None] = []  # M times what is asked, where a triplet or case names it
+        self._wording: tuple[Tensor, Tensor | None] | None = None  # of which cases, and what it is
         self.remembered: set[tuple[str | None, str]] = set()  # what the memory's items ask: (picture's digest, prompt)
 
     def build_memory(
@@ -69,14 +72,17 @@ class Editor:
         batch_size: int = 32,
         progress: bool = True,
     ) -> TripletStates:
-        """Runs the base model over triplets (dicts: prompt, target, image: optional, prediction: optional).
+        """Runs the base model over triplets (dicts: prompt, target, and optional: image, prediction, question).
 
         Predictions that are not given are generated; triplets that the model already answers right (or with nothing)
-        are left out of the memory; they still calibrate routing. exclude: requests or probes (dicts: prompt, image:
-        optional); a triplet with the picture and prompt of one of them is dropped. cache: a folder where a stopped
-        run goes on. Raises ValueError when nothing is left: the memory holds what the model does not know.
+        are left out of the memory; they still calibrate routing. question: any text that triplets (and cases of
+        `calibrate`) share which ask the same thing in other words: routing then looks past the wording. exclude:
+        requests or probes (dicts: prompt, image: optional); a triplet with the picture and prompt of one of them is
+        dropped. cache: a folder where a stopped run goes on. Raises ValueError when nothing is left: the memory holds
+        what the model does not know.
         """
         check_samples(triplets, "triplet")
+        check_questions(triplets, "triplet")
         never = {asked(e) for e in exclude}
         triplets = [t for t in triplets if not never or asked(t) not in never]
         if not triplets:
@@ -91,7 +97,7 @@ class Editor:
                 f"the model answers all {len(triplets)} triplets right (or with nothing); a memory needs wrong answers"
             )
         self.triplets, self.states, self.fits = list(triplets), states, {}
-        self.cases = states.cases
+        self.cases, self.questions = states.cases, [t.get("question") for t in triplets]
         self.remembered = {asked(triplets[i]) for i in states.kept}
         return states
 
@@ -122,8 +128,12 @@ class Editor:
         return fits
 
     def calibrate(self, cases: Sequence[dict[str, Any]], *, batch_size: int = 64, progress: bool = True) -> None:
-        """Adds cases (dicts: prompt, image: optional) of the training split that no edit should claim, for routing."""
+        """Adds cases (dicts: prompt, and optional: image, question) of the training split, for routing.
+
+        No edit should claim them. question: as in `build_memory`.
+        """
         states = self._need_states()
+        check_questions(cases, "calibration case")
         samples = [Sample(c["prompt"], None, c.get("image")) for c in cases]
         found = torch.zeros(len(samples), states.cases.shape[1])
         bar = tqdm(total=len(samples), desc="calibration", unit="case", disable=not progress)
@@ -133,6 +143,7 @@ class Editor:
                 found[batch.rows] = case["tap"][self.layers[0]].float().cpu()
                 bar.update(len(batch.rows))
         self.cases = torch.cat([states.cases if self.cases is None else self.cases, found])
+        self.questions = [*self.questions, *(c.get("question") for c in cases)]
 
     def edit(
         self,
@@ -180,7 +191,7 @@ class Editor:
         cases = states.cases if self.cases is None else self.cases
         base = fingerprint(self.model, self.decoder, self.layers)
         triplets = [{"prompt": t["prompt"], "target": t["target"], "digest": _digest(t)} for t in self.triplets]
-        learned = Learned(states, triplets, cases, self.fits)
+        learned = Learned(states, triplets, cases, self.questions, self.fits)
         write(Path(path), learned, {"config": self.config.to_json(), "base": base.to_json()})
 
     def load(self, path: str | Path) -> None:
@@ -200,7 +211,8 @@ class Editor:
             wrong.append(f"shift.attention: {config.shift.attention} and {self.config.shift.attention}")
         if wrong:
             raise ValueError(f"{path} was saved by another editor (saved, this one): {'; '.join(wrong)}")
-        self.states, self.triplets, self.cases = learned.states, learned.triplets, learned.cases
+        self.states, self.triplets = learned.states, learned.triplets
+        self.cases, self.questions = learned.cases, learned.questions
         self.remembered = {(_digest(t), t["prompt"]) for t in (learned.triplets[i] for i in learned.states.kept)}
         self.fits = Fits(learned.fits)
 
@@ -326,7 +338,10 @@ class Editor:
         d, gated = states.cases.shape[1], self.decoder.layers[self.layers[0]].gated
         none = torch.zeros(0, d)
         center = states.layers[self.layers[0]].h_sem.mean(dim=0)
-        calibration = Calibration(self.layers[0], center, states.cases if self.cases is None else self.cases)
+        cases = states.cases if self.cases is None else self.cases
+        if self._wording is None or self._wording[0] is not cases:
+            self._wording = cases, wording(cases, self.questions) if any(self.questions) else None
+        calibration = Calibration(self.layers[0], center, cases, self._wording[1])
         base = fingerprint(self.model, self.decoder, self.layers)
         layers = {i: new_layer((none, none), gated) for i in self.layers}
         return Edits(self.config, base, [], layers, self._shared(), calibration)

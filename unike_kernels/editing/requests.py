@@ -43,6 +43,14 @@ def check_samples(samples: Sequence[dict[str, Any]], what: str) -> None:
                 raise ValueError(f"{what} {n} needs a non-empty string {key!r}, but has {s.get(key)!r}")
 
 
+def check_questions(samples: Sequence[dict[str, Any]], what: str) -> None:
+    """ValueError unless what each sample names as its question, if anything, is a text."""
+    for n, s in enumerate(samples):
+        question = s.get("question")
+        if question is not None and (not isinstance(question, str) or not question.strip()):
+            raise ValueError(f"{what} {n}: question must be a non-empty string or left out, but is {question!r}")
+
+
 def asked(sample: dict[str, Any]) -> tuple[str | None, str]:
     """(digest of the picture, prompt): what is asked, whatever the answer."""
     return image_digest(sample.get("image")), sample["prompt"]

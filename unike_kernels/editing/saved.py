@@ -22,12 +22,14 @@ _MATRICES = ("zeta", "w_zeta", "zeta_prime")
 class Learned:
     """All that `Editor.build_memory`, `fit` and `calibrate` leave behind.
 
-    triplets: prompt, target, and in the place of the picture its digest; cases: [M, d], for routing.
+    triplets: prompt, target, and in the place of the picture its digest; cases: [M, d], for routing; questions: M times
+    what is asked, or None.
     """
 
     states: TripletStates
     triplets: list[dict[str, Any]]
     cases: Tensor
+    questions: list[str | None]
     fits: dict[int, LayerFit]
 
 
@@ -50,6 +52,7 @@ def write(path: Path, learned: Learned, header: dict[str, Any]) -> None:
         "kept": states.kept,
         "predictions": states.predictions,
         "triplets": learned.triplets,
+        "questions": learned.questions,
         "fits": measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,7 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
     means = {i: tensors[f"states.{i}.ffn_mean"] for i in layers}
     states = TripletStates(document["kept"], document["predictions"], layers, tensors["states.cases"], means)
     fits = {int(i): _fit(int(i), measured, tensors) for i, measured in document["fits"].items()}
-    return document, Learned(states, document["triplets"], tensors["cases"], fits)
+    return document, Learned(states, document["triplets"], tensors["cases"], document["questions"], fits)
 
 
 def _fit(layer: int, measured: dict[str, Any], tensors: dict[str, Tensor]) -> LayerFit:

@@ -111,7 +111,7 @@ def records(split: str = "reported", n: int | None = None, seed: int = 0) -> lis
 def triplets() -> list[dict[str, Any]]:
     """The memory's questions: every claim about the memory's countries in every phrasing."""
     return [
-        {"prompt": phrasing.format(c.name), "target": claim, "image": None}
+        {"prompt": phrasing.format(c.name), "target": claim, "image": None, "question": f"{relation} of {c.name}"}
         for c, relation, claim in claims("memory")
         for phrasing in RELATIONS[relation]
     ]
@@ -120,7 +120,7 @@ def triplets() -> list[dict[str, Any]]:
 def calibration() -> list[dict[str, Any]]:
     """True facts of the memory's countries, which no edit should claim."""
     return [
-        {"prompt": c.fact(relation, i)[0], "image": None}
+        {"prompt": c.fact(relation, i)[0], "image": None, "question": f"{relation} of {c.name}"}
         for c in splits()["memory"]
         for relation in RELATIONS
         for i in range(len(RELATIONS[relation]))
