@@ -59,7 +59,7 @@ def edit(
     requests: Annotated[Path, typer.Argument(help="JSON list of {prompt, target, image: path or null, id?}.")],
     out: Annotated[Path, typer.Argument(help="Folder for the edits.")],
     triplets: Annotated[
-        Path, typer.Option(help="JSON list of {prompt, target, image, prediction?} for the memory: training questions.")
+        Path, typer.Option(help="JSON list of {prompt, target, image, prediction?, question?}, training questions.")
     ],
     config: Annotated[Path | None, typer.Option(help="JSON of a UnikeConfig; defaults otherwise.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder where a stopped run goes on.")] = None,
