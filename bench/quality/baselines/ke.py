@@ -8,10 +8,12 @@ and its rephrasings under the constraint KL <= m on other questions, with a Lagr
 lowered from 0.1 to 0.001 by a factor of 0.8 whenever nine tenths of the edits succeed.
 What differs: the model's answer is its teacher-forced one; the maps are MEND's (FFNs of the last three layers), where
 published code edits every matrix; gradients are divided by their mean norm over training edits, and the rows' softmax
-is multiplied by their number, so that one scale fits all maps; the condition is 128 wide (1024); 800 steps of 8
-edits.
+is multiplied by their number, so that one scale fits all maps; the condition is 128 wide (1024); 3200 steps of 8
+edits, after which its loss no longer falls.
 As in MMEdit, the condition is text alone; what is on the picture comes in through the gradient.
-Why Rel stays below 90: not the constraint; with its multiplier at zero for all 800 steps Rel is no higher. MEND, from
+Measured (base model 1): Rel 82.8 on training-split edits and 65.3 on development edits; with 800 edits to learn from
+79.3 and 59.7, and with 800 steps 74.0 and 61.0.
+Why Rel stays below 90: not the constraint; with its multiplier at zero for 800 steps Rel was no higher. MEND, from
 the same gradients in as many steps, fits far better: it changes the gradient token by token, while KE scales the sum
 over tokens by two outer products, which it makes from the text alone.
 """
