@@ -75,7 +75,9 @@ def prepared(
     editor = RowEditor(net, processor, config)
     cache = FOLDER / f"memory-{task}"
     if task == "pictures":
-        editor.build_memory(triplets(64 if quick else 260), cache=cache, batch_size=16)
+        # a thing's name is asked in several phrasings, of several artists' drawings
+        asked = [t | {"question": t["target"]} for t in triplets(64 if quick else 260)]
+        editor.build_memory(asked, cache=cache, batch_size=16)
         cases = calibration(64 if quick else 600)
     else:
         asked = text_triplets(editor.collator)
