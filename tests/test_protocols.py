@@ -412,7 +412,11 @@ def test_fit_takes_requests_as_triplets_and_locality_as_calibration():
     method = Unike(editor, routing="routed")
     method.fit(records)
     assert len(editor.states.predictions) == 8 and editor.fits
-    assert len(editor.cases) == 8 + 2 * 8
+    assert len(editor.cases) == 8 + 2 * 8 + 2 * 8  # requests, locality, rephrasings and other pictures
+    assert editor.questions == [*map(str, range(8)), *[None] * 16, *(str(i // 2) for i in range(16))]
+    always = Unike(Editor(make_model("blip2"), make_processor("blip2"), routed()))
+    always.fit(records)
+    assert len(always.editor.cases) == 8 + 2 * 8
     assert method.settings()["config"] == editor.config.to_json()
     with pytest.raises(ValueError, match="routing must be 'always' or 'routed'"):
         Unike(editor, routing="sometimes")

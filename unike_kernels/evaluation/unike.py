@@ -92,12 +92,15 @@ class Unike(Method):
     def fit(self, records: Sequence[Record], *, seed: int = 0, cache: Path | None = None) -> None:
         """Memory and encoders from the records' requests; their locality questions calibrate routing.
 
+        Where edits are routed, their rephrasings and other pictures do so too, and tell what routing has to look past.
         seed: unused; the editor's config holds its own.
         """
-        triplets = [_request(r.request) for r in records]
+        triplets = [_request(r.request) | {"question": r.id} for r in records]
         self.editor.build_memory(triplets, cache=cache)
         self.editor.fit()
-        cases = [{"prompt": p.sample.prompt, "image": p.sample.image} for r in records for p in r.of(*LOCAL)]
+        cases: list[dict[str, Any]] = [_case(p.sample) for r in records for p in r.of(*LOCAL)]
+        if self.routing == "routed":
+            cases += [_case(p.sample) | {"question": r.id} for r in records for p in r.of("t_gen", "m_gen")]
         if cases:
             self.editor.calibrate(cases)
 
@@ -171,6 +174,10 @@ class Unike(Method):
 
 def _request(sample: Sample) -> dict[str, Any]:
     return {"prompt": sample.prompt, "target": sample.target, "image": sample.image}
+
+
+def _case(sample: Sample) -> dict[str, Any]:
+    return {"prompt": sample.prompt, "image": sample.image}
 
 
 def _ids(numbers: Sequence[int]) -> list[str]:
