@@ -232,13 +232,10 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&out)[4], const vo
 // ------------------------------------------------------------------------------------------------- clusters
 
 // Thread-block clusters are there from sm_90 on. Elsewhere a cluster is one block, and nothing larger can be launched.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define UNIKE_CLUSTERS 1
-#endif
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t x = 0;
-#ifdef UNIKE_CLUSTERS
+#ifdef UNIKE_HOPPER
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
 #endif
     return x;
@@ -246,7 +243,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 __device__ __forceinline__ uint32_t cluster_size() {
     uint32_t x = 1;
-#ifdef UNIKE_CLUSTERS
+#ifdef UNIKE_HOPPER
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
 #endif
     return x;
@@ -255,7 +252,7 @@ __device__ __forceinline__ uint32_t cluster_size() {
 // Barrier of all threads of the cluster's blocks; what they wrote before it, to shared memory too, is seen after it. A block must
 // not end while others still read its shared memory: one more before the end.
 __device__ __forceinline__ void cluster_sync() {
-#ifdef UNIKE_CLUSTERS
+#ifdef UNIKE_HOPPER
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
@@ -265,7 +262,7 @@ __device__ __forceinline__ void cluster_sync() {
 // Where the same variable stands in the shared memory of the cluster's block `rank`; for loads, stores and atomics.
 template <typename T>
 __device__ __forceinline__ T* cluster_ptr(T* shared, uint32_t rank) {
-#ifdef UNIKE_CLUSTERS
+#ifdef UNIKE_HOPPER
     uint64_t x;
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(x) : "l"(shared), "r"(rank));
     return reinterpret_cast<T*>(x);

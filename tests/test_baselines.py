@@ -322,3 +322,11 @@ def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
     lines = table({"IKE": {"in_context": 0.2, "without": 0.25}, "FT": shown}).splitlines()
     assert lines[2].startswith("| IKE (in-context accuracy 20.0, without 25.0) | n/a | n/a |")
     assert lines[3] == "| FT | 91.2 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 99.0 | 98.0 | 10.0 | 0.50 |"
+
+
+def test_more_steps_are_for_methods_that_train_every_edit() -> None:
+    from bench.quality.baselines.__main__ import longer
+
+    assert [longer(name, 4).steps for name in ("FT", "LoRA", "T-Patcher")] == [200, 280, 400]
+    assert longer("FT", 1) == METHODS["FT"].trials()[0]
+    assert all(longer(name, 4) is None for name in ("MEND", "KE", "SERAC", "IKE"))

@@ -25,8 +25,7 @@ from unike_kernels.editing import saved
 from unike_kernels.editing.editor import Editor
 from unike_kernels.editing.inputs import Sample
 from unike_kernels.editing.train import GroupTrainer, _spread
-from unike_kernels.editing.wording import wording
-from unike_kernels.edits import Edits, LayerEdits
+from unike_kernels.edits import LayerEdits
 
 NAMES = ("opt", "llama", "blip2", "llava")
 QUIET = {"progress": False}
@@ -570,33 +569,6 @@ def test_calibration_cases_add_up(editors):
     assert calibration is not None and calibration.layer == 2 and torch.equal(calibration.cases, editor.cases)
     assert editor.states is not None
     torch.testing.assert_close(calibration.center, editor.states.layers[2].h_sem.mean(dim=0))
-
-
-def test_questions_in_several_wordings_make_routing_look_past_the_wording(tmp_path):
-    editor = make_editor("blip2")
-    triplets = [t | {"question": f"picture {i // 2}"} for i, t in enumerate(editor.triplets)]
-    assert editor.edit(make_requests("blip2", 1), **QUIET).calibration.wording is None
-    editor.build_memory(triplets, **QUIET)
-    editor.fit(**QUIET)
-    first = editor.edit(make_requests("blip2", 1), **QUIET).calibration.wording
-    assert first is not None and torch.equal(first, wording(editor.cases, [f"picture {i // 2}" for i in range(12)]))
-    editor.calibrate([ask("blip2", QUESTIONS[0], 50) | {"question": "picture 0"}], progress=False)
-    edits = editor.edit(make_requests("blip2", 1), **QUIET)
-    assert edits.calibration.wording.shape != first.shape or not torch.equal(edits.calibration.wording, first)
-    editor.save(tmp_path / "editor.safetensors")
-    again = make_editor("blip2")
-    again.load(tmp_path / "editor.safetensors")
-    assert torch.equal(again.edit(make_requests("blip2", 1), **QUIET).calibration.wording, edits.calibration.wording)
-    edits.save_pretrained(tmp_path / "edits")
-    loaded = Edits.from_pretrained(tmp_path / "edits")
-    assert torch.equal(loaded.calibration.wording, edits.calibration.wording)
-    assert len(uk.patch(editor.model, loaded, routing="routed").record.layers[0].router.wording) == len(
-        edits.calibration.wording
-    )
-    with pytest.raises(ValueError, match="triplet 1: question must be a non-empty string or left out, but is 3"):
-        editor.build_memory([triplets[0], triplets[1] | {"question": 3}])
-    with pytest.raises(ValueError, match="calibration case 0: question must be .* but is ' '"):
-        editor.calibrate([ask("blip2", QUESTIONS[0], 50) | {"question": " "}])
 
 
 @pytest.mark.parametrize(("layers", "used"), [((4, 2), (2, 4)), ((3, 3), (3,)), (None, (1, 2, 3, 4))])

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import unike_kernels as uk
+from tests.editing_tiny import QUESTIONS, ask, make_editor, make_requests
 from unike_kernels.config import RoutingConfig
 from unike_kernels.editing import wording as module
 from unike_kernels.editing.wording import MOST, RIDGE, wording
-from unike_kernels.edits import Calibration
+from unike_kernels.edits import Calibration, Edits
 from unike_kernels.routing import Router
 
 
@@ -74,3 +76,32 @@ def test_a_router_has_room_for_as_many_directions_as_it_was_patched_with():
     with pytest.raises(ValueError, match="room for 1 directions of wording .* but got 2"):
         router.load(torch.randn(1, 3), Calibration(2, torch.zeros(3), torch.randn(2, 3), torch.randn(2, 3)))
     assert not router.wording.any() and not router.keys.any()
+
+
+def test_questions_in_several_wordings_make_routing_look_past_the_wording(tmp_path):
+    editor = make_editor("blip2")
+    triplets = [t | {"question": f"picture {i // 2}"} for i, t in enumerate(editor.triplets)]
+    assert editor.edit(make_requests("blip2", 1), progress=False).calibration.wording is None
+    editor.build_memory(triplets, progress=False)
+    editor.fit(progress=False)
+    first = editor.edit(make_requests("blip2", 1), progress=False).calibration.wording
+    assert first is not None and torch.equal(first, wording(editor.cases, [f"picture {i // 2}" for i in range(12)]))
+    editor.calibrate([ask("blip2", QUESTIONS[0], 50) | {"question": "picture 0"}], progress=False)
+    edits = editor.edit(make_requests("blip2", 1), progress=False)
+    assert edits.calibration.wording.shape != first.shape or not torch.equal(edits.calibration.wording, first)
+    editor.save(tmp_path / "editor.safetensors")
+    again = make_editor("blip2")
+    again.load(tmp_path / "editor.safetensors")
+    assert torch.equal(
+        again.edit(make_requests("blip2", 1), progress=False).calibration.wording, edits.calibration.wording
+    )
+    edits.save_pretrained(tmp_path / "edits")
+    loaded = Edits.from_pretrained(tmp_path / "edits")
+    assert torch.equal(loaded.calibration.wording, edits.calibration.wording)
+    assert len(uk.patch(editor.model, loaded, routing="routed").record.layers[0].router.wording) == len(
+        edits.calibration.wording
+    )
+    with pytest.raises(ValueError, match="triplet 1: question must be a non-empty string or left out, but is 3"):
+        editor.build_memory([triplets[0], triplets[1] | {"question": 3}])
+    with pytest.raises(ValueError, match="calibration case 0: question must be .* but is ' '"):
+        editor.calibrate([ask("blip2", QUESTIONS[0], 50) | {"question": " "}])

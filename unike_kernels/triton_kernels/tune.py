@@ -45,7 +45,7 @@ def key(row: tuning.Row) -> Key:
 
 def neighbours(choice: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Choices that differ in one entry: warps, stages, or a block (also a number of programs) halved or doubled; of a
-    CUDA C++ kernel (SPLIT, ROWS, launches) all that it is built for.
+    CUDA C++ kernel (SPLIT, ROWS, launches, copies) all that it is built for.
     """
     in_cuda = {"SPLIT": 8, "ROWS": 4, "launches": 2, "copies": 2}
     if in_cuda.keys() & choice.keys():

@@ -10,8 +10,8 @@ What differs: one hidden layer of rank 128 (published: 1920 at a width of 2560 t
 1e-3 and is learned at the network's own rate; 3200 steps of 8 edits instead of 30000 to 50000 of 1, the rate 3e-3
 instead of 1e-6; the KL is taken at the answer's tokens.
 Measured (base model 1): Rel 100 on training-split edits (other draws than the 3200 it learned from) and 81.1 on
-development edits; with 800 edits 100 and 76.3 (with 800 steps 96.8 and 77.5), with 6400 edits and 6400 steps 100 and
-81.3. The gap comes from the split, whose answers are made of 220 names.
+development edits; with 800 edits (`--training 200`) 100 and 76.3, and with twice as many no more.
+The gap comes from the split, whose answers are made of 220 names.
 """
 
 from __future__ import annotations
