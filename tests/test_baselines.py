@@ -324,9 +324,9 @@ def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
     assert lines[3] == "| FT | 91.2 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 99.0 | 98.0 | 10.0 | 0.50 |"
 
 
-def test_more_steps_are_for_methods_that_train_every_edit() -> None:
-    from bench.quality.baselines.__main__ import longer
+def test_other_steps_are_for_methods_that_train_every_edit() -> None:
+    from bench.quality.baselines.__main__ import stretched
 
-    assert [longer(name, 4).steps for name in ("FT", "LoRA", "T-Patcher")] == [200, 280, 400]
-    assert longer("FT", 1) == METHODS["FT"].trials()[0]
-    assert all(longer(name, 4) is None for name in ("MEND", "KE", "SERAC", "IKE"))
+    assert [stretched(name, 0.25).steps for name in ("FT", "LoRA", "T-Patcher")] == [50, 70, 100]
+    assert stretched("FT", 1) == METHODS["FT"].trials()[0]
+    assert all(stretched(name, 4) is None for name in ("MEND", "KE", "SERAC", "IKE"))

@@ -188,19 +188,19 @@ def search(bench: Bench, names: Sequence[str], console: Console) -> None:
             console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
 
 
-def longer(name: str, times: int) -> Any:
+def stretched(name: str, times: float) -> Any:
     """The chosen settings of a method that trains every edit, with so many times the steps; None: it has none."""
     config = METHODS[name].trials()[0]
     steps = getattr(config, "steps", None)
-    return None if METHODS[name].trained or steps is None else replace(config, steps=steps * times)
+    return None if METHODS[name].trained or steps is None else replace(config, steps=round(steps * times))
 
 
-def with_more_steps(bench: Bench, names: Sequence[str], times: int, console: Console) -> None:
+def with_other_steps(bench: Bench, names: Sequence[str], times: float, console: Console) -> None:
     """Development edits of the methods that train every edit, with the chosen steps and with `times` as many."""
     path, rows = RESULTS / f"baselines-steps-seed{bench.seed}.json", {}
     for name in names:
         for factor in (1, times):
-            config = longer(name, factor) if name in METHODS else None
+            config = stretched(name, factor) if name in METHODS else None
             if config is None:
                 continue
             label = f"{name}, at most {config.steps} steps"
@@ -238,7 +238,7 @@ def main(
     methods: Annotated[str, typer.Option(help="Some of them, divided by a semicolon.")] = ";".join([*METHODS, "UniKE"]),
     edits: Annotated[int, typer.Option(help="Development edits.")] = 50,
     training: Annotated[int, typer.Option(help="Training-split edits to learn from.")] = TRAINING,
-    steps_times: Annotated[int, typer.Option(help="Instead: what per-edit training gains from more steps.")] = 1,
+    steps_times: Annotated[float, typer.Option(help="Instead: the same with so many times the steps an edit.")] = 1.0,
     trials: Annotated[bool, typer.Option("--search", help="Measure every method's four settings instead.")] = False,
 ) -> None:
     """Trains every baseline and measures one-step edits; what was trained or measured before is kept.
@@ -253,8 +253,8 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {'; '.join([*METHODS, 'UniKE'])}")
     for seed in (int(s) for s in seeds.split(",")):
         bench = Bench(seed, edits, training)
-        if steps_times > 1:
-            with_more_steps(bench, names, steps_times, console)
+        if steps_times != 1:
+            with_other_steps(bench, names, steps_times, console)
         elif trials:
             search(bench, [name for name in names if name in METHODS], console)
         else:
