@@ -18,11 +18,13 @@ def test_calibrate_lets_at_most_the_share_pass():
     keys = torch.nn.functional.normalize(torch.randn(30, 8, generator=generator), dim=-1)
     best = (cases @ keys.T).amax(dim=1)
     for rate in (0.0, 0.01, 0.1, 0.5):
-        threshold = calibrate(nearest(cases, keys), rate)
+        threshold = calibrate(nearest(cases, keys, cases[:, :0], keys[:, :0]), rate)
         assert (best > threshold).sum() == int(rate * 200)
-        fewer = calibrate(nearest(cases, keys[:3]), rate)
+        fewer = calibrate(nearest(cases, keys[:3], cases[:, :0], keys[:3, :0]), rate)
         assert fewer <= threshold  # more edits, more chances of a false accept
-    assert calibrate(nearest(cases[:0], keys), 0.1) == calibrate(nearest(cases, keys[:0]), 0.1) == -1.0
+    none = cases[:0, :0]
+    assert calibrate(nearest(cases[:0], keys, none, keys[:, :0]), 0.1) == -1.0
+    assert calibrate(nearest(cases, keys[:0], cases[:, :0], none), 0.1) == -1.0
 
 
 def unit(degrees):

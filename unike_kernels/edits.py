@@ -85,7 +85,7 @@ class Edits:
             for i, (weight, bias) in enumerate(shared.encoder):
                 named |= {f"shared.{layer}.encoder.{i}.weight": weight, f"shared.{layer}.encoder.{i}.bias": bias}
         if self.calibration:
-            parts = ("center", "cases", "wording")
+            parts = ("center", "cases", "wording", "asking")
             named |= {f"calibration.{part}": getattr(self.calibration, part) for part in parts}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -297,6 +297,7 @@ class Edits:
                 named["calibration.center"],
                 named["calibration.cases"],
                 named.get("calibration.wording"),
+                named.get("calibration.asking"),
             ),
         )
 

@@ -175,16 +175,18 @@ class Calibration:
     center: torch.Tensor  # [d], subtracted before the cosine
     cases: torch.Tensor  # [M, d]
     wording: torch.Tensor | None = None  # [r, d] W: a tap less the center counts as x - W^T W x; None: as it is
+    asking: torch.Tensor | None = None  # [a, d] A: two such taps ask the same where |A (x - y)| <= 1; None: all do
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """(layer, M, r)."""
-        return self.layer, len(self.cases), 0 if self.wording is None else len(self.wording)
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(layer, M, r, a)."""
+        wording, asking = (0 if part is None else len(part) for part in (self.wording, self.asking))
+        return self.layer, len(self.cases), wording, asking
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Calibration":
         """fn of every tensor."""
-        wording = None if self.wording is None else fn(self.wording)
-        return Calibration(self.layer, fn(self.center), fn(self.cases), wording)
+        parts = (None if part is None else fn(part) for part in (self.wording, self.asking))
+        return Calibration(self.layer, fn(self.center), fn(self.cases), *parts)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Header:
     layers: tuple[int, ...]
     items: int  # N
     encoder_maps: int  # of each layer's encoder
-    calibration: tuple[int, int, int] | None  # (layer, M, r)
+    calibration: tuple[int, int, int, int] | None  # (layer, M, r, a)
 
     def check(self) -> None:
         """Raise an EditsError, naming both values, if entries, layers, base and calibration contradict each other."""
@@ -245,9 +247,10 @@ class Header:
                 common |= {f"encoder.{i}.weight": (d, d), f"encoder.{i}.bias": (d,)}
             shapes |= {f"shared.{layer}.{name}": shape for name, shape in common.items()}
         if self.calibration:
-            _, cases, wording = self.calibration
+            _, cases, wording, asking = self.calibration
             shapes |= {"calibration.center": (d,), "calibration.cases": (cases, d)}
             shapes |= {"calibration.wording": (wording, d)} if wording else {}
+            shapes |= {"calibration.asking": (asking, d)} if asking else {}
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -277,7 +280,7 @@ class Header:
         calibration = data["calibration"]
         if calibration is not None:
             calibration = checked("calibration", calibration, _CALIBRATION)
-            for name in ("cases", "wording"):
+            for name in ("cases", "wording", "asking"):
                 if calibration[name] < 0:
                     raise EditsError(f"calibration: {name} must be at least 0, but is {calibration[name]}")
             calibration = tuple(calibration[name] for name in _CALIBRATION)
@@ -314,7 +317,7 @@ def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
 
 
 _ENTRY, _BASE = _kinds(EditEntry), _kinds(BaseFingerprint)
-_CALIBRATION: dict[str, tuple[type, ...]] = {"layer": (int,), "cases": (int,), "wording": (int,)}
+_CALIBRATION: dict[str, tuple[type, ...]] = dict.fromkeys(("layer", "cases", "wording", "asking"), (int,))
 _HEADER: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "package_version": (str,),

@@ -265,7 +265,7 @@ def _plan_layer(
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
         shift.precompute(get_module(holder, sites.attention), Projections(sites))
     if first and config.routing.mode == "routed" and edits.calibration is not None:
-        (_, cases, wording), at = edits.calibration.sizes, layer.h_sem.to(at_attention.device)
-        router = Router(config.routing, groups, at, backend, max_cases=cases, max_wording=wording)
+        at = layer.h_sem.to(at_attention.device)
+        router = Router.fitting(edits.calibration, config.routing, groups, at, backend)
         router.load(layer.h_sem, edits.calibration)
     return LayerPatch(index, sites, neurons, shift, router)

@@ -12,6 +12,7 @@ from .config import RoutingConfig
 from .edits import Calibration
 
 SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.998, other pictures of one thing 0.7
+CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks
 
 
 class Router(ChoosesBackend):
@@ -31,6 +32,8 @@ class Router(ChoosesBackend):
     cases: Tensor
     center: Tensor
     wording: Tensor
+    asking: Tensor
+    asks: Tensor
     threshold: Tensor
     n_groups: Tensor
     n_cases: Tensor
@@ -44,6 +47,7 @@ class Router(ChoosesBackend):
         *,
         max_cases: int = 0,
         max_wording: int = 0,
+        max_asking: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -53,11 +57,22 @@ class Router(ChoosesBackend):
         self.register_buffer("cases", torch.zeros(max_cases, d, device=like.device), persistent=False)
         self.register_buffer("center", torch.zeros(d, device=like.device), persistent=False)
         self.register_buffer("wording", torch.zeros(max_wording, d, device=like.device), persistent=False)
+        self.register_buffer("asking", torch.zeros(max_asking, d, device=like.device), persistent=False)
+        self.register_buffer("asks", torch.zeros(max_groups, max_asking, device=like.device), persistent=False)
         self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
         self._crowds: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # of which tensors, as they were: crowding
         self.choose(backend)
+
+    @classmethod
+    def fitting(
+        cls, calibration: Calibration, config: RoutingConfig, max_groups: int, like: Tensor, backend: str = "auto"
+    ) -> "Router":
+        """A router with room for this calibration."""
+        _, cases, wording, asking = calibration.sizes
+        room = {"max_cases": cases, "max_wording": wording, "max_asking": asking if config.asking else 0}
+        return cls(config, max_groups, like, backend, **room)
 
     @torch.no_grad()
     def load(self, h_sem: Tensor, calibration: Calibration) -> None:
@@ -67,15 +82,19 @@ class Router(ChoosesBackend):
         """
         self.check(len(h_sem), calibration)
         device = self.keys.device
-        self.wording.zero_()
-        if calibration.wording is not None:
-            self.wording[: len(calibration.wording)].copy_(calibration.wording)
+        for name, part in self._learned(calibration).items():
+            getattr(self, name).zero_()
+            if part is not None:
+                getattr(self, name)[: len(part)].copy_(part)
         self.center.copy_(calibration.center)
-        keys = nn.functional.normalize(self._centred(h_sem.to(device)), dim=-1)
-        cases = nn.functional.normalize(self._centred(calibration.cases.to(device)), dim=-1)
+        edits, cases = self._centred(h_sem.to(device)), self._centred(calibration.cases.to(device))
+        asked, asks = edits @ self.asking.T, cases @ self.asking.T  # [E, a], [M, a]
+        keys, cases = nn.functional.normalize(edits, dim=-1), nn.functional.normalize(cases, dim=-1)
         self.keys.zero_()
         self.keys[: len(keys)].copy_(keys)
-        best = nearest(cases, keys)
+        self.asks.zero_()
+        self.asks[: len(asked)].copy_(asked)
+        best = nearest(cases, keys, asks, asked)
         reached = best - self._crowding(calibration, cases)
         self.threshold.fill_(calibrate(reached, self.config.false_accept_rate))
         self.n_groups.fill_(len(keys))
@@ -99,14 +118,21 @@ class Router(ChoosesBackend):
         """Raises ValueError when that many edits, or the calibration, do not fit."""
         if groups > len(self.keys):
             raise ValueError(f"room for {len(self.keys)} edits (max_groups at patch time), but got {groups}")
-        _, cases, wording = calibration.sizes
+        cases = len(calibration.cases)
         if cases > len(self.cases):
             raise ValueError(f"room for {len(self.cases)} calibration cases (as patched), but got {cases}")
-        if wording > len(self.wording):
-            raise ValueError(f"room for {len(self.wording)} directions of wording (as patched), but got {wording}")
+        for name, part in self._learned(calibration).items():
+            if part is not None and len(part) > (room := len(getattr(self, name))):
+                raise ValueError(f"room for {room} directions of {name} (as patched), but got {len(part)}")
+
+    def _learned(self, calibration: Calibration) -> dict[str, Tensor | None]:
+        """The directions that were learned of a calibration's cases, and matter here."""
+        return {"wording": calibration.wording, "asking": calibration.asking if self.config.asking else None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Router":
-        exact = {name: getattr(self, name) for name in ("keys", "cases", "center", "wording", "threshold")}
+        exact = {
+            name: getattr(self, name) for name in ("keys", "cases", "center", "wording", "asking", "asks", "threshold")
+        }
         super()._apply(fn, *args, **kwargs)
         for name, tensor in exact.items():  # .half() and the like move nothing here and must round nothing
             setattr(self, name, tensor.to(getattr(self, name).device))
@@ -115,13 +141,23 @@ class Router(ChoosesBackend):
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
         centred = self._centred(tap.detach())
-        scores, selected = self._search(centred, self.keys, self.n_groups, self.config.top)
+        scores, selected = self._nearest(centred)
         if len(self.cases) == 0:
             return scores, torch.where(scores > self.threshold, selected, -1)
         others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
         bar = average(others) + self.threshold.clamp(min=self.config.margin)
         own = (scores >= SAME_QUESTION) & (scores > others[:, :1])
         return scores, torch.where((scores > bar) | own, selected, -1)
+
+    def _nearest(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, selected) [C, top] of the edits nearest to the states [C, d] that ask what these ask."""
+        if len(self.asking) == 0:
+            return self._search(centred, self.keys, self.n_groups, self.config.top)
+        scores, selected = self._search(centred, self.keys, self.n_groups, max(self.config.top, CANDIDATES))
+        apart = self.asks[selected.clamp(min=0)] - (centred @ self.asking.T)[:, None]  # [C, candidates, a]
+        scores = scores.masked_fill(apart.square().sum(dim=-1) > 1, -torch.inf)
+        scores, order = scores.topk(self.config.top)
+        return scores, selected.gather(-1, order)
 
     def _centred(self, states: Tensor) -> Tensor:
         """[C, d] fp32 of states [C, d]: without the centre, and with less of what wording changes."""
@@ -138,11 +174,18 @@ class Router(ChoosesBackend):
         return f"top={c.top}, false_accept_rate={c.false_accept_rate}, cohort={c.cohort}, margin={c.margin}"
 
 
-def nearest(cases: Tensor, keys: Tensor) -> Tensor:
-    """[M] the largest cosine of each case with any key; -1 where there is no key. cases [M, d], keys [E, d]: units."""
+def nearest(cases: Tensor, keys: Tensor, asks: Tensor, asked: Tensor) -> Tensor:
+    """[M] the largest cosine of each case with any key that asks the same; -1 where there is none.
+
+    cases [M, d], keys [E, d]: units; asks [M, a], asked [E, a]: what they ask, the same up to a distance of 1.
+    """
     if len(keys) == 0:
         return cases.new_full((len(cases),), -1.0)
-    return torch.cat([cases[:0, 0], *((part @ keys.T).amax(dim=1) for part in cases.split(4096))])
+    found = [cases[:0, 0]]
+    for part, ask in zip(cases.split(4096), asks.split(4096), strict=True):
+        apart = torch.cdist(ask, asked, compute_mode="donot_use_mm_for_euclid_dist") > 1  # [4096, E]
+        found.append((part @ keys.T).masked_fill(apart, -1.0).amax(dim=1))
+    return torch.cat(found)
 
 
 def average(scores: Tensor) -> Tensor:

@@ -82,8 +82,7 @@ class World:
         for i, p in enumerate(self.probes):
             own.setdefault(p.edit, []).append(i)
         h_sem = edits.layers[calibration.layer].h_sem
-        _, cases, wording = calibration.sizes
-        router = Router(config, 1, h_sem, max_cases=cases, max_wording=wording)
+        router = Router.fitting(calibration, config, 1, h_sem)
         acts = [False] * len(self.probes)
         for e, rows in own.items():
             router.load(h_sem[e : e + 1], calibration)

@@ -65,8 +65,8 @@ VARIANTS = (
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50, 200)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
     *(
-        Variant("routing", f"cohort {n}, margin {m:g}", routing(cohort=n, margin=m))
-        for n, m in ((1, 0.0), (64, 0.1), (64, 0.15), (64, 0.2))
+        Variant("routing", f"margin {m:g}, {'the same question' if a else 'any question'}", routing(margin=m, asking=a))
+        for m, a in ((0.15, False), (0.2, True), (0.15, True), (0.1, True), (0.05, True))
     ),
     *(Variant("neurons a layer", f"{n}", neurons(per_layer=n)) for n in (5, 10, 20)),
     Variant("keys centred", "yes", neurons(center_keys=True)),

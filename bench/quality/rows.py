@@ -82,7 +82,7 @@ class RowEditor(Editor):
         self.row = row
         self.config = row.config(like.config, mean_alpha)
         self.triplets, self.states = like.triplets, like.states
-        self.cases, self.questions = like.cases, like.questions
+        self.cases, self.prompts, self.questions = like.cases, like.prompts, like.questions
         self.fits = dict(like.fits)
         generator = torch.Generator().manual_seed(1)
         if self.states is not None and row.memory in ("shuffled", "negative"):

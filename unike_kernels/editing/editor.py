@@ -19,6 +19,7 @@ from ..evaluation.checking import CheckReport, check
 from ..models import find_decoder, get_module
 from ..patching import PatchHandle, fingerprint, patch, status
 from ..projections import Projections, empty_like_site
+from .asking import asking
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample, image_digest
@@ -59,8 +60,9 @@ class Editor:
         self.states: TripletStates | None = None
         self.fits: dict[int, LayerFit] = {}
         self.cases: Tensor | None = None  # [M, d] case tokens that calibrate routing
+        self.prompts: list[str] = []  # of the M cases
         self.questions: list[str | None] = []  # M times what is asked, where a triplet or case names it
-        self._wording: tuple[Tensor, Tensor | None] | None = None  # of which cases, and what it is
+        self._seen: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # cases, their wording, what they ask
         self.remembered: set[tuple[str | None, str]] = set()  # what the memory's items ask: (picture's digest, prompt)
 
     def build_memory(
@@ -97,7 +99,8 @@ class Editor:
                 f"the model answers all {len(triplets)} triplets right (or with nothing); a memory needs wrong answers"
             )
         self.triplets, self.states, self.fits = list(triplets), states, {}
-        self.cases, self.questions = states.cases, [t.get("question") for t in triplets]
+        self.cases, self.prompts = states.cases, [t["prompt"] for t in triplets]
+        self.questions = [t.get("question") for t in triplets]
         self.remembered = {asked(triplets[i]) for i in states.kept}
         return states
 
@@ -143,6 +146,7 @@ class Editor:
                 found[batch.rows] = case["tap"][self.layers[0]].float().cpu()
                 bar.update(len(batch.rows))
         self.cases = torch.cat([states.cases if self.cases is None else self.cases, found])
+        self.prompts = [*self.prompts, *(c["prompt"] for c in cases)]
         self.questions = [*self.questions, *(c.get("question") for c in cases)]
 
     def edit(
@@ -191,7 +195,7 @@ class Editor:
         cases = states.cases if self.cases is None else self.cases
         base = fingerprint(self.model, self.decoder, self.layers)
         triplets = [{"prompt": t["prompt"], "target": t["target"], "digest": _digest(t)} for t in self.triplets]
-        learned = Learned(states, triplets, cases, self.questions, self.fits)
+        learned = Learned(states, triplets, cases, self.prompts, self.questions, self.fits)
         write(Path(path), learned, {"config": self.config.to_json(), "base": base.to_json()})
 
     def load(self, path: str | Path) -> None:
@@ -212,7 +216,7 @@ class Editor:
         if wrong:
             raise ValueError(f"{path} was saved by another editor (saved, this one): {'; '.join(wrong)}")
         self.states, self.triplets = learned.states, learned.triplets
-        self.cases, self.questions = learned.cases, learned.questions
+        self.cases, self.prompts, self.questions = learned.cases, learned.prompts, learned.questions
         self.remembered = {(_digest(t), t["prompt"]) for t in (learned.triplets[i] for i in learned.states.kept)}
         self.fits = Fits(learned.fits)
 
@@ -337,14 +341,17 @@ class Editor:
         states = self._need_states()
         d, gated = states.cases.shape[1], self.decoder.layers[self.layers[0]].gated
         none = torch.zeros(0, d)
-        center = states.layers[self.layers[0]].h_sem.mean(dim=0)
-        cases = states.cases if self.cases is None else self.cases
-        if self._wording is None or self._wording[0] is not cases:
-            self._wording = cases, wording(cases, self.questions) if any(self.questions) else None
-        calibration = Calibration(self.layers[0], center, cases, self._wording[1])
         base = fingerprint(self.model, self.decoder, self.layers)
         layers = {i: new_layer((none, none), gated) for i in self.layers}
-        return Edits(self.config, base, [], layers, self._shared(), calibration)
+        return Edits(self.config, base, [], layers, self._shared(), self._calibrated(states))
+
+    def _calibrated(self, states: TripletStates) -> Calibration:
+        """What routing is calibrated on; what can be learned of the cases is learned once."""
+        cases = states.cases if self.cases is None else self.cases
+        if self._seen is None or self._seen[0] is not cases:
+            way = wording(cases, self.questions) if any(self.questions) else None
+            self._seen = cases, way, asking(cases if way is None else cases - (cases @ way.T) @ way, self.prompts)
+        return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
 
     def _continued(self, onto: Edits) -> Edits:
         """`onto` with this editor's config and calibration; ValueError where layers, memory or encoders differ."""

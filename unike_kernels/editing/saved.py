@@ -22,13 +22,14 @@ _MATRICES = ("zeta", "w_zeta", "zeta_prime")
 class Learned:
     """All that `Editor.build_memory`, `fit` and `calibrate` leave behind.
 
-    triplets: prompt, target, and in the place of the picture its digest; cases: [M, d], for routing; questions: M times
-    what is asked, or None.
+    triplets: prompt, target, and in the place of the picture its digest; cases: [M, d], for routing; prompts: of
+    these M; questions: M times what is asked, or None.
     """
 
     states: TripletStates
     triplets: list[dict[str, Any]]
     cases: Tensor
+    prompts: list[str]
     questions: list[str | None]
     fits: dict[int, LayerFit]
 
@@ -52,6 +53,7 @@ def write(path: Path, learned: Learned, header: dict[str, Any]) -> None:
         "kept": states.kept,
         "predictions": states.predictions,
         "triplets": learned.triplets,
+        "prompts": learned.prompts,
         "questions": learned.questions,
         "fits": measured,
     }
@@ -84,7 +86,8 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
     means = {i: tensors[f"states.{i}.ffn_mean"] for i in layers}
     states = TripletStates(document["kept"], document["predictions"], layers, tensors["states.cases"], means)
     fits = {int(i): _fit(int(i), measured, tensors) for i, measured in document["fits"].items()}
-    return document, Learned(states, document["triplets"], tensors["cases"], document["questions"], fits)
+    texts = document["prompts"], document["questions"]
+    return document, Learned(states, document["triplets"], tensors["cases"], *texts, fits)
 
 
 def _fit(layer: int, measured: dict[str, Any], tensors: dict[str, Tensor]) -> LayerFit:

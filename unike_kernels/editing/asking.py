@@ -1,0 +1,76 @@
+"""What a case asks, apart from what it is about: learned from training prompts that were asked about several things."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LEAST = 8  # cases that a prompt needs to tell what it asks from what each of them is about
+KEPT = 64  # directions among which those of prompts are sought, at most
+PER_DIRECTION = 8  # cases for every direction, so that what is found holds for other cases too
+SHARE = 0.999  # of the pairs of cases with the same prompt that count as asking the same
+PAIRINGS = 16  # of each case with others of its prompt, which measure how far apart such cases are
+
+
+@torch.no_grad()
+def asking(states: Tensor, prompts: Sequence[str]) -> Tensor | None:
+    """A [r, d] fp32, such that cases x and y ask the same where |A (x - y)| <= 1; None where prompts do not tell.
+
+    states [M, d]: of M case tokens; prompts: their M prompts, of which those count that `LEAST` cases and more share.
+    Linear discriminants of the prompts (Fisher 1936, Rao 1948), as many as differ by more between prompts than within
+    one (a ratio of variances above 1): a wording that changes little in a state is none of them. Scaled such that
+    `SHARE` of the pairs of cases with the same prompt, about whatever they are, are within 1. One half of the cases
+    says where to look, the other what is there: with more features than cases, any labels differ somewhere.
+    """
+    if len(states) != len(prompts):
+        raise ValueError(f"{len(states)} states, but {len(prompts)} prompts")
+    of_prompt: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        of_prompt.setdefault(prompt, []).append(i)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        orders = [torch.tensor(rows)[torch.randperm(len(rows))] for rows in of_prompt.values() if len(rows) >= LEAST]
+        groups = [states[rows.to(states.device)].double().cpu() for rows in orders]
+        kept = min(KEPT, states.shape[1], sum(map(len, groups)) // 2 // PER_DIRECTION)
+        if len(groups) < 2 or kept < 2:
+            return None
+        axes = likely([group[::2] for group in groups], kept)  # [d, kept]
+    found = [group[1::2] @ axes for group in groups]
+    directions = discriminants(found)  # [kept, r]
+    if directions.shape[1] == 0:
+        return None
+    limit = torch.cat([distances(group @ directions) for group in found]).quantile(SHARE)
+    return None if limit == 0 else (axes @ directions / limit).T.float().contiguous()
+
+
+def likely(groups: Sequence[Tensor], kept: int) -> Tensor:
+    """[d, at most kept] an orthonormal basis of where the groups [n, d] lie apart, and of where each is widest."""
+    means = torch.stack([group.mean(dim=0) for group in groups])
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)[:, None]
+    off = (means - (sizes * means).sum(dim=0) / sizes.sum()) * sizes.sqrt()
+    around = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
+    between = torch.linalg.svd(off, full_matrices=False).Vh[: min(kept // 2, len(groups) - 1)]
+    _, _, widest = torch.svd_lowrank(around, q=min(kept - len(between), *around.shape), niter=4)
+    return torch.linalg.qr(torch.cat([between.T, widest], dim=1)).Q
+
+
+def discriminants(groups: Sequence[Tensor]) -> Tensor:
+    """[k, r] directions, of variance 1 within the groups [n, k] and of more than that between them, largest first."""
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    means = torch.stack([group.mean(dim=0) for group in groups])
+    around = torch.cat([group - group.mean(dim=0) for group in groups])
+    within = around.T @ around / (sizes.sum() - len(groups))
+    values, vectors = torch.linalg.eigh(within)
+    some = values > 1e-9 * values[-1:]  # of a direction in which no group varies nothing can be said
+    whiten = vectors[:, some] / values[some].sqrt()
+    off = (means - (sizes[:, None] * means).sum(dim=0) / sizes.sum()) @ whiten
+    between = (off.T * sizes) @ off / sizes.sum()
+    ratios, turned = torch.linalg.eigh(between)
+    ratios -= (len(groups) - 1) / sizes.sum()  # what means of so many cases differ by without a reason
+    return (whiten @ turned[:, ratios > 1]).flip(1)
+
+
+def distances(cases: Tensor) -> Tensor:
+    """[n * pairings] of cases [n, r] with those one to `PAIRINGS` places behind them."""
+    places = range(1, min(PAIRINGS, len(cases) - 1) + 1)
+    return torch.cat([(cases - cases.roll(n, dims=0)).norm(dim=1) for n in places])
