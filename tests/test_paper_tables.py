@@ -364,6 +364,8 @@ def test_the_goal_of_speed_is_printed():
     assert "**MISSED**: 10 times the naive loop, in wall and in CPU time (9.9, " in speed.table(result)
     rows["Editor, batches of 32"] = rows["Editor, batches of 32"] | {"times_naive": 12.0}
     assert "**MISSED**" in speed.table(result)  # a busy machine, perhaps
+    on_gpu = speed.table(result | {"device": "NVIDIA H200"})  # whose work is in no CPU time
+    assert "median of 1 rounds, NVIDIA H200\n" in on_gpu and "in wall time (" in on_gpu
     rows["Editor, batches of 32"] = rows["Editor, batches of 32"] | {"times_naive_cpu": 10.0}
     assert "- met: 10 times the naive loop, in wall and in CPU time (10.0, Editor, batches of 32)" in speed.table(
         result

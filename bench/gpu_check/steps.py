@@ -56,6 +56,7 @@ def steps() -> list[Step]:
     folder = Path(tempfile.mkdtemp())
     latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
     time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--only", "vicuna-7b T=1 ", "--seconds", "0.3")
+    speed = (python, "-m", "bench.quality.run", "--speed")  # an editor on the GPU; without --quick it takes minutes
     # One architecture: this machine's.
     arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
@@ -69,6 +70,7 @@ def steps() -> list[Step]:
         Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 90, without, environment=apart),
         Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 90, without, environment=apart),
         Step("latency", (*time_it, "--out", str(latency)), 120, report=latency),
+        Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 60),
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
         Step("all other tests", (*pytest, "-m", "not gpu", *ignored, "tests"), 240, environment=interpreted),
     ]

@@ -112,7 +112,7 @@ def _paper(folder: Path) -> list[str]:
             "compared edit by edit where their values were saved; otherwise the errors add up as if independent, which "
             "is too large."
         )
-    speeds = saved("speed", folder)
+    speeds = saved("speed", folder) + saved("speed-gpu", folder)
     if speeds:
         parts += ["### Speed of editing", f"`{COMMAND} --speed{quick}`"]
         parts += [part for result in speeds for part in (speed.table(result), taken(result["environment"]))]

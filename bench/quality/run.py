@@ -83,6 +83,7 @@ def main(
     table: Annotated[str, typer.Option(help="The paper's tables: 1, 2, 3 and 4, by comma, or all.")] = "",
     figure: Annotated[str, typer.Option(help="Its figures: 4a, 4b, 4c and 5a, by comma, or all.")] = "",
     speed_: Annotated[bool, typer.Option("--speed", help="Edits per second, against the field's loop.")] = False,
+    device: Annotated[str, typer.Option(help="Of --speed: cpu, cuda, cuda:1, ...")] = "cpu",
     rows: Annotated[
         Literal["ablation", "measure", "encoders"] | None,
         typer.Option(help="measure: 50 development edits; encoders: fitted with other triplets held out."),
@@ -127,9 +128,9 @@ def main(
     if speed_:
         folder = QUICK if quick else RESULTS
         for seed in bases:
-            result = speed.run(seed, 16 if quick else edits or 128, 1 if quick else 3, quick=quick)
+            result = speed.run(seed, 16 if quick else edits or 128, 1 if quick else 3, quick=quick, device=device)
             result |= {"environment": environment()}
-            save(f"speed-seed{seed}", result, folder)
+            save(f"speed{'' if result['device'] == 'cpu' else '-gpu'}-seed{seed}", result, folder)
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)
         console.print(f"report: {write_report(folder)}")
     if rows is not None or not (wanted or drawn or speed_):

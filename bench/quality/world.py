@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from bench.quality.emoji import data, model, records
@@ -93,10 +94,17 @@ def calibration(n: int) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "image": None if image is None else picture(image)} for image, prompt in cases]
 
 
-def with_memory(seed: int, config: UnikeConfig, editor_class: type[Editor] = Editor, *, quick: bool = False) -> Editor:
-    """An editor of base model `seed` with its memory built; quick: of a quarter of the triplets."""
+def with_memory(
+    seed: int,
+    config: UnikeConfig,
+    editor_class: type[Editor] = Editor,
+    *,
+    quick: bool = False,
+    device: torch.device | str = "cpu",
+) -> Editor:
+    """An editor of base model `seed` on `device` with its memory built; quick: of a quarter of the triplets."""
     net, processor = model.load(seed)
-    editor = editor_class(net, processor, config)
+    editor = editor_class(net.to(device), processor, config)
     editor.build_memory(triplets(260 if quick else None), cache=CACHE / f"seed{seed}")
     return editor
 
