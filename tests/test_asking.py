@@ -63,8 +63,22 @@ def test_prompts_that_are_asked_once_tell_nothing():
     assert asking(states, [str(i) for i in range(80)]) is None and asking(states, ["a"] * 80) is None
     assert asking(states[: LEAST - 1].repeat(2, 1), ["a"] * (LEAST - 1) + ["b"] * (LEAST - 1)) is None
     assert asking(states[:1].expand(80, -1), prompts) is None  # all in the same place
-    with pytest.raises(ValueError, match="80 states, but 3 prompts"):
+    with pytest.raises(ValueError, match="80 states, but 3 prompts and 0 questions"):
         asking(states, list("abc"))
+    with pytest.raises(ValueError, match="80 states, but 80 prompts and 2 questions"):
+        asking(states, prompts, ["x", "y"])
+
+
+def test_what_is_said_to_ask_the_same_is_let_pass():
+    states, prompts = made("ab")
+    a, b = states[:300].mean(dim=0), states[300:].mean(dim=0)
+    found = asking(states, prompts)
+    assert (found @ (a - b)).norm() > 1.5
+    assert torch.equal(asking(states, prompts, [None] * 600), found)
+    questions = [f"picture {i % 300}" if i % 300 < 100 else None for i in range(600)]  # b is a, in other words
+    told = asking(states, prompts, questions)
+    assert float((told @ (states[:100] - states[300:400]).T).norm(dim=0).max()) <= 1.001
+    torch.testing.assert_close(told / told.norm(), found / found.norm())
 
 
 def test_more_features_than_cases_make_up_no_difference():

@@ -1,6 +1,6 @@
 """What a case asks, apart from what it is about: learned from training prompts that were asked about several things."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +13,23 @@ PAIRINGS = 16  # of each case with others of its prompt, which measure how far a
 
 
 @torch.no_grad()
-def asking(states: Tensor, prompts: Sequence[str]) -> Tensor | None:
+def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[str | None] = ()) -> Tensor | None:
     """A [r, d] fp32, such that cases x and y ask the same where |A (x - y)| <= 1; None where prompts do not tell.
 
-    states [M, d]: of M case tokens; prompts: their M prompts, of which those count that `LEAST` cases and more share.
+    states [M, d]: of M case tokens; prompts: their M prompts, of which those count that `LEAST` cases and more share;
+    questions: M times what is asked in whichever words, None where nothing is known of it, or empty.
     Linear discriminants of the prompts (Fisher 1936, Rao 1948), as many as differ by more between prompts than within
     one (a ratio of variances above 1): a wording that changes little in a state is none of them. Scaled such that
-    `SHARE` of the pairs of cases with the same prompt, about whatever they are, are within 1. One half of the cases
-    says where to look, the other what is there: with more features than cases, any labels differ somewhere.
+    `SHARE` of the pairs of cases with the same prompt, about whatever they are, are within 1, and of those with the
+    same question. One half of the cases says where to look, the other what is there: with more features than cases,
+    any labels differ somewhere.
     """
-    if len(states) != len(prompts):
-        raise ValueError(f"{len(states)} states, but {len(prompts)} prompts")
-    of_prompt: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        of_prompt.setdefault(prompt, []).append(i)
+    if len(states) != len(prompts) or (questions and len(states) != len(questions)):
+        raise ValueError(f"{len(states)} states, but {len(prompts)} prompts and {len(questions)} questions")
+    of_prompt = together(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        orders = [torch.tensor(rows)[torch.randperm(len(rows))] for rows in of_prompt.values() if len(rows) >= LEAST]
+        orders = [torch.tensor(rows)[torch.randperm(len(rows))] for rows in of_prompt if len(rows) >= LEAST]
         groups = [states[rows.to(states.device)].double().cpu() for rows in orders]
         kept = min(KEPT, states.shape[1], sum(map(len, groups)) // 2 // PER_DIRECTION)
         if len(groups) < 2 or kept < 2:
@@ -40,7 +40,19 @@ def asking(states: Tensor, prompts: Sequence[str]) -> Tensor | None:
     if directions.shape[1] == 0:
         return None
     limit = torch.cat([distances(group @ directions) for group in found]).quantile(SHARE)
+    if same := [rows for rows in together(questions) if len(rows) > 1]:
+        worded = [states[rows].double().cpu() @ axes @ directions for rows in same]
+        limit = limit.maximum(torch.cat([distances(group) for group in worded]).quantile(SHARE))
     return None if limit == 0 else (axes @ directions / limit).T.float().contiguous()
+
+
+def together(names: Iterable[Hashable]) -> list[list[int]]:
+    """Of every name but None, where it stands."""
+    found: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(names):
+        if name is not None:
+            found.setdefault(name, []).append(i)
+    return list(found.values())
 
 
 def likely(groups: Sequence[Tensor], kept: int) -> Tensor:

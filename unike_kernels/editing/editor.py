@@ -350,7 +350,8 @@ class Editor:
         cases = states.cases if self.cases is None else self.cases
         if self._seen is None or self._seen[0] is not cases:
             way = wording(cases, self.questions) if any(self.questions) else None
-            self._seen = cases, way, asking(cases if way is None else cases - (cases @ way.T) @ way, self.prompts)
+            plain = cases if way is None else cases - (cases @ way.T) @ way
+            self._seen = cases, way, asking(plain, self.prompts, self.questions)
         return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
 
     def _continued(self, onto: Edits) -> Edits:

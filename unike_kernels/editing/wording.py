@@ -5,6 +5,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .asking import together
+
 RIDGE = 0.3  # of the mean variance that wording makes; chosen on development facts; 0.1 and 1 did about as well
 MOST = 64  # directions; more did no better there
 
@@ -20,11 +22,7 @@ def wording(states: Tensor, questions: Sequence[Hashable]) -> Tensor | None:
     """
     if len(states) != len(questions):
         raise ValueError(f"{len(states)} states, but {len(questions)} questions")
-    of_question: dict[Hashable, list[int]] = {}
-    for i, question in enumerate(questions):
-        if question is not None:
-            of_question.setdefault(question, []).append(i)
-    groups = [states[rows].double() for rows in of_question.values() if len(rows) > 1]
+    groups = [states[rows].double() for rows in together(questions) if len(rows) > 1]
     if not groups:
         return None
     around = torch.cat([group - group.mean(dim=0) for group in groups])  # [m, d]
