@@ -12,6 +12,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
 from bench.quality.emoji import model as emoji
+from tests.second_device import second_device
 from tests.test_datasets import DATA, drawn
 from unike_kernels.cli import app
 from unike_kernels.config import EncoderConfig, NeuronConfig, UnikeConfig
@@ -80,6 +81,15 @@ def test_the_whole_protocol_by_its_command(place, tmp_path):
     assert "vqa_eval.json: 7 records of vqa" in result.output
     again = runner.invoke(app, command(place, tmp_path / "run"))
     assert again.exit_code == 0 and rows(tmp_path / "run/seed0") == found and text.rstrip() in again.output
+
+
+def test_the_model_may_lie_on_another_device(place, tmp_path):
+    with second_device() as there:
+        arguments = ["--device", str(there), "--protocol", "sequential", "-k", "2"]
+        result = runner.invoke(app, command(place, tmp_path / "run", *arguments))
+    assert result.exit_code == 0, result.output
+    found = rows(tmp_path / "run/seed0")  # 6 of the 7 records, in 3 groups
+    assert len({r["id"] for r in found}) == 6 and {r["group"] for r in found} == {0, 1, 2}
 
 
 def test_a_stopped_command_goes_on_and_ends_as_if_it_had_not_been(place, tmp_path, monkeypatch):
