@@ -1,13 +1,15 @@
 """A model that is not on the CPU: edits are made, saved, patched and measured where it lies; on a GPU too, if any."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import unike_kernels as uk
 from tests.editing_tiny import TARGETS, ask, make_processor, make_requests, make_triplets, routed
-from tests.models_tiny import inputs_for, make_model
+from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
 from tests.second_device import DEVICE, There, second_device
 from unike_kernels.editing.editor import Editor
 from unike_kernels.edits import Edits
@@ -134,3 +136,35 @@ def test_baselines_edit_there(name, there):
     with method.apply([request]) as edited:
         assert torch.isfinite(torch.tensor(target_loss(method, request, edited)))
     assert target_loss(method, request, None) == before
+
+
+def split(model, device, first):
+    """The layers from `first` on, the norm and the head are put on the device; what enters each follows it."""
+
+    def follow(module, args, kwargs):
+        move = partial(tree_map_only, torch.Tensor, lambda x: x.to(device))
+        return move(args), move(kwargs)
+
+    for module in (*model.model.layers[first:], model.model.norm, model.lm_head):
+        module.to(device)
+        module.register_forward_pre_hook(follow, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["always", "routed"])
+def test_a_model_may_lie_on_two_devices(mode, there):
+    """As with a device map: the router decides on the first edited layer's device, the last one lies elsewhere."""
+    asked = inputs_for(make_model("llama"), [5, 7])
+    edits = edits_for(make_model("llama"), ROUTED if mode == "routed" else ALWAYS, prompts=asked)
+    said = []
+    for model in (make_model("llama"), split(make_model("llama"), there, max(edits.layers))):
+        with torch.no_grad():
+            base = model(**asked).logits
+        with torch.no_grad(), uk.patch(model, edits) as handle:
+            logits = model(**asked).logits
+            assert not torch.equal(logits, base)
+            answers = model.generate(**asked, max_new_tokens=3, do_sample=False)
+            said.append((logits.cpu(), answers.cpu(), str(handle.explain(**asked)[0])))
+            assert logits.device == model.lm_head.weight.device
+    torch.testing.assert_close(said[1][0], said[0][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(said[1][1], said[0][1]) and said[1][2] == said[0][2]
