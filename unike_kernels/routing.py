@@ -22,10 +22,13 @@ class Router(ChoosesBackend):
     case, since some cases are like everything, edits among it (speaker verification's adaptive score normalisation,
     Matejka et al., Interspeech 2017). It has to be above `threshold` [] fp32, what a share `false_accept_rate` of those
     cases reaches with *some* edit, which rises with their number; and above `margin`, since what is as near to many
-    training cases, such as another question about an edit's picture, is not the edit's. An edit's own question passes.
+    training cases is not the edit's. And the case has to ask what the edit asks: another question about an edit's own
+    picture is as near as another picture of its thing. An edit's own question passes.
     keys [max_groups, d]: each edit's h_sem minus the centre, normalised; cases [max_cases, d] likewise; center [d].
     wording [max_wording, d] W: what of a state, less the centre, another wording of the question changes is taken out
-    in part, x - W^T W x, wherever a cosine is taken (`editing.wording`).
+    in part, x - W^T W x, before anything else (`editing.wording`).
+    asking [max_asking, d] A: two states, so changed, ask the same where |A (x - y)| <= 1 (`editing.asking`); asks
+    [max_groups, max_asking]: A x of each edit.
     """
 
     keys: Tensor
