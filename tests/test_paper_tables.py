@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -395,3 +396,23 @@ def test_the_command_fills_draws_and_reports(tmp_path, monkeypatch):
 def fill_made_up(needed, store):
     fill_with(store, needed, level_of)
     yield from ((c, SimpleNamespace(get=lambda name: "made up")) for c in needed)
+
+
+def test_saved_results_make_no_commit_dirty(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True)
+
+    assert report.commit(tmp_path) == "unknown"
+    (tmp_path / "results").mkdir()
+    code, results = tmp_path / "code.py", tmp_path / "results" / "rows.json"
+    for path in (code, results):
+        path.write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    clean = report.commit(tmp_path)
+    results.write_text("2")
+    (tmp_path / "new.py").write_text("1")
+    assert report.commit(tmp_path) == clean != "unknown"
+    code.write_text("2")
+    assert report.commit(tmp_path) == f"{clean}-dirty"

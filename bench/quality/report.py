@@ -26,15 +26,24 @@ def environment() -> dict[str, str]:
     """Where the figures were taken."""
     import transformers
 
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return {
-        "commit": asked.stdout.strip() or "unknown",
+        "commit": commit(Path(__file__).parent),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
+
+
+def commit(folder: Path) -> str:
+    """The commit that `folder` is at, "-dirty" where a file differs from it that is none of results; or "unknown"."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    at = git("describe", "--always", "--exclude=*")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)*results/*")
+    return f"{at}-dirty" if at and changed else at or "unknown"
 
 
 def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
