@@ -11,6 +11,7 @@ from bench.quality.emoji import model as emoji
 from bench.quality.emoji import records
 from bench.quality.encoders import Splits, held_out
 from unike_kernels.config import RoutingConfig, UnikeConfig
+from unike_kernels.editing.extract import tap_rows
 from unike_kernels.editing.inputs import Sample
 
 EDITS = 8
@@ -103,3 +104,25 @@ def test_removing_an_edit_restores_the_base_exactly(editor, edited):
     base, gone = logits(), logits(edits.remove(items[2]["id"]))
     assert not torch.equal(logits(edits)[2], base[2])
     assert torch.equal(gone[2], base[2]) and torch.equal(logits(), base)
+
+
+def test_another_question_about_an_edits_picture_is_told_apart(editor, edited):
+    """By two directions, learned of training prompts alone: this world asks for names, captions, groups and kinds."""
+    items, edits, _ = edited
+    asks = edits.calibration.asking
+    assert len(asks) == 2
+    asked = {"own": [], "same": [], "other": []}
+    for r in items:
+        picture, other = world.picture(r["image"]), world.picture(r["image_rephrase"])
+        questions = [(p["prompt"], p["image"]) for p in r["m_loc_parts"] if p["part"] == "same_picture"]
+        asked["own"] += [Sample(r["src"], None, picture)] * 2
+        asked["same"] += [Sample(r["rephrase"], None, picture), Sample(r["src"], None, other)]
+        asked["other"] += [Sample(prompt, None, world.picture(image)) for prompt, image in questions]
+    states = {}
+    for name, samples in asked.items():
+        states[name] = torch.zeros(len(samples), asks.shape[1])
+        for batch in editor.collator.batches(samples, 64):
+            (case,) = tap_rows(editor.model, editor.decoder, editor.layers[:1], batch, [batch.case_rows()])
+            states[name][batch.rows] = case["tap"][editor.layers[0]].float()
+    same, other = (((states[name] - states["own"]) @ asks.T).norm(dim=1) for name in ("same", "other"))
+    assert float((same <= 1).float().mean()) >= 0.95 and float((other <= 1).float().mean()) <= 0.2
