@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
-from tests.editing_tiny import QUESTIONS, ask, make_editor, make_requests
+from tests.editing_tiny import QUESTIONS, TARGETS, ask, make_editor, make_requests
 from unike_kernels.config import RoutingConfig
 from unike_kernels.editing.asking import LEAST, SHARE, asking, discriminants
 from unike_kernels.edits import Calibration, Edits
@@ -12,19 +12,25 @@ from unike_kernels.routing import Router
 
 
 def made(prompts, per_prompt=300, d=24, spread=8.0):
-    """Cases whose first two coordinates say what is asked, all others what it is about."""
+    """Cases whose first two coordinates say what is asked, all others what it is about, and their prompts.
+
+    And their questions: the first prompt's first 20 cases are asked again in other words, near by.
+    """
     generator = torch.Generator().manual_seed(0)
     corners = spread * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[: len(prompts)]
     states = torch.randn(len(prompts) * per_prompt, d, generator=generator)
     states[:, 2:] *= 2
     states[:, :2] += corners.repeat_interleave(per_prompt, dim=0)
-    return states, [p for p in prompts for _ in range(per_prompt)]
+    prompts, questions = [p for p in prompts for _ in range(per_prompt)], [None] * len(states)
+    again = states[:20] + 0.1 * torch.randn(20, d, generator=generator)
+    questions[:20] = range(20)
+    return torch.cat([states, again]), prompts + ["in other words"] * 20, questions + list(range(20))
 
 
 def test_discriminants_are_those_of_the_textbook():
     """scikit-learn's, where every prompt has as many cases: they span the same space, with the same ratios."""
     discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis")
-    states, prompts = made("abcd", 40)
+    states, prompts = (part[:160] for part in made("abcd", 40)[:2])
     groups = states.double().split(40)
     ours = discriminants(groups)
     assert ours.shape == (24, 2)
@@ -36,56 +42,62 @@ def test_discriminants_are_those_of_the_textbook():
 
 
 def test_it_tells_what_is_asked_and_not_what_it_is_about():
-    states, prompts = made("abc")
-    found = asking(states, prompts)
+    states, prompts, questions = made("abc")
+    found = asking(states, prompts, questions)
     assert found.shape == (2, 24) and found.dtype == torch.float32
-    assert torch.equal(found, asking(states, prompts))
-    apart = torch.cdist(states @ found.T, states @ found.T)
-    same = torch.tensor([[a == b for b in prompts] for a in prompts])
-    within = same & ~torch.eye(len(states), dtype=torch.bool)
+    assert torch.equal(found, asking(states, prompts, questions))
+    apart = torch.cdist(states[:900] @ found.T, states[:900] @ found.T)
+    same = torch.tensor([[a == b for b in prompts[:900]] for a in prompts[:900]])
+    within = same & ~torch.eye(900, dtype=torch.bool)
     assert float((apart[within] <= 1).float().mean()) == pytest.approx(SHARE, abs=2e-3)
     assert float((apart[~same] <= 1).float().mean()) < 0.05  # eight deviations apart, and five are let pass
     torch.testing.assert_close(found[:, :2].norm(), found.norm(), rtol=0.05, atol=0)
 
 
 def test_a_prompt_that_changes_little_is_none_of_them():
-    states, prompts = made("ab", spread=0.5)
-    assert asking(states, prompts) is None
-    states, prompts = made("abcd")
-    states[900:, :2] -= 8.0  # d asks what a asks, in other words
-    assert asking(states, prompts).shape == (2, 24)
+    assert asking(*made("ab", spread=0.5)) is None
+    states, prompts, questions = made("abcd")
+    states[900:1200, :2] -= 8.0  # d asks what a asks, in other words
+    found = asking(states, prompts, questions)
+    assert found.shape == (2, 24)
     a, d = (states[i : i + 300].mean(dim=0) for i in (0, 900))
-    assert (asking(states, prompts) @ (a - d)).norm() < 0.1
+    assert (found @ (a - d)).norm() < 0.1
 
 
 def test_prompts_that_are_asked_once_tell_nothing():
-    states, prompts = made("ab", 40)
-    assert asking(states, [str(i) for i in range(80)]) is None and asking(states, ["a"] * 80) is None
-    assert asking(states[: LEAST - 1].repeat(2, 1), ["a"] * (LEAST - 1) + ["b"] * (LEAST - 1)) is None
-    assert asking(states[:1].expand(80, -1), prompts) is None  # all in the same place
-    with pytest.raises(ValueError, match="80 states, but 3 prompts and 0 questions"):
-        asking(states, list("abc"))
-    with pytest.raises(ValueError, match="80 states, but 80 prompts and 2 questions"):
-        asking(states, prompts, ["x", "y"])
+    states, prompts, questions = made("ab", 40)
+    assert asking(states, prompts, questions) is not None
+    assert asking(states, [str(i) for i in range(100)], questions) is None
+    assert asking(states[:1].expand(100, -1), prompts, questions) is None  # all in the same place
+    few = [*range(LEAST - 1), *range(40, 40 + LEAST - 1), *range(80, 100)]  # one prompt with enough cases
+    assert asking(states[few], [prompts[i] for i in few], [questions[i] for i in few]) is None
+    with pytest.raises(ValueError, match="100 states, but 3 prompts and 100 questions"):
+        asking(states, list("abc"), questions)
 
 
-def test_what_is_said_to_ask_the_same_is_let_pass():
-    states, prompts = made("ab")
-    a, b = states[:300].mean(dim=0), states[300:].mean(dim=0)
-    found = asking(states, prompts)
+def test_nothing_is_told_apart_where_nothing_says_which_wordings_ask_the_same():
+    states, prompts, questions = made("ab")
+    assert asking(states, prompts, [None] * len(states)) is None
+    assert asking(states, prompts, [q if q is None or q < LEAST - 1 else None for q in questions]) is None
+    assert asking(states, prompts, ["the same" if p == "a" else None for p in prompts]) is None  # in the same words
+
+
+def test_a_question_in_other_words_is_let_pass_however_far_its_words_move_it():
+    states, prompts, questions = made("ab")
+    found = asking(states, prompts, questions)
+    a, b = states[:300].mean(dim=0), states[300:600].mean(dim=0)
     assert (found @ (a - b)).norm() > 1.5
-    assert torch.equal(asking(states, prompts, [None] * 600), found)
-    questions = [f"picture {i % 300}" if i % 300 < 100 else None for i in range(600)]  # b is a, in other words
+    questions[300:320] = range(20)  # b is a, in other words
     told = asking(states, prompts, questions)
-    assert float((told @ (states[:100] - states[300:400]).T).norm(dim=0).max()) <= 1.001
+    assert float((told @ (states[:20] - states[300:320]).T).norm(dim=0).max()) <= 1.001
     torch.testing.assert_close(told / told.norm(), found / found.norm())
 
 
 def test_more_features_than_cases_make_up_no_difference():
-    """24 cases with 4,000 features can be told apart by any label; what is found would hold for no other case."""
+    """240 cases with 4,000 features can be told apart by any label; what is found would hold for no other case."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(240, 4000, generator=generator)
-    assert asking(states, [str(i % 3) for i in range(240)]) is None
+    assert asking(states, [str(i % 3) for i in range(240)], [i // 2 for i in range(240)]) is None
 
 
 def make_router(config, asks):
@@ -137,13 +149,17 @@ def test_a_router_has_room_for_as_many_directions_as_it_was_patched_with():
 
 
 def test_prompts_asked_of_several_pictures_are_told_apart(tmp_path):
+    """Of two questions about 24 pictures, the first in two wordings: that is seen by its answers."""
     editor = make_editor("blip2")
     assert editor.edit(make_requests("blip2", 1), progress=False).calibration.asking is None  # four cases a prompt
-    editor.calibrate([ask("blip2", QUESTIONS[i % 2], 20 + i) for i in range(40)], progress=False)
+    asked = [{**ask("blip2", QUESTIONS[w], 20 + i), "target": TARGETS[i % 6]} for i in range(24) for w in range(2)]
+    editor.build_memory([t | {"prediction": "the car"} for t in asked], progress=False)
+    editor.fit(progress=False)
+    editor.calibrate([ask("blip2", QUESTIONS[2], 20 + i) for i in range(24)], progress=False)
     edits = editor.edit(make_requests("blip2", 1), progress=False)
     found = edits.calibration.asking
-    assert found is not None and torch.equal(found, asking(editor.cases, editor.prompts))
-    assert len(editor.prompts) == len(editor.cases) == 52
+    assert found is not None
+    assert torch.equal(found, asking(editor.cases, editor.prompts, [i // 2 for i in range(48)] + [None] * 24))
     editor.save(tmp_path / "editor.safetensors")
     again = make_editor("blip2")
     again.load(tmp_path / "editor.safetensors")
@@ -151,5 +167,10 @@ def test_prompts_asked_of_several_pictures_are_told_apart(tmp_path):
     edits.save_pretrained(tmp_path / "edits")
     loaded = Edits.from_pretrained(tmp_path / "edits")
     assert torch.equal(loaded.calibration.asking, found)
-    handle = uk.patch(editor.model, loaded, routing="routed")
-    assert torch.equal(handle.record.layers[0].router.asking, found)
+    with uk.patch(editor.model, loaded, routing="routed") as handle:
+        assert torch.equal(handle.record.layers[0].router.asking, found)
+    labelled = [t | {"question": str(i)} for i, t in enumerate(asked)]  # what the triplets say themselves comes first
+    editor.build_memory([t | {"prediction": "the car"} for t in labelled], progress=False)
+    editor.fit(progress=False)
+    editor.calibrate([ask("blip2", QUESTIONS[2], 20 + i) for i in range(24)], progress=False)
+    assert editor.edit(make_requests("blip2", 1), progress=False).calibration.asking is None

@@ -109,7 +109,12 @@ def test_removing_an_edit_restores_the_base_exactly(editor, edited):
 def test_another_question_about_an_edits_picture_is_told_apart(editor, edited):
     """By two directions, learned of training prompts alone: this world asks for names, captions, groups and kinds."""
     items, edits, _ = edited
-    asks = edits.calibration.asking
+    assert edits.calibration.asking is None  # of each drawing it has one triplet: nothing says what is reworded
+    made = uk.Editor(editor.model, editor.collator.processor, editor.config)
+    made.build_memory([t | {"prediction": "wrong"} for t in world.triplets()[:240]], progress=False)  # four of each
+    made.fit(progress=False)
+    made.calibrate(world.calibration(400), progress=False)
+    asks = made.edit([world.request(items[0])], progress=False).calibration.asking
     assert len(asks) == 2
     asked = {"own": [], "same": [], "other": []}
     for r in items:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-LEAST = 8  # cases that a prompt needs to tell what it asks from what each of them is about
+LEAST = 8  # cases that a prompt needs to tell what it asks from what each of them is about; questions in two wordings
 KEPT = 64  # directions among which those of prompts are sought, at most
 PER_DIRECTION = 8  # cases for every direction, so that what is found holds for other cases too
 SHARE = 0.999  # of the pairs of cases with the same prompt that count as asking the same
@@ -13,20 +13,24 @@ PAIRINGS = 16  # of each case with others of its prompt, which measure how far a
 
 
 @torch.no_grad()
-def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[str | None] = ()) -> Tensor | None:
+def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[Hashable]) -> Tensor | None:
     """A [r, d] fp32, such that cases x and y ask the same where |A (x - y)| <= 1; None where prompts do not tell.
 
     states [M, d]: of M case tokens; prompts: their M prompts, of which those count that `LEAST` cases and more share;
-    questions: M times what is asked in whichever words, None where nothing is known of it, or empty.
+    questions: M times what is asked in whichever words, None where nothing is known of it; at least `LEAST` have to be
+    asked in two wordings, or nothing says how far apart wordings are.
     Linear discriminants of the prompts (Fisher 1936, Rao 1948), as many as differ by more between prompts than within
     one (a ratio of variances above 1): a wording that changes little in a state is none of them. Scaled such that
-    `SHARE` of the pairs of cases with the same prompt, about whatever they are, are within 1, and of those with the
-    same question. One half of the cases says where to look, the other what is there: with more features than cases,
-    any labels differ somewhere.
+    `SHARE` of the pairs of cases with the same prompt, about whatever they are, are within 1, and of those that ask the
+    same question in other words. One half of the cases says where to look, the other what is there: with more features
+    than cases, any labels differ somewhere.
     """
-    if len(states) != len(prompts) or (questions and len(states) != len(questions)):
+    if not len(states) == len(prompts) == len(questions):
         raise ValueError(f"{len(states)} states, but {len(prompts)} prompts and {len(questions)} questions")
     of_prompt = together(prompts)
+    worded = [rows for rows in together(questions) if len({prompts[i] for i in rows}) > 1]
+    if len(worded) < LEAST:
+        return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         orders = [torch.tensor(rows)[torch.randperm(len(rows))] for rows in of_prompt if len(rows) >= LEAST]
@@ -40,9 +44,12 @@ def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[str | Non
     if directions.shape[1] == 0:
         return None
     limit = torch.cat([distances(group @ directions) for group in found]).quantile(SHARE)
-    if same := [rows for rows in together(questions) if len(rows) > 1]:
-        worded = [states[rows].double().cpu() @ axes @ directions for rows in same]
-        limit = limit.maximum(torch.cat([distances(group) for group in worded]).quantile(SHARE))
+    reworded = []
+    for rows in worded:
+        at = states[rows].double().cpu() @ axes @ directions
+        other = torch.tensor([[prompts[i] < prompts[j] for j in rows] for i in rows])
+        reworded.append(torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")[other])
+    limit = limit.maximum(torch.cat(reworded).quantile(SHARE))
     return None if limit == 0 else (axes @ directions / limit).T.float().contiguous()
 
 

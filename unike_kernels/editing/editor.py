@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ class Editor:
 
         Predictions that are not given are generated; triplets that the model already answers right (or with nothing)
         are left out of the memory; they still calibrate routing. question: any text that triplets (and cases of
-        `calibrate`) share which ask the same thing in other words: routing then looks past the wording. exclude:
-        requests or probes (dicts: prompt, image: optional); a triplet with the picture and prompt of one of them is
-        dropped. cache: a folder where a stopped run goes on. Raises ValueError when nothing is left: the memory holds
-        what the model does not know.
+        `calibrate`) share which ask the same thing in other words: routing then looks past the wording. Where several
+        ask the same in other words, by that or by their picture and target, routing also tells questions apart
+        (`editing.asking`). exclude: requests or probes (dicts: prompt, image: optional); a triplet with the picture and
+        prompt of one of them is dropped. cache: a folder where a stopped run goes on. Raises ValueError when nothing is
+        left: the memory holds what the model does not know.
         """
         check_samples(triplets, "triplet")
         check_questions(triplets, "triplet")
@@ -351,7 +353,9 @@ class Editor:
         if self._seen is None or self._seen[0] is not cases:
             way = wording(cases, self.questions) if any(self.questions) else None
             plain = cases if way is None else cases - (cases @ way.T) @ way
-            self._seen = cases, way, asking(plain, self.prompts, self.questions)
+            shown = [(digest, t["target"]) if (digest := _digest(t)) else None for t in self.triplets]
+            same = [said or found for said, found in zip_longest(self.questions, shown)]  # or one picture, one answer
+            self._seen = cases, way, asking(plain, self.prompts, same)
         return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
 
     def _continued(self, onto: Edits) -> Edits:

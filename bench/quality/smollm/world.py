@@ -75,7 +75,7 @@ def prepared(
     editor = RowEditor(net, processor, config)
     cache = FOLDER / f"memory-{task}"
     if task == "pictures":
-        # a thing's name is asked in several phrasings, of several artists' drawings
+        # a thing's name is asked of several artists' drawings, each time in the same words
         asked = [t | {"question": t["target"]} for t in triplets(64 if quick else 260)]
         editor.build_memory(asked, cache=cache, batch_size=16)
         cases = calibration(64 if quick else 600)
