@@ -2,10 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -353,8 +352,10 @@ class Editor:
         if self._seen is None or self._seen[0] is not cases:
             way = wording(cases, self.questions) if any(self.questions) else None
             plain = cases if way is None else cases - (cases @ way.T) @ way
-            shown = [(digest, t["target"]) if (digest := _digest(t)) else None for t in self.triplets]
-            same = [said or found for said, found in zip_longest(self.questions, shown)]  # or one picture, one answer
+            same: list[Hashable] = [*self.questions]
+            for i, t in enumerate(self.triplets):  # one picture with one answer is one question, if nothing is said
+                if same[i] is None and (digest := _digest(t)) is not None:
+                    same[i] = digest, t["target"]
             self._seen = cases, way, asking(plain, self.prompts, same)
         return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
 
