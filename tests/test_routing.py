@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import unike_kernels as uk
 from tests.models_tiny import ROUTED, edits_for, inputs_for, make_model
 from unike_kernels.config import RoutingConfig
 from unike_kernels.edits import Calibration
+from unike_kernels.reference import routes
 from unike_kernels.routing import Router, average, calibrate, crowding, nearest
 
 
@@ -25,6 +28,41 @@ def test_calibrate_lets_at_most_the_share_pass():
     none = cases[:0, :0]
     assert calibrate(nearest(cases[:0], keys, none, keys[:, :0]), 0.1) == -1.0
     assert calibrate(nearest(cases, keys[:0], cases[:, :0], none), 0.1) == -1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_it_decides_as_the_reference_does(data):
+    """Random states, with edits asked again near by, crowded cases, and what wording and question change in them."""
+    draw = data.draw
+    seed, d = draw(st.integers(0, 10**6)), draw(st.sampled_from([4, 8, 16]))
+    n_edits, n_cases = draw(st.integers(0, 8)), draw(st.sampled_from([0, 1, 7, 40]))
+    options = {
+        "top": draw(st.integers(1, 3)),
+        "false_accept_rate": draw(st.sampled_from([0.0, 0.05, 0.3])),
+        "cohort": draw(st.sampled_from([1, 4, 64])),
+        "margin": draw(st.sampled_from([-2.0, 0.0, 0.1])),
+    }
+    generator = torch.Generator().manual_seed(seed)
+
+    def states(n, spread=1.0):
+        return spread * torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+    edits, cases, center = states(n_edits), states(n_cases), states(1)[0]
+    if draw(st.booleans()):  # training cases that ask what edits ask
+        same = min(n_edits, n_cases, 3)
+        cases[:same] = edits[:same] + states(same, 0.02)
+    wording = 0.5 * torch.linalg.qr(states(d))[0][: draw(st.integers(0, 2))]
+    asking = states(draw(st.integers(0, 2)), 0.4)
+    x = torch.cat([states(6), edits, edits + states(n_edits, 0.1), edits + states(n_edits, 0.5), cases[:3]])
+    calibration = Calibration(2, center, cases, wording if len(wording) else None, asking if len(asking) else None)
+    router = Router.fitting(calibration.map(torch.Tensor.float), RoutingConfig("routed", **options), 8, x.float())
+    router.load(edits.float(), calibration.map(torch.Tensor.float))
+    scores, selected = router(x.float())
+    rate = options.pop("false_accept_rate")
+    expected = routes(x, edits, cases, center, rate=rate, wording=wording, asking=asking, **options)
+    torch.testing.assert_close(scores.double(), expected[0], rtol=0, atol=1e-5)
+    assert torch.equal(selected, expected[1])
 
 
 def unit(degrees):

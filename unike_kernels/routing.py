@@ -10,8 +10,8 @@ from . import ops
 from .choosing import ChoosesBackend
 from .config import RoutingConfig
 from .edits import Calibration
+from .reference import SAME_QUESTION
 
-SAME_QUESTION = 0.99  # centred cosine; other phrasings of one question reach 0.998, other pictures of one thing 0.7
 CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks
 
 
