@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "unike_kernels"
 LAYERS = {
     "config": 0,
     "reference": 0,
+    "reference_routing": 0,
     "backends": 1,
     "cuda_kernels": 1,
     "cpu_kernels": 1,

@@ -11,7 +11,7 @@ import unike_kernels as uk
 from tests.models_tiny import ROUTED, edits_for, inputs_for, make_model
 from unike_kernels.config import RoutingConfig
 from unike_kernels.edits import Calibration
-from unike_kernels.reference import routes
+from unike_kernels.reference_routing import routes
 from unike_kernels.routing import Router, average, calibrate, crowding, nearest
 
 

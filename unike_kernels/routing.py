@@ -10,7 +10,7 @@ from . import ops
 from .choosing import ChoosesBackend
 from .config import RoutingConfig
 from .edits import Calibration
-from .reference import SAME_QUESTION
+from .reference_routing import SAME_QUESTION
 
 CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks
 
