@@ -21,7 +21,7 @@ COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
 CPU = torch.device("cpu")
 # Packed sequences keep their lengths on the CPU, whatever their elements lie on.
-PACKED = ("_pack_padded_sequence", "_pad_packed_sequence", "gru", "lstm", "_thnn_fused_gru_cell")
+PACKED = ("_pack_padded_sequence", "_pad_packed_sequence", "gru", "lstm")
 
 
 class There(Tensor):

@@ -93,6 +93,14 @@ def test_a_question_in_other_words_is_let_pass_however_far_its_words_move_it():
     torch.testing.assert_close(told / told.norm(), found / found.norm())
 
 
+def test_a_question_may_be_that_of_many_cases():
+    """Not every pair of hundreds is looked at, but pairs of all their wordings are."""
+    states, prompts, _ = made("ab")
+    told = asking(states, prompts, [f"{i // 30}" for i in range(300)] * 2 + ["none"] * 20)
+    apart = torch.cdist(states[:300] @ told.T, states[300:600] @ told.T)
+    assert float((apart <= 1).float().mean()) > 0.99
+
+
 def test_more_features_than_cases_make_up_no_difference():
     """240 cases with 4,000 features can be told apart by any label; what is found would hold for no other case."""
     generator = torch.Generator().manual_seed(0)

@@ -626,6 +626,8 @@ FORGED = {
     "negative wording": ({"document": _set("calibration", "wording", -1)}, "wording must be at least 0, but is -1"),
     "wording absent": ({"document": _set("calibration", "wording", 2)}, "the tensor files lack 'calibration.wording'"),
     "calibrated elsewhere": ({"document": _set("calibration", "layer", 3)}, "first edited layer, 2, but names 3"),
+    "negative asking": ({"document": _set("calibration", "asking", -1)}, "asking must be at least 0, but is -1"),
+    "asking absent": ({"document": _set("calibration", "asking", 2)}, "the tensor files lack 'calibration.asking'"),
     "two edits of one id": ({"document": _set("entries", 0, "id", "edit-0-1")}, "two edits have the id 'edit-0-1'"),
     "no files": ({"document": _set("files", [])}, "files must be a list of tensor files, but is []"),
     "a file elsewhere": (

@@ -376,6 +376,12 @@ def test_the_goal_of_speed_is_printed():
 # --- the command ---
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_the_command_refuses_a_device_that_is_not_there():
+    result = CliRunner().invoke(run.app, ["--speed", "--device", "cuda"])
+    assert result.exit_code == 2 and "there is no CUDA device" in " ".join(result.output.split())
+
+
 def test_the_command_refuses_what_it_does_not_know():
     for arguments, told in ((["--table", "5"], "--table must be some of 1, 2, 3, 4"), (["--figure", "6"], "--figure")):
         result = CliRunner().invoke(run.app, arguments)

@@ -1,7 +1,7 @@
 """What edits consist of: the records of an edit and of its base, the tensors of a layer, the header on disk.
 
 Sizes: E edits, d hidden size, n neurons of one layer over all edits, N items of the memory, M calibration cases, r
-directions of wording.
+directions of wording, a of what is asked.
 """
 
 import math

@@ -28,7 +28,7 @@ class Router(ChoosesBackend):
     wording [max_wording, d] W: what of a state, less the centre, another wording of the question changes is taken out
     in part, x - W^T W x, before anything else (`editing.wording`).
     asking [max_asking, d] A: two states, so changed, ask the same where |A (x - y)| <= 1 (`editing.asking`); asks
-    [max_groups, max_asking]: A x of each edit.
+    [max_groups, max_asking]: A x of each edit. All of it in plain torch: `reference_routing.routes`.
     """
 
     keys: Tensor

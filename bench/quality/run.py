@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -83,7 +84,7 @@ def main(
     table: Annotated[str, typer.Option(help="The paper's tables: 1, 2, 3 and 4, by comma, or all.")] = "",
     figure: Annotated[str, typer.Option(help="Its figures: 4a, 4b, 4c and 5a, by comma, or all.")] = "",
     speed_: Annotated[bool, typer.Option("--speed", help="Edits per second, against the field's loop.")] = False,
-    device: Annotated[str, typer.Option(help="Of --speed: cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of --speed.")] = "cpu",
     rows: Annotated[
         Literal["ablation", "measure", "encoders"] | None,
         typer.Option(help="measure: 50 development edits; encoders: fitted with other triplets held out."),
@@ -113,6 +114,8 @@ def main(
     console = Console()
     wanted, drawn = chosen(table, ("1", "2", "3", "4"), "--table"), chosen(figure, figures.NAMES, "--figure")
     bases = tuple(int(s) for s in (seeds or ("0" if quick and rows is None else "0,1")).split(","))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device is cuda, but there is no CUDA device (torch {torch.__version__})")
     if show:
         folder = QUICK if quick else RESULTS
         redraw(folder)

@@ -9,7 +9,7 @@ LEAST = 8  # cases that a prompt needs to tell what it asks from what each of th
 KEPT = 64  # directions among which those of prompts are sought, at most
 PER_DIRECTION = 8  # cases for every direction, so that what is found holds for other cases too
 SHARE = 0.999  # of the pairs of cases with the same prompt that count as asking the same
-PAIRINGS = 16  # of each case with others of its prompt, which measure how far apart such cases are
+PAIRINGS = 16  # of each case with others of its prompt or question, which measure how far apart such cases are
 
 
 @torch.no_grad()
@@ -39,6 +39,7 @@ def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[Hashable]
         if len(groups) < 2 or kept < 2:
             return None
         axes = likely([group[::2] for group in groups], kept)  # [d, kept]
+        worded = [[rows[i] for i in torch.randperm(len(rows))] for rows in worded]
     found = [group[1::2] @ axes for group in groups]
     directions = discriminants(found)  # [kept, r]
     if directions.shape[1] == 0:
@@ -46,9 +47,9 @@ def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[Hashable]
     limit = torch.cat([distances(group @ directions) for group in found]).quantile(SHARE)
     reworded = []
     for rows in worded:
-        at = states[rows].double().cpu() @ axes @ directions
-        other = torch.tensor([[prompts[i] < prompts[j] for j in rows] for i in rows])
-        reworded.append(torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")[other])
+        words = [prompts[i] for i in rows]
+        code = torch.tensor([words.index(word) for word in words])
+        reworded.append(distances(states[rows].double().cpu() @ axes @ directions, code))
     limit = limit.maximum(torch.cat(reworded).quantile(SHARE))
     return None if limit == 0 else (axes @ directions / limit).T.float().contiguous()
 
@@ -89,7 +90,10 @@ def discriminants(groups: Sequence[Tensor]) -> Tensor:
     return (whiten @ turned[:, ratios > 1]).flip(1)
 
 
-def distances(cases: Tensor) -> Tensor:
-    """[n * pairings] of cases [n, r] with those one to `PAIRINGS` places behind them."""
+def distances(cases: Tensor, words: Tensor | None = None) -> Tensor:
+    """[pairs] of cases [n, r] with those one to `PAIRINGS` places behind them, of other words [n] where these count."""
     places = range(1, min(PAIRINGS, len(cases) - 1) + 1)
-    return torch.cat([(cases - cases.roll(n, dims=0)).norm(dim=1) for n in places])
+    found = [(cases - cases.roll(n, dims=0)).norm(dim=1) for n in places]
+    if words is not None:
+        found = [part[words != words.roll(n)] for n, part in zip(places, found, strict=True)]
+    return torch.cat(found)

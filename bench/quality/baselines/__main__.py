@@ -238,7 +238,9 @@ def main(
     methods: Annotated[str, typer.Option(help="Some of them, divided by a semicolon.")] = ";".join([*METHODS, "UniKE"]),
     edits: Annotated[int, typer.Option(help="Development edits.")] = 50,
     training: Annotated[int, typer.Option(help="Training-split edits to learn from.")] = TRAINING,
-    steps_times: Annotated[float, typer.Option(help="Instead: the same with so many times the steps an edit.")] = 1.0,
+    steps_times: Annotated[
+        float, typer.Option(min=0.01, help="Instead: the same with so many times the steps an edit.")
+    ] = 1.0,
     trials: Annotated[bool, typer.Option("--search", help="Measure every method's four settings instead.")] = False,
 ) -> None:
     """Trains every baseline and measures one-step edits; what was trained or measured before is kept.
