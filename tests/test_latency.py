@@ -166,14 +166,14 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(run, "copy_bandwidth", lambda device: 1.0)
     monkeypatch.setattr(run, "matrix_rate", lambda device, dtype: 1.0)
-    run.run(CPU, file, quick=True, only="extra_neurons", seconds=0.0)
-    run.run(CPU, file, quick=True, only=None, seconds=0.0)
+    run.run(CPU, file, quick=True, only=["extra_neurons"], seconds=0.0)
+    run.run(CPU, file, quick=True, only=[], seconds=0.0)
     assert timed == ["extra_neurons", "augmented_ffn"]
-    monkeypatch.setattr(run, "commit", lambda: "a third")
-    done = run.run(CPU, file, quick=True, only=None, seconds=0.0, minutes=0.0)  # no time: all is left, and said to be
+    monkeypatch.setattr(run, "commit", lambda folder: "a third")
+    done = run.run(CPU, file, quick=True, only=[], seconds=0.0, minutes=0.0)  # no time: all is left, and said to be
     assert done["left"] == 2 and not done["cases"]
-    monkeypatch.setattr(run, "commit", lambda: "another")  # figures of another commit do not mix with new ones
-    run.run(CPU, file, quick=True, only="augmented_ffn", seconds=0.0)
+    monkeypatch.setattr(run, "commit", lambda folder: "another")  # figures of another commit do not mix with new ones
+    run.run(CPU, file, quick=True, only=["augmented_ffn"], seconds=0.0)
     assert len(json.loads(file.read_text())["cases"]) == 1
 
 

@@ -19,6 +19,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="the results file (default: bench/gpu_check/results/<date>-<commit>.json)"
     )
+    parser.add_argument("--without", action="append", default=[], help="steps whose name contains this; repeatable")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all steps together ({SECONDS})")
+    parser.add_argument("--logs", type=Path, help="a folder for the whole output of every step")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -28,9 +31,10 @@ def main() -> int:
     about = versions()
     file = args.out or RESULTS / f"{about['date']}-{about['commit']}.json"
     wanted = [step for step in steps() if args.only is None or args.only in step.name]
+    wanted = [step for step in wanted if not any(words in step.name for words in args.without)]
     if not wanted:
         parser.error(f"no step has {args.only!r} in its name; there are: {', '.join(step.name for step in steps())}")
-    results = run_all(wanted, about, file, SECONDS)
+    results = run_all(wanted, about, file, args.seconds, args.logs)
     print(table(results))
     print(f"written to {file}")
     return 0 if all(step["passed"] for step in results["steps"]) else 1

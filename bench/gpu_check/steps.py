@@ -1,4 +1,4 @@
-"""The steps: commands with a time limit each, run one after the other; the results are on disk after every one."""
+"""The steps: commands with a time limit each, side by side where nothing is timed; results are on disk after each."""
 
 import datetime
 import json
@@ -11,26 +11,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.latency.run import commit, write
+from bench.commit import commit
+from bench.latency.run import write
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 3000  # characters kept of what a step printed
+GRACE = 15.0  # seconds in which a step that is interrupted may tell what it had found
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. missing: why it cannot run here, which counts as failed; report: a JSON file that it writes."""
+    """One command. missing: why it cannot run here, which counts as failed; report: a JSON file that it writes.
+
+    beside: it may share the GPU with its neighbours in the list, since it times nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: float
+    beside: bool = False
     missing: str | None = None
     report: Path | None = None
     environment: tuple[tuple[str, str], ...] = ()
@@ -38,10 +47,10 @@ class Step:
 
 def steps() -> list[Step]:
     """Everything that only a GPU can tell: after the build, which the CUDA kernels need, the most telling first."""
-    python = sys.executable
+    python, cores = sys.executable, os.cpu_count() or 1
     # Each process compiles its variants, and leaves them in a cache that all of them share.
-    spread = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread)
+    spread = (lambda share: ("-n", str(max(1, cores // share)))) if find_spec("xdist") else lambda share: ()
+    pytest = (python, "-m", "pytest", "-v", "--tb=short", "--durations=15", "-p", "no:cacheprovider")
     files = tuple(
         sorted(str(path.relative_to(ROOT)) for of in ("triton", "cuda") for path in ROOT.glob(f"tests/test_{of}_*.py"))
     )
@@ -55,59 +64,84 @@ def steps() -> list[Step]:
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     folder = Path(tempfile.mkdtemp())
     latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
-    time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--only", "vicuna-7b T=1 ", "--seconds", "0.3")
+    time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--seconds", "0.2", "--minutes", "1")
+    some = ("--only", "vicuna-7b T=1 ", "--only", "vicuna-7b bs=1 N=10000 edits=100 routed")
     speed = (python, "-m", "bench.quality.run", "--speed")  # an editor on the GPU; without --quick it takes minutes
     # One architecture: this machine's.
     arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
     return [
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
-        Step("small cases", small, 90),
-        Step("kernel tests", (*pytest, *files), 200),
-        Step("tests marked gpu", (*pytest, "-m", "gpu", "tests"), 90),
-        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 90, report=twins),
-        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 60, report=launches),
-        Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 90, without, environment=apart),
-        Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 90, without, environment=apart),
-        Step("latency", (*time_it, "--out", str(latency)), 120, report=latency),
+        Step("small cases", small, 150, True),
+        Step("kernel tests", (*pytest, *spread(1), *files), 150, True),
+        Step("tests marked gpu", (*pytest, *spread(4), "-m", "gpu", "tests"), 150, True),
+        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 150, True, report=twins),
+        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 150, True, report=launches),
+        Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 150, True, without, environment=apart),
+        Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 150, True, without, environment=apart),
+        Step("latency", (*time_it, *some, "--out", str(latency)), 120, report=latency),
         Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 60),
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
-        Step("all other tests", (*pytest, "-m", "not gpu", *ignored, "tests"), 240, environment=interpreted),
+        Step(
+            "all other tests",
+            (*pytest, *spread(1), "-m", "not gpu", *ignored, "tests"),
+            240,
+            environment=interpreted,
+        ),
     ]
 
 
-def run_all(wanted: Sequence[Step], about: dict[str, Any], file: Path, seconds: float) -> dict[str, Any]:
-    """Runs every step, whatever became of those before it, within `seconds` in all; `file` has what is done so far."""
+def run_all(
+    wanted: Sequence[Step], about: dict[str, Any], file: Path, seconds: float, logs: Path | None = None
+) -> dict[str, Any]:
+    """Runs every step, whatever became of those before it, within `seconds` in all; `file` has what is done so far.
+
+    logs: a folder for the whole output of each step.
+    """
     results: dict[str, Any] = {**about, "steps": []}
     end = time.monotonic() + seconds
-    for step in wanted:
-        results["steps"].append(run(step, min(step.seconds, end - time.monotonic())))
-        write(file, results)
+    folder = Path(tempfile.mkdtemp()) if logs is None else logs
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for beside, some in groupby(wanted, lambda step: step.beside):
+            for group in [list(some)] if beside else [[step] for step in some]:
+                left = end - time.monotonic()
+                running = [pool.submit(run, step, min(step.seconds, left), folder) for step in group]
+                for future in running:
+                    results["steps"].append(future.result())
+                    write(file, results)
     return results
 
 
-def run(step: Step, seconds: float) -> dict[str, Any]:
+def run(step: Step, seconds: float, logs: Path) -> dict[str, Any]:
     """One step's result; a step that runs out of time is stopped with all its processes."""
     done: dict[str, Any] = {"name": step.name, "command": " ".join(step.command), "passed": False, "seconds": 0.0}
     if step.missing is not None or seconds <= 0:
         return {**done, "said": step.missing or "no time was left for it"}
-    start = time.monotonic()
-    with subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        env={**os.environ, **dict(step.environment)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
+    start, late, log = time.monotonic(), "", logs / f"{step.name.replace(' ', '-')}.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **dict(step.environment)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            said, _ = process.communicate(timeout=seconds)
+            process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            said = process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
-    done |= {"passed": process.returncode == 0, "seconds": round(time.monotonic() - start, 1), "said": said[-TAIL:]}
+            late = f"\nstopped after {seconds:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest then tells what has failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=min(GRACE, seconds))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = (log.read_text(encoding="utf-8", errors="replace") + late)[-TAIL:]
+    passed = process.returncode == 0 and not late
+    done |= {"passed": passed, "seconds": round(time.monotonic() - start, 1), "said": said}
     if step.report is not None and step.report.exists():
         done["report"] = json.loads(step.report.read_text(encoding="utf-8"))
     return done
@@ -119,7 +153,7 @@ def versions() -> dict[str, Any]:
     driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit(ROOT),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": driver,
         "python": platform.python_version(),

@@ -9,9 +9,9 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.commit import commit
 from bench.latency import stack as stacks
 from bench.latency.case import OURS, Case, Inputs
 from bench.latency.cases import cases
@@ -68,7 +69,7 @@ def time_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: flo
 
 
 def run(
-    device: torch.device, file: Path, *, quick: bool, only: str | None, seconds: float, minutes: float = 1e9
+    device: torch.device, file: Path, *, quick: bool, only: Sequence[str], seconds: float, minutes: float = 1e9
 ) -> dict[str, Any]:
     """Times everything that `file` does not hold yet, the decoders first, and writes it after every case.
 
@@ -77,13 +78,13 @@ def run(
     end = time.monotonic() + 60 * minutes
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    here = {**environment(device), "commit": commit()}
+    here = {**environment(device), "commit": commit(Path(__file__).parent)}
     if results.get("environment") != here:  # figures of another machine or another state are no company for new ones
         results = {"environment": here, "cases": {}, "stacks": {}}
         results["date"] = datetime.date.today().isoformat()
         results["copy_bandwidth"], results["matrix_rate"] = copy_bandwidth(device), matrix_rate(device, dtype)
     todo: list[Any] = [*stacks.stacks(device, quick), *cases(device, quick)]
-    todo = [item for item in todo if only is None or only in item.name]
+    todo = [item for item in todo if not only or any(words in item.name for words in only)]
     todo = [item for item in todo if item.name not in results["cases" if isinstance(item, Case) else "stacks"]]
     models = stacks.Models()
     for done, item in enumerate(tqdm(todo, desc=device.type, disable=not sys.stderr.isatty())):
@@ -100,13 +101,6 @@ def run(
         write(file, results)
         torch._dynamo.reset()  # compiled rivals of one case are of no use to the next
     return results
-
-
-def commit() -> str:
-    """The commit that is measured, "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
@@ -180,7 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one small case of every operator, one decoder")
-    parser.add_argument("--only", help="cases and decoders whose name contains this, such as 'cosine_topk opt'")
+    only = "cases and decoders whose name contains this, such as 'cosine_topk opt'; repeatable"
+    parser.add_argument("--only", action="append", default=[], help=only)
     parser.add_argument("--seconds", type=float, help="of measurement for each case (1 on a CPU, 0.4 on a GPU)")
     parser.add_argument("--minutes", type=float, help="after which nothing new is begun (60 on a CPU, 8.5 on a GPU)")
     parser.add_argument("--plots", action="store_true", help="draw the results beside the results file, as PNG")

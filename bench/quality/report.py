@@ -2,12 +2,12 @@
 
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.commit import commit
 from bench.quality import claims, figures, paper, paper_tables, speed, tables
 from bench.quality.ablation import write
 from bench.quality.cells import Store
@@ -33,17 +33,6 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
-
-
-def commit(folder: Path) -> str:
-    """The commit that `folder` is at, "-dirty" where a file differs from it that is none of results; or "unknown"."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
-
-    at = git("describe", "--always", "--exclude=*")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)*results/*")
-    return f"{at}-dirty" if at and changed else at or "unknown"
 
 
 def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
