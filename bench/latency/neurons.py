@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.latency.case import NEURONS, OURS, Case, Inputs
-from bench.latency.rivals import compiled, loop_over_requests, padded_bmm, vllm_lora
+from bench.latency.rivals import compiled, loop_over_requests, padded_bmm, vllm_adapters, vllm_lora
 from bench.latency.shapes import Shape, hidden, weights
 from unike_kernels import ops, reference
 
@@ -92,9 +92,8 @@ def tenants(shape: Shape, tokens: int) -> Case:
         there = place < torch.tensor(sizes, device=device)[:, None]
         for_rivals: Inputs = {"sizes": sizes, "padded": (rows, there)}
         if device.type == "cuda" and find_spec("vllm"):
-            halves = [made[name] for name in ("keys", "up") if name in made]
-            for_rivals["lora_a"] = [half[rows][:, None] for half in halves]  # [sets, 1, rank, d]
-            for_rivals["lora_b"] = [made["values"][rows].transpose(1, 2)[:, None].contiguous()]
+            halves = [made[name][rows] for name in ("keys", "up") if name in made]
+            for_rivals |= vllm_adapters(halves, made["values"][rows])
         return {**made, "for_rivals": for_rivals}
 
     def rival(run: Any) -> Any:
@@ -123,7 +122,7 @@ def tenants(shape: Shape, tokens: int) -> Case:
         providers,
         moved=n * planes * shape.d + 2 * tokens * shape.d,
         flops=2 * n * planes * shape.d,
-        capturable=set(providers) - {"vLLM LoRA"},
+        capturable=set(providers),
         eager="loop over requests",
     )
 

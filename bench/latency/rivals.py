@@ -1,6 +1,7 @@
 """What a user could put together instead, where several cases use it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.latency.case import Inputs
 from unike_kernels import reference
 
 
@@ -50,18 +52,23 @@ def usearch_exact(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor,
     return torch.from_numpy(scores), torch.from_numpy(indices)
 
 
-def flashinfer_topk(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
-    """One product, FlashInfer's selection."""
+def flashinfer_topk(q: Tensor, unit: Tensor, k: int, deterministic: bool, **rest: Any) -> tuple[Tensor, Tensor]:
+    """One product, FlashInfer's selection; deterministic: its own sort, not torch's, puts the K in order."""
     import flashinfer
 
-    return flashinfer.top_k((F.normalize(q.float(), dim=1).to(q.dtype) @ unit.T).float(), k, sorted=True)
+    scores = (F.normalize(q.float(), dim=1).to(q.dtype) @ unit.T).float()
+    return flashinfer.top_k(scores, k, sorted=True, deterministic=deterministic)
 
 
 def beside(on_cpu: bool) -> dict[str, Callable[..., Any]]:
     """The search libraries that are installed here."""
+    known: dict[str, tuple[str, Callable[..., Any]]]
     known = {"faiss": ("faiss", faiss_knn), "usearch": ("usearch", usearch_exact)}
     if not on_cpu:
-        known = {"mm + flashinfer top_k": ("flashinfer", flashinfer_topk)}
+        known = {
+            "mm + flashinfer top_k": ("flashinfer", partial(flashinfer_topk, deterministic=False)),
+            "mm + flashinfer top_k, deterministic": ("flashinfer", partial(flashinfer_topk, deterministic=True)),
+        }
     return {name: run for name, (package, run) in known.items() if find_spec(package)}
 
 
@@ -90,19 +97,44 @@ def padded_bmm(x: Tensor, keys: Tensor, key_bias: Tensor, values: Tensor, **rest
     return torch.einsum("tn,tnd->td", o * there, values[rows])
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM serves
+
+
+def vllm_adapters(halves: Sequence[Tensor], values: Tensor) -> Inputs:
+    """What vLLM has made before a forward: for every request an adapter, its first product `halves` [T, n, d] (two for
+    a gated FFN), its second `values` [T, n, d], padded to a rank that it serves; and where each token finds its own.
+    """
+    sdp = torch.backends.cuda.cudnn_sdp_enabled()
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, utils
+
+    torch.backends.cuda.enable_cudnn_sdp(sdp)  # importing vLLM switches it off for everybody
+    # It knows weights by their address alone, also those of a case that is over and had another rank.
+    utils._LORA_A_PTR_DICT.clear(), utils._LORA_B_PTR_DICT.clear()
+    tokens, most = values.shape[:2]
+    rank = next(rank for rank in VLLM_RANKS if rank >= most)
+    *halves, values = (F.pad(t, (0, 0, 0, rank - most)) for t in (*halves, values))
+    meta = LoRAKernelMeta.make(max_loras=tokens, max_num_tokens=tokens, device=values.device)
+    meta.prepare_tensors(torch.arange(tokens, device=values.device))
+    return {
+        "lora_a": [half[:, None] for half in halves],  # [T, 1, rank, d]
+        "lora_b": [values.transpose(1, 2)[:, None].contiguous()],
+        "meta": meta.meta_args(tokens, True),
+        "rank": rank,
+    }
+
+
 def vllm_lora(x: Tensor, key_bias: Tensor, **rest: Any) -> Tensor:
-    """vLLM's kernels for many LoRAs, padded to one rank: an edit is an adapter with an activation in its middle."""
-    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+    """vLLM's kernels for many LoRAs: an edit is an adapter with an activation in its middle."""
+    from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
 
     rows, there = rest["padded"]
     tokens, most = rows.shape
-    meta = LoRAKernelMeta.make(max_loras=tokens, max_num_tokens=tokens, device=x.device)
-    meta.prepare_tensors(torch.arange(tokens, device=x.device))
-    shrunk = torch.zeros(len(rest["lora_a"]), tokens, most, device=x.device)
-    lora_shrink(x, rest["lora_a"], shrunk, *meta.meta_args(tokens), 1.0)
-    o = reference.activation(rest["act"])(shrunk[0] + key_bias[rows])
+    shrunk = torch.empty(len(rest["lora_a"]), tokens, rest["rank"], device=x.device)
+    lora_shrink(x, rest["lora_a"], shrunk, *rest["meta"], 1.0)
+    o = reference.activation(rest["act"])(shrunk[0, :, :most] + key_bias[rows])
     if "up" in rest:
-        o = o * (shrunk[1] + rest["up_bias"][rows])
-    out = torch.zeros_like(x)
-    lora_expand((o * there)[None].to(x.dtype), rest["lora_b"], out, *meta.meta_args(tokens), add_inputs=False)
+        o = o * (shrunk[1, :, :most] + rest["up_bias"][rows])
+    middle = F.pad(o * there, (0, rest["rank"] - most)).to(x.dtype)
+    out = torch.empty_like(x)
+    lora_expand(middle[None], rest["lora_b"], out, *rest["meta"], add_inputs=False)
     return out
