@@ -357,6 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
             // Each block looks after one query if there are not more of them than blocks.
             if (now && (first_query + i) % lists == static_cast<int>(blockIdx.x) % min(lists, of.t))
                 raise(bounds, first_query + i, k, lane);
+            __syncwarp();  // all lanes have read it
             if (lane == 0) of_query[i].list = mine.list;
             __syncwarp();
         }

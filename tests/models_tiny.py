@@ -194,8 +194,8 @@ def case_taps(model: nn.Module, inputs: dict[str, Any], layers: Sequence[int]) -
         for hook in hooks:
             hook.remove()
     mask = inputs["attention_mask"]
-    last = (mask * torch.arange(mask.shape[1])).argmax(dim=1)
-    return {layer: tap[torch.arange(len(last)), last] for layer, tap in kept.items()}
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return {layer: tap[torch.arange(len(last)), last].cpu() for layer, tap in kept.items()}
 
 
 SHIFT = ShiftConfig(k=4, clamp=False)  # not clamped: half of a random model's alphas would be 0 and test nothing
@@ -237,6 +237,7 @@ def edits_for(
         shared.encoder = tuple((weight / len(bias) ** 0.5, bias / 10) for weight, bias in shared.encoder)
     if edits.calibration is not None:  # on questions of no edit, as the router needs it
         others = inputs_for(model, [3 + i % 5 for i in range(len(edits.calibration.cases))], seed=1)
+        others = {name: value.to(next(model.parameters()).device) for name, value in others.items()}
         edits.calibration.cases = case_taps(model, others, layers[:1])[layers[0]].to(edits.calibration.cases.dtype)
         edits.calibration.center = edits.calibration.cases.mean(dim=0)
     edits.validate()

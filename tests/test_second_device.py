@@ -168,3 +168,21 @@ def test_a_model_may_lie_on_two_devices(mode, there):
             assert logits.device == model.lm_head.weight.device
     torch.testing.assert_close(said[1][0], said[0][0], rtol=1e-4, atol=1e-4)
     assert torch.equal(said[1][1], said[0][1]) and said[1][2] == said[0][2]
+
+
+@pytest.mark.parametrize("mode", ["always", "routed"])
+def test_edits_may_lie_where_the_model_does(mode, there):
+    """All but the sizes of their groups, which stay where they were counted."""
+    asked = inputs_for(make_model("llama"), [5, 7])
+    edits = edits_for(make_model("llama"), ROUTED if mode == "routed" else ALWAYS, prompts=asked)
+    said = []
+    for model in (make_model("llama"), make_model("llama").to(there)):
+        inputs = {name: value.to(model.device) for name, value in asked.items()}
+        with uk.patch(model, edits), torch.no_grad():
+            said.append(model(**inputs).logits.cpu())
+        for part in (*edits.layers.values(), *edits.shared.values(), edits.calibration):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if field.name != "group_ptr":
+                    setattr(part, field.name, tree_map_only(torch.Tensor, lambda t: t.to(there), value))
+    torch.testing.assert_close(*said)

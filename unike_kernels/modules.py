@@ -88,7 +88,8 @@ class ExtraNeurons(ChoosesBackend):
         self.check(edits)
         n = len(edits.keys)
         wide = reference.compute_dtype(edits.values, self.values)
-        zeta = torch.repeat_interleave(edits.zeta.to(wide), edits.group_ptr.diff(), dim=0)  # [n, d]
+        sizes = edits.group_ptr.diff().to(edits.zeta.device)
+        zeta = torch.repeat_interleave(edits.zeta.to(wide), sizes, dim=0)  # [n, d]
         rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.to(wide) + self.beta * zeta}
         if edits.up is not None and edits.up_bias is not None:
             rows |= {"up": edits.up, "up_bias": edits.up_bias}

@@ -26,6 +26,7 @@ from bench.latency.run import write
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 3000  # characters kept of what a step printed
+DTYPES = ("float32", "bfloat16", "float16")
 GRACE = 15.0  # seconds in which a step that is interrupted may tell what it had found
 
 
@@ -72,13 +73,16 @@ def steps() -> list[Step]:
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
     return [
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
-        Step("small cases", small, 150, True),
-        Step("kernel tests", (*pytest, *spread(1), *files), 150, True),
-        Step("tests marked gpu", (*pytest, *spread(4), "-m", "gpu", "tests"), 150, True),
-        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 150, True, report=twins),
-        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 150, True, report=launches),
-        Step("memcheck", (*sanitize, "--tool", "memcheck", *small), 150, True, without, environment=apart),
-        Step("racecheck", (*sanitize, "--tool", "racecheck", *small), 150, True, without, environment=apart),
+        *(Step(f"small cases, {dtype}", (*small, dtype), 200, True) for dtype in DTYPES),
+        Step("kernel tests", (*pytest, *spread(1), *files), 200, True),
+        Step("tests marked gpu", (*pytest, *spread(4), "-m", "gpu", "tests"), 200, True),
+        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 200, True, report=twins),
+        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 200, True, report=launches),
+        *(
+            Step(f"{tool}, {dtype}", (*sanitize, "--tool", tool, *small, dtype), 200, True, without, environment=apart)
+            for tool in ("memcheck", "racecheck")
+            for dtype in DTYPES[:2]
+        ),
         Step("latency", (*time_it, *some, "--out", str(latency)), 120, report=latency),
         Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 60),
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
@@ -118,7 +122,7 @@ def run(step: Step, seconds: float, logs: Path) -> dict[str, Any]:
     done: dict[str, Any] = {"name": step.name, "command": " ".join(step.command), "passed": False, "seconds": 0.0}
     if step.missing is not None or seconds <= 0:
         return {**done, "said": step.missing or "no time was left for it"}
-    start, late, log = time.monotonic(), "", logs / f"{step.name.replace(' ', '-')}.log"
+    start, late, log = time.monotonic(), "", logs / f"{step.name.replace(',', '').replace(' ', '-')}.log"
     with (
         log.open("wb") as output,
         subprocess.Popen(

@@ -270,6 +270,7 @@ def weighted_rows(
     inside = column < d_out
     end = tl.minimum(acting_end(group_ptr, groups, first_row + n) - first_row, n)
     more = tl.zeros([BD, BT], tl.float32)
+    lost = tl.zeros([BD, BT], tl.float32)
     total = tl.zeros([BT], tl.float32)
     spoilt = tl.zeros([BT], tl.int32)
     for first in range(0, end, BN):
@@ -296,7 +297,15 @@ def weighted_rows(
                 bad = tl.max((~finite).to(tl.int32), 1) > 0
                 v = tl.where(finite, v, 0.0)
                 spoilt = tl.maximum(spoilt, tl.max((bad[:, None] & (part.to(tl.float32) != 0)).to(tl.int32), 0))
-            more = tl.dot(tl.trans(v.to(DOT)), part.to(DOT), more, input_precision="ieee")
+            if more.dtype == DOT:
+                # Tiles are added with what the sum before lost (Kahan): 2,000 terms one after the other were 2.6e-4 off
+                # on an H100 where torch, which adds in parts, was 9e-5.
+                gain = tl.dot(tl.trans(v.to(DOT)), part.to(DOT), input_precision="ieee") - lost
+                larger = more + gain
+                lost = (larger - more) - gain
+                more = larger
+            else:
+                more = tl.dot(tl.trans(v.to(DOT)), part.to(DOT), more, input_precision="ieee")
     result = tl.trans(more)
     if zeta is not None:
         if group_of is None:
