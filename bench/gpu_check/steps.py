@@ -65,7 +65,7 @@ def steps() -> list[Step]:
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     folder = Path(tempfile.mkdtemp())
     latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
-    time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--seconds", "0.2", "--minutes", "1")
+    time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--seconds", "0.2", "--minutes", "1.2")
     some = ("--only", "vicuna-7b T=1 ", "--only", "vicuna-7b bs=1 N=10000 edits=100 routed")
     speed = (python, "-m", "bench.quality.run", "--speed")  # an editor on the GPU; without --quick it takes minutes
     # One architecture: this machine's.
