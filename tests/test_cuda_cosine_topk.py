@@ -5,10 +5,10 @@ import ctypes
 import emulator
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, on_cuda, poisoned, shifted
+from kernel_tools import DEVICE, DTYPES, launches, on_cuda, poisoned, shifted
 from topk_bodies import CosineTopk, integers, rand
 
-from unike_kernels import backends, native, ops
+from unike_kernels import backends, cuda_kernels, native, ops
 from unike_kernels.cuda_kernels import zeros as of_zeros
 from unike_kernels.cuda_kernels.cosine_topk import KERNEL, MOST_QUERIES, ZEROS
 from unike_kernels.triton_kernels import launching as allocating
@@ -233,6 +233,17 @@ class TestCuda(CosineTopk):
             backends.resolve("cuda", DEVICE, torch.float64)
         with pytest.raises(ValueError, match="k is 129, and it finds at most 128"):
             ops.cosine_topk(rand(1, 8), rand(140, 8), 129, backend="cuda")
+
+    @pytest.mark.parametrize(("tokens", "dtype"), [(16, torch.bfloat16), (17, torch.bfloat16), (1, torch.float32)])
+    def test_auto_takes_it_where_it_was_measured_faster(self, tokens, dtype):
+        q, keys = rand(tokens, 64, dtype=dtype), rand(90, 64, dtype=dtype)
+        mine = cuda_kernels.faster("cosine_topk", (q, keys, 5, None, None))
+        assert mine == (tokens <= 16 and dtype != torch.float32)
+        assert not cuda_kernels.faster("cosine_topk", (q, keys, 129, None, None))
+        if not EMULATED:
+            with launches() as counted:
+                ops.cosine_topk(q, keys, 5)
+            assert (counted[KERNEL] > 0) == mine
 
     def test_the_module_refuses_what_it_cannot_do(self):
         module = native.cuda()

@@ -1,9 +1,9 @@
 """Which implementation of the operators is usable here, why another is not, and which one an operator takes.
 
-"auto" is triton for CUDA tensors; on the CPU native code where it was measured faster than the reference; and the
-reference elsewhere, and for float64. "cuda" is the CUDA C++ kernels for the operators and sizes that have one, and
-triton for the rest; "auto" does not take it before a GPU has measured that it is the faster. A backend that is named
-has to run.
+"auto" is, for CUDA tensors, triton, or a CUDA C++ kernel for the operators and sizes where a GPU has measured that it
+is the faster; on the CPU native code where it was measured faster than the reference; and the reference elsewhere, and
+for float64. "cuda" is the CUDA C++ kernels for all operators and sizes that have one, and triton for the rest. A
+backend that is named has to run.
 """
 
 import os
@@ -84,6 +84,8 @@ def implementation(
     if resolved == "reference":
         return None
     if resolved == "cuda" and cuda_kernels.refusal(operator, args) is None:
+        return cuda_kernels.launcher(operator)
+    if backend == "auto" and cuda_kernels.faster(operator, args) and _no_cuda("cuda") is None:
         return cuda_kernels.launcher(operator)
     refused = triton_kernels.refusal(operator, args)
     if refused is None:

@@ -26,6 +26,11 @@ class ChoosesBackend(nn.Module):
                 self.backend = asked if chosen == "cpu" else chosen
                 break
 
+    @property
+    def kernels(self) -> str:
+        """What a call of an operator is given: "auto" where a GPU has two kinds of kernels; else what was chosen."""
+        return "auto" if self.asked == "auto" and self.backend == "triton" else self.backend
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         done = super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
         self._choose_again()

@@ -99,7 +99,7 @@ class ExternalMemory(ChoosesBackend):
         if index is not None:  # few queries, many items; on the CPU, or where CUDA kernels were asked for
             scores, indices = index.search(q, k, ranges)
         else:
-            backend = self.backend if k <= MAX_K else self.asked  # for more, "auto" looks for one that has room
+            backend = self.kernels if k <= MAX_K else self.asked  # for more, "auto" looks for one that has room
             scores, indices = ops.cosine_topk(q, self.sem, k, key_norm=self.sem_norm, ranges=ranges, backend=backend)
         if selected is None or self.capacity == 0:
             return scores, indices

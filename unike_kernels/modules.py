@@ -88,8 +88,7 @@ class ExtraNeurons(ChoosesBackend):
         self.check(edits)
         n = len(edits.keys)
         wide = reference.compute_dtype(edits.values, self.values)
-        sizes = edits.group_ptr.diff().to(edits.zeta.device)
-        zeta = torch.repeat_interleave(edits.zeta.to(wide), sizes, dim=0)  # [n, d]
+        zeta = edits.zeta.to(wide).repeat_interleave(edits.group_ptr.diff().to(edits.zeta.device), dim=0)  # [n, d]
         rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.to(wide) + self.beta * zeta}
         if edits.up is not None and edits.up_bias is not None:
             rows |= {"up": edits.up, "up_bias": edits.up_bias}
@@ -449,7 +448,7 @@ class KnowledgeShift(ChoosesBackend):
 
     def _items(self, indices: Tensor, token_to_case: Tensor | None) -> dict[str, Any]:
         items = {"item_keys": self.memory.keys, "item_values": self.memory.values, "indices": indices}
-        return {**items, "token_to_case": token_to_case, **self._scores, "backend": self.backend}
+        return {**items, "token_to_case": token_to_case, **self._scores, "backend": self.kernels}
 
     @property
     def _scores(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Router(ChoosesBackend):
     def _search(self, q: Tensor, keys: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(scores, indices) [C, k] among the first n [] of `keys`, a number that stays on the device."""
         ranges = torch.stack([torch.zeros_like(n), n]).expand(len(q), 2)
-        return ops.cosine_topk(q, keys, k, ranges=ranges, backend=self.backend)
+        return ops.cosine_topk(q, keys, k, ranges=ranges, backend=self.kernels)
 
     def extra_repr(self) -> str:
         c = self.config

@@ -8,7 +8,8 @@ import torch
 
 Inputs = dict[str, Any]
 OURS = "unike"
-CUDA = "unike, backend cuda"  # timed beside "auto" until it is known which is faster
+# What "auto" chooses between, timed beside it where a GPU has both.
+CUDA, TRITON = "unike, backend cuda", "unike, backend triton"
 INDEXED = "unike, int8 index"
 NEURONS = 10  # of one edit at one layer, as the editor makes them
 K = 40  # items retrieved

@@ -61,8 +61,8 @@ def _on_gpu() -> Iterator[Case]:
     yield from (external(vicuna, items) for items in (1_000, 10_000))
     yield from (external(shape, 10_000) for shape in (opt, qwen))
     yield ragged(vicuna, 64, 1_000)
-    for tokens in (1, 64):
-        yield from (shift(vicuna, tokens, k) for k in (40, 80))
+    for tokens in (1, 16, 64):
+        yield from (shift(vicuna, tokens, k) for k in ((40, 80) if tokens != 16 else (40,)))
         yield raw_shift(vicuna, tokens)
     yield from (shift(shape, 1) for shape in (opt, qwen))
     yield from (tenants(vicuna, tokens) for tokens in (16, 64))

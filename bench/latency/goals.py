@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.latency.case import CUDA, INDEXED, OURS
+from bench.latency.case import CUDA, INDEXED, OURS, TRITON
 
 Results = dict[str, Any]
 Figure = tuple[float, str]
@@ -60,7 +60,7 @@ def time_of(timings: dict[str, Any], name: str, device: str) -> float | None:
 
 def ours(case: dict[str, Any], device: str) -> float | None:
     """The quicker of this package's own, which a user can choose between by `backend`."""
-    found = [time_of(case["timings"], name, device) for name in (OURS, CUDA)]
+    found = [time_of(case["timings"], name, device) for name in (OURS, CUDA, TRITON)]
     return min((time for time in found if time is not None), default=None)
 
 

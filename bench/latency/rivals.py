@@ -27,6 +27,12 @@ def mm_topk(q: Tensor, unit: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tenso
     return scores.float(), indices
 
 
+def exact_topk(q: Tensor, keys: Tensor, key_norm: Tensor, k: int) -> Tensor:
+    """The items of `mm_topk` with scores that stay float32: in half precision its rounding takes the wrong ones."""
+    wide = {"out_dtype": torch.float32} if q.is_cuda and q.dtype != torch.float32 else {}
+    return (torch.mm(q, keys.T, **wide) / key_norm).topk(k).indices
+
+
 def cosine_similarity(q: Tensor, keys: Tensor, k: int, **rest: Any) -> tuple[Tensor, Tensor]:
     """torch's own function for it, which lays out [T, N, d]."""
     scores, indices = F.cosine_similarity(q[:, None], keys[None], dim=-1).topk(k)

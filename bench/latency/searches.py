@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.latency.case import CUDA, INDEXED, OURS, Case, Inputs, K
-from bench.latency.rivals import beside, compiled, cosine_similarity, mm_topk
+from bench.latency.case import CUDA, INDEXED, OURS, TRITON, Case, Inputs, K
+from bench.latency.rivals import beside, compiled, cosine_similarity, exact_topk, mm_topk
 from bench.latency.shapes import Shape, hidden
 from unike_kernels import backends, native, ops, reference
 from unike_kernels.cuda_kernels.int8_search import MOST_QUERIES, CudaInt8Index
@@ -63,7 +63,7 @@ def search(shape: Shape, queries: int, items: int, on_cpu: bool = False, dtype: 
     if has_index(on_cpu, queries):
         providers[INDEXED] = indexed
     if not on_cpu and has_cuda_kernels():
-        providers[CUDA] = partial(ours, backend="cuda")
+        providers |= {CUDA: partial(ours, backend="cuda"), TRITON: partial(ours, backend="triton")}
     if dtype is None:
         providers |= beside(on_cpu)
     providers["mm + topk"] = mm_topk
@@ -135,7 +135,7 @@ def ragged(shape: Shape, queries: int, mean: int, on_cpu: bool = False) -> Case:
 
     providers: dict[str, Callable[..., Any]] = {OURS: ours, "loop over banks": loop, "mm over all, masked": masked}
     if not on_cpu and has_cuda_kernels():
-        providers[CUDA] = partial(ours, backend="cuda")
+        providers |= {CUDA: partial(ours, backend="cuda"), TRITON: partial(ours, backend="triton")}
     return Case(
         "cosine_topk",
         shape.name,
@@ -164,7 +164,6 @@ def external(shape: Shape, items: int, on_cpu: bool = False) -> Case:
         return {
             "tap": rows(1, shape.d),
             "sem": sem,
-            "unit": F.normalize(sem.float(), dim=1).to(dtype),
             "sem_norm": torch.linalg.vector_norm(sem.float(), dim=1),
             "heads": rows(1, width),
             "q": rows(1, shape.heads, shape.head_dim),
@@ -174,23 +173,24 @@ def external(shape: Shape, items: int, on_cpu: bool = False) -> Case:
         }
 
     def path(search: Callable[..., Any], shift: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
-        def run(tap: Tensor, sem: Tensor, sem_norm: Tensor, unit: Tensor, heads: Tensor, **rest: Any) -> Tensor:
+        def run(tap: Tensor, sem: Tensor, sem_norm: Tensor, heads: Tensor, **rest: Any) -> Tensor:
             _, indices = search(tap, sem, K, key_norm=sem_norm, **options)
             parts = (rest[name] for name in ("q", "item_keys", "item_values"))
             return shift(heads, *parts, indices, alpha=rest["alpha"], **options)[0]
 
         return run
 
-    def torch_path(tap: Tensor, unit: Tensor, heads: Tensor, **rest: Any) -> Tensor:
-        """Normalise, multiply, top-K, gather, torch's attention, a weighted sum."""
-        indices = mm_topk(tap, unit, K)[1]
+    def torch_path(tap: Tensor, heads: Tensor, **rest: Any) -> Tensor:
+        """Multiply, divide by the norms, top-K, gather, torch's attention, a weighted sum."""
+        indices = exact_topk(tap, rest["sem"], rest["sem_norm"], K)
         k, v = (rest[name][indices].transpose(1, 2) for name in ("item_keys", "item_values"))
         h = F.scaled_dot_product_attention(rest["q"][:, :, None], k, v, enable_gqa=shape.kv_heads != shape.heads)
         return torch.lerp(heads, h.flatten(1), rest["alpha"][:, None].to(heads.dtype))
 
     providers = {OURS: path(ops.cosine_topk, ops.knowledge_shift), "torch": torch_path}
     if not on_cpu and has_cuda_kernels():
-        providers[CUDA] = path(ops.cosine_topk, ops.knowledge_shift, backend="cuda")
+        for name, backend in ((CUDA, "cuda"), (TRITON, "triton")):
+            providers[name] = path(ops.cosine_topk, ops.knowledge_shift, backend=backend)
     return Case(
         "external path",
         shape.name,

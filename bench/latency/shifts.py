@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.latency.case import CUDA, OURS, Case, Inputs, K
+from bench.latency.case import CUDA, OURS, TRITON, Case, Inputs, K
 from bench.latency.rivals import compiled
 from bench.latency.searches import has_cuda_kernels
 from bench.latency.shapes import Shape, hidden
@@ -120,7 +120,8 @@ def _case(
     """With this package, the reference and, for the sizes that the goals name, the equations compiled."""
     providers: dict[str, Callable[..., Any]] = {OURS: ops.knowledge_shift}
     if not on_cpu and has_cuda_kernels():
-        providers[CUDA] = partial(ops.knowledge_shift, backend="cuda")
+        for name, backend in ((CUDA, "cuda"), (TRITON, "triton")):
+            providers[name] = partial(ops.knowledge_shift, backend=backend)
     providers |= rivals
     if sizes["T"] in (1, 64) and sizes["K"] == K:
         providers["step by step, compiled"] = compiled(rivals["step by step"])

@@ -131,7 +131,9 @@ def main(
     if speed_:
         folder = QUICK if quick else RESULTS
         for seed in bases:
-            result = speed.run(seed, 16 if quick else edits or 128, 1 if quick else 3, quick=quick, device=device)
+            slow = None if device == "cpu" else 32
+            many = edits or (16 if quick else 128)
+            result = speed.run(seed, many, 1 if quick else 3, quick=quick, device=device, slow=slow)
             result |= {"environment": environment()}
             save(f"speed{'' if result['device'] == 'cpu' else '-gpu'}-seed{seed}", result, folder)
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)

@@ -23,6 +23,11 @@ def refusal(name: str, args: Sequence[Any]) -> str | None:
     return import_module(f".{LAUNCHERS[name]}", __package__).refusal(args)
 
 
+def faster(name: str, args: Sequence[Any]) -> bool:
+    """Whether there is a CUDA kernel for these arguments, and a GPU has measured that it is faster than Triton's."""
+    return refusal(name, args) is None and import_module(f".{LAUNCHERS[name]}", __package__).faster(args)
+
+
 def launcher(name: str) -> Callable[..., Any]:
     """The launcher of the operator `name`."""
     return getattr(import_module(f".{LAUNCHERS[name]}", __package__), name)

@@ -46,6 +46,16 @@ def refusal(args: Sequence[Any]) -> str | None:
     return None
 
 
+def faster(args: Sequence[Any]) -> bool:
+    """Whether it is quicker than Triton's: for the queries of a decoding step, in half precision.
+
+    H100, bf16, d = 4096, one query: 25 against 46 us of 1,000 keys, 57 against 76 of 10,000, 335 against 418 of
+    100,000.
+    """
+    q, keys = args[:2]
+    return math.prod(q.shape[:-1]) <= 16 and q.dtype == keys.dtype and q.dtype.itemsize == 2
+
+
 def cosine_topk(
     q: Tensor, keys: Tensor, k: int, key_norm: Tensor | None, ranges: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,14 @@ def refusal(args: Sequence[Any]) -> str | None:
     return None
 
 
+def faster(args: Sequence[Any]) -> bool:
+    """Whether it is quicker than Triton's: for one head as wide as the hidden state, whose columns blocks share.
+
+    H100, bf16, 40 items, one token, d = 4096: 18 against 69 us; with 32 heads of 128 it loses, 12 against 7.
+    """
+    return args[1].dim() == 2
+
+
 def _most_blocks(arch: int) -> int:
     return 8 if arch >= CLUSTERS or arch == tuning.INTERPRETER else 1
 

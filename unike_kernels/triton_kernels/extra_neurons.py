@@ -24,9 +24,10 @@ _CPU = tuning.INTERPRETER
 tuning.ROWS += [
     # About 132 programs at every T, where d_out allows; no more columns than 16 rows of them leave registers for.
     tuning.Row("selected_rows", _CPU, {}, {"BN": 16, "BK": 64, "BD": 64, "num_warps": 1}),
-    tuning.Row("selected_rows", 0, {"tokens": 8}, {"BN": 16, "BK": 512, "BD": 256, "num_warps": 8}),
-    tuning.Row("selected_rows", 0, {"tokens": 16}, {"BN": 16, "BK": 512, "BD": 512, "num_warps": 8}),
-    tuning.Row("selected_rows", 0, {}, {"BN": 16, "BK": 512, "BD": 1024, "num_warps": 8}),
+    tuning.Row("selected_rows", 0, {"slow": 0, "tokens": 8}, {"BN": 16, "BK": 1024, "BD": 256, "num_warps": 8}),
+    tuning.Row("selected_rows", 0, {"slow": 0, "tokens": 16}, {"BN": 16, "BK": 1024, "BD": 512, "num_warps": 8}),
+    tuning.Row("selected_rows", 0, {"slow": 0}, {"BN": 16, "BK": 1024, "BD": 1024, "num_warps": 8}),
+    tuning.Row("selected_rows", 0, {}, {"BN": 16, "BK": 256, "BD": 256, "num_warps": 8}),
     tuning.Row("selected_tiles", _CPU, {}, {"BT": 16, "BN": 16, "BK": 64, "BD": 64, "num_warps": 1}),
     tuning.Row(
         "selected_tiles", 0, {"slow": 0}, {"BT": 32, "BN": 16, "BK": 128, "BD": 256, "num_warps": 8, "num_stages": 3}
@@ -134,7 +135,7 @@ def _run(
     strides = [stride(t) for t in (y, x, keys, values, up, zeta, route, selected)]
     sizes = (n, d, d_out, selected.shape[1], beta, *strides)
     if token_to_case is None or tokens <= FEW_TOKENS:
-        choice = tuning.choose("selected_rows", x.device, tokens=tokens, d_out=d_out)
+        choice = tuning.choose("selected_rows", x.device, tokens=tokens, d_out=d_out, slow=slow(dot, d, d_out))
         grid = (tokens, -(-d_out // choice["BD"]))
         launching.launch(selected_rows, grid, y, x, *tensors, *sizes, ACT=act, IN_PLACE=in_place, **choice)
     else:

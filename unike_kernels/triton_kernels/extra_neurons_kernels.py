@@ -40,15 +40,31 @@ def chosen_group(selected, row, stride_row, slot, route, stride_route, group_ptr
 
 
 @triton.jit
-def row_products(rows, stride, i, live, x, d, BN: tl.constexpr, BK: tl.constexpr):
-    """[BN] rows[i] . x in float32 on CUDA cores, x one token: no product is rounded."""
-    sums = tl.zeros([BN, BK], tl.float32)
+def row_products(rows, stride, more_rows, more_stride, i, live, x, d, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN] rows[i] . x and more_rows[i] . x (0 if None) in float32 on CUDA cores, x one token: no product is rounded.
+
+    One walk for both, in long steps: what it costs is the wait for memory in every step. Two walks of 8 steps each took
+    12 us on an H100, of which the bytes explain 2.
+    """
+    sums = tl.zeros([BN, BK // 8], tl.float32)
+    more = tl.zeros([BN, BK // 8], tl.float32)
     for first in range(0, d, BK):
         k = first + tl.arange(0, BK)
+        mask = live[:, None] & (k < d)[None, :]
+        row_k = tl.load(rows + i[:, None] * stride + k[None, :], mask=mask, other=0.0)
+        if more_rows is not None:
+            more_k = tl.load(more_rows + i[:, None] * more_stride + k[None, :], mask=mask, other=0.0)
         x_k = tl.load(x + k, mask=k < d, other=0.0).to(tl.float32)
-        row_k = tl.load(rows + i[:, None] * stride + k[None, :], mask=live[:, None] & (k < d)[None, :], other=0.0)
-        sums += row_k.to(tl.float32) * x_k[None, :]
-    return tl.sum(sums, 1)
+        sums += eighths(row_k.to(tl.float32) * x_k[None, :], BN, BK)
+        if more_rows is not None:
+            more += eighths(more_k.to(tl.float32) * x_k[None, :], BN, BK)
+    return tl.sum(sums, 1), tl.sum(more, 1)
+
+
+@triton.jit
+def eighths(x, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK / 8] sums of eight neighbours, which a thread has loaded together: an eighth of the registers."""
+    return tl.sum(tl.reshape(x, [BN, BK // 8, 8]), 2)
 
 
 @triton.jit
@@ -101,12 +117,11 @@ def selected_rows(
         for first in range(start, end, BN):
             i = first + tl.arange(0, BN).to(tl.int64)
             live = i < end
-            a = row_products(keys, stride_k, i, live, x + t * stride_x, d, BN, BK)
+            a, u = row_products(keys, stride_k, up, stride_u, i, live, x + t * stride_x, d, BN, BK)
             if key_bias is not None:
                 a += tl.load(key_bias + i, mask=live, other=0.0).to(tl.float32)
             o = activate(a, ACT)
             if up is not None:
-                u = row_products(up, stride_u, i, live, x + t * stride_x, d, BN, BK)
                 if up_bias is not None:
                     u += tl.load(up_bias + i, mask=live, other=0.0).to(tl.float32)
                 o = o * u
