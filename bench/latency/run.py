@@ -92,11 +92,16 @@ def run(
         if time.monotonic() > end:
             break
         kind = "cases" if isinstance(item, Case) else "stacks"
-        if isinstance(item, Case):
-            models.model = models.shape = None  # makes room
-            results[kind][item.name] = time_case(item, device, dtype, seconds)
-        else:
-            results[kind][item.name] = stacks.time_stack(item, device, dtype, 4 * seconds, models)
+        wrong = results.setdefault("wrong", {})
+        wrong.pop(item.name, None)
+        try:
+            if isinstance(item, Case):
+                models.model = models.shape = None  # makes room
+                results[kind][item.name] = time_case(item, device, dtype, seconds)
+            else:
+                results[kind][item.name] = stacks.time_stack(item, device, dtype, 4 * seconds, models)
+        except AssertionError as error:  # a wrong result is no reason to time nothing else
+            wrong[item.name] = str(error)
         results["left"] = len(todo) - done - 1
         write(file, results)
         torch._dynamo.reset()  # compiled rivals of one case are of no use to the next
@@ -156,6 +161,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(table)
     for line in goals(results):
         console.print(line, markup=False)
+    for name, why in results.get("wrong", {}).items():
+        console.print(f"WRONG: {name}: {why}", markup=False)
     if results.get("left"):
         console.print(f"{results['left']} cases are left: the same command goes on with them")
 
@@ -199,6 +206,8 @@ def main() -> None:
 
         for path in draw(results, file.with_suffix("")):
             print(path)
+    if results.get("wrong"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
