@@ -125,5 +125,11 @@ class _Mode(TorchDispatchMode):
 @contextmanager
 def second_device() -> Iterator[torch.device]:
     """Inside, tensors and modules may be put on the device that this gives."""
-    with _Literals(), _Mode():
-        yield DEVICE
+    asked = torch.is_autocast_enabled
+    # Before torch 2.12 it does not know this type of device.
+    torch.is_autocast_enabled = lambda *of: asked(*("cpu" if one == DEVICE.type else one for one in of))
+    try:
+        with _Literals(), _Mode():
+            yield DEVICE
+    finally:
+        torch.is_autocast_enabled = asked

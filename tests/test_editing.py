@@ -332,7 +332,13 @@ def test_the_model_is_restored_after_an_error(where, monkeypatch):
     elif where == "extraction":
         monkeypatch.setattr(editor_module.Extraction, "_chunk", fail_after(0, None))
     else:
-        n = {"second step": 1, "last edit": 40, "W_zeta": 3}[where]
+        n = {"second step": 1, "W_zeta": 3}.get(where, 0)
+        if where == "last edit":  # how many steps there are differs with the weights that a transformers draws
+            with monkeypatch.context() as counting:
+                counting.setattr(GroupTrainer, "_forward", fail_after(1000, GroupTrainer._forward))
+                make_editor("blip2", routed(batch_size=2)).edit(make_requests("blip2", 6), **QUIET)
+            n = len(calls) - 1
+            calls.clear()
         monkeypatch.setattr(GroupTrainer, "_forward", fail_after(n, GroupTrainer._forward))
     memory, fits = editor.states, editor.fits
     with pytest.raises(KeyboardInterrupt):

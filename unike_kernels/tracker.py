@@ -116,7 +116,9 @@ class CaseTracker:
             state.known = now if state.known is None else now | state.known.to(now.device)
             self.slots = self._settled(self.slots)
             return
-        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        # No name is assigned within an expression: torch 2.11's compiler cannot read one.
+        caches = [getattr(output, name, None) for name in CACHE_NAMES]
+        cache = next((found for found in caches if found is not None), None)
         if isinstance(output, tuple):
             cache = output[1] if len(output) > 1 else None
         if isinstance(cache, tuple):
