@@ -307,12 +307,22 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
     const Bounds& bounds = problem.to.bounds;
     const auto entries_of = [&](int i) { return problem.to.entries(first_query + i, static_cast<int>(blockIdx.x)); };
     static_assert(Math::queries <= 32 * kWarps, "");
+    // Which blocks look for what k rows reach after their 2^i-th unit: not all of many, and not always the same ones.
+    const int watched = min(lists, of.t), groups = max(1, min(8, lists / watched / 8));
+    const int group = static_cast<int>(blockIdx.x) / watched % groups;
     Packed known = 0;  // lane j: of the warp's j-th query
+    float key_norms[(Math::rows + 31) / 32];
     Math math;
     math.reset();
     while (unit < units) {
-        if (slab == 0 && warp + kWarps * lane < count)  // it is there when the unit is done
-            known = load_relaxed(bounds.reached + first_query + warp + kWarps * lane);
+        if (slab == 0) {  // what is asked for here is there when the unit is done
+            if (warp + kWarps * lane < count) known = load_relaxed(bounds.reached + first_query + warp + kWarps * lane);
+#pragma unroll
+            for (int i = 0; i < (Math::rows + 31) / 32; ++i) {
+                const int of_unit = 32 * i + lane, row = unit * Math::rows + of_unit;
+                key_norms[i] = !norms && warp < count && of_unit < Math::rows && row < n ? of.key_norm[row] : 1.0f;
+            }
+        }
         cp_async_wait<Math::stages - 2>();
         if (Bulk) wait_for_bytes(barriers + stage, parity);
         __syncthreads();  // the slab is there for all, and nobody reads the one before it any more
@@ -328,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
         math.reset();
         __syncthreads();
         ++done;
-        const bool now = (done & (done - 1)) == 0;
+        const bool now = (done & (done - 1)) == 0 && (31 - __clz(done)) % groups == group;
         for (int i = warp; i < count; i += kWarps) {
             OfQuery mine = of_query[i];
             const Packed bound = __shfl_sync(kWarp, known, i / kWarps);
@@ -348,14 +358,14 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_topk_stream(const Problem 
                         dot += sums[part * Math::rows * (Math::queries + 1) + i];
                         if (norms) square += sums[part * Math::rows * (Math::queries + 1) + Math::queries];
                     }
-                    const float norm = norms ? __fsqrt_rn(square) : of.key_norm[row];
+                    const float norm = norms ? __fsqrt_rn(square) : key_norms[first / 32];
                     // Dividing twice, as the reference does, cannot overflow where its result does not.
                     candidate = pack(__fdiv_rn(__fdiv_rn(dot, mine.norm), norm == 0 ? INFINITY : norm), row);
                 }
                 offer(mine.list, entries_of(i), candidate, bounds, first_query + i, k, lane);
             }
             // Each block looks after one query if there are not more of them than blocks.
-            if (now && (first_query + i) % lists == static_cast<int>(blockIdx.x) % min(lists, of.t))
+            if (now && (first_query + i) % lists == static_cast<int>(blockIdx.x) % watched)
                 raise(bounds, first_query + i, k, lane);
             __syncwarp();  // all lanes have read it
             if (lane == 0) of_query[i].list = mine.list;

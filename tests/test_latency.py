@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.latency import gate, goals, neurons, plots, run, searches, stack
+from bench.latency import gate, goals, kernels, neurons, plots, run, searches, stack
 from bench.latency.case import CUDA, INDEXED, OURS
 from bench.latency.cases import cases
 from bench.latency.gate import verdicts
@@ -16,6 +16,7 @@ from bench.latency.searches import ragged, search
 from bench.latency.shapes import SHAPES, hidden
 from bench.latency.shifts import raw_shift, shift
 from bench.latency.timing import _reset, compare
+from unike_kernels.triton_kernels import tuning
 
 CPU = torch.device("cpu")
 QUICK = {case.name: case for case in cases(CPU, quick=True)}
@@ -328,3 +329,24 @@ def test_plots_are_drawn_of_three_points_and_more(tmp_path):
     assert title == "opt-2.7b bfloat16 T=1" and [size for size, _ in lines[OURS]] == [1_000, 10_000, 100_000]
     (path,) = plots.draw(results, tmp_path / "cpu")
     assert path.name == "cpu-search-items.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernel_times_are_of_the_choices_that_they_name(monkeypatch):
+    toy = dataclasses.replace(SHAPES["vicuna-7b"], d=32, ffn=48, heads=2, kv_heads=2, head_dim=16)
+    monkeypatch.setattr(kernels, "SHAPE", toy)
+    names = [name for name, _ in kernels.runs(CPU, torch.float32)]
+    assert len(set(names)) == len(names) > 20
+    pytest.importorskip("unike_kernels.triton_kernels.extra_neurons")  # which brings its rows of the table
+    seen = []
+    kernels.choosing("selected_rows", {"BK": 512}, lambda: seen.extend(map(chosen_for, ("selected_rows", "hidden"))))()
+    assert seen == [{**chosen_for("selected_rows"), "BK": 512}, chosen_for("hidden")]
+
+
+def chosen_for(kernel):
+    return tuning.choose(kernel, CPU, tokens=1, d_out=32, n=10, slow=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernel_times_want_a_gpu():
+    with pytest.raises(SystemExit, match="there is no CUDA device here"):
+        kernels.main()

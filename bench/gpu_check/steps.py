@@ -64,7 +64,7 @@ def steps() -> list[Step]:
     # Without torch's pool every tensor is an allocation of its own, so that writing past its end is seen.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     folder = Path(tempfile.mkdtemp())
-    latency, twins, launches = (folder / f"{name}.json" for name in ("latency", "twins", "launches"))
+    latency, twins, launches, times = (folder / f"{name}.json" for name in ("latency", "twins", "launches", "kernels"))
     time_it = (python, "-m", "bench.latency.run", "--device", "cuda", "--seconds", "0.2", "--minutes", "1.2")
     some = ("--only", "vicuna-7b T=1 ", "--only", "vicuna-7b bs=1 N=10000 edits=100 routed")
     speed = (python, "-m", "bench.quality.run", "--speed")  # an editor on the GPU; without --quick it takes minutes
@@ -74,7 +74,7 @@ def steps() -> list[Step]:
     return [
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
         *(Step(f"small cases, {dtype}", (*small, dtype), 200, True) for dtype in DTYPES),
-        Step("kernel tests", (*pytest, *spread(1), *files), 200, True),
+        Step("kernel tests", (*pytest, *spread(1), *files), 260, True),
         Step("tests marked gpu", (*pytest, *spread(4), "-m", "gpu", "tests"), 200, True),
         Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 200, True, report=twins),
         Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 200, True, report=launches),
@@ -93,6 +93,7 @@ def steps() -> list[Step]:
             for dtype in DTYPES[:2]
         ),
         Step("latency", (*time_it, *some, "--out", str(latency)), 120, report=latency),
+        Step("kernel times", (python, "-m", "bench.latency.kernels", str(times)), 60, report=times),
         Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 60),
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
         Step(

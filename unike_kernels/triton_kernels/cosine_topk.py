@@ -35,6 +35,17 @@ def _keep_best(best, new, KP: tl.constexpr):
 
 
 @triton.jit
+def _first_columns(x, LIVE: tl.constexpr):
+    """The first LIVE columns of x [R, C], exactly."""
+    if x.shape[1] == LIVE:
+        return x
+    else:
+        apart = tl.reshape(x, [x.shape[0], x.shape[1] // LIVE, LIVE])
+        first = tl.arange(0, x.shape[1] // LIVE)[None, :, None] == 0
+        return tl.sum(tl.where(first, apart, 0.0), axis=1)
+
+
+@triton.jit
 def cosine_topk_scan(
     q,  # [T, d]
     keys,  # [N, d]
@@ -58,6 +69,7 @@ def cosine_topk_scan(
     KP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    LIVE: tl.constexpr,  # at least the queries of a tile: BLOCK_T, or less where one tile holds all
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr = 16,  # at least M
     OWN: tl.constexpr = 0,  # with selected: how many programs, the last ones, see a query's own rows each
@@ -68,13 +80,14 @@ def cosine_topk_scan(
     every edit e of its case: program P + j takes these for query j of the tile, and its list is the one behind all P.
 
     Dot of keys [BLOCK_N, BLOCK_D] and queries [BLOCK_D, BLOCK_T]: keys on the left, so that few queries waste little.
+    Only LIVE columns of it are sorted: with all 16, 5,000 of a block's instructions sorted what belonged to no query.
     Accumulates in float32; nothing is rounded after that but the two divisions.
     """
     if counters is not None:
         if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(counters + tl.arange(0, 4), tl.zeros((4,), tl.int32))
     programs = tl.num_programs(0) - OWN
-    of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    of_tile = tl.program_id(1) * BLOCK_T + tl.arange(0, LIVE)
     is_query = of_tile < T
     if token_to_case is not None:
         case = tl.load(token_to_case + of_tile, mask=is_query, other=-1)
@@ -90,7 +103,7 @@ def cosine_topk_scan(
         first = tl.maximum(tl.min(tl.where(is_query & (start < end), start, N)), 0)
         last = tl.minimum(tl.max(tl.where(is_query & (start < end), end, 0)), N)
     else:
-        start = tl.zeros([BLOCK_T], tl.int64)
+        start = tl.zeros([LIVE], tl.int64)
         end = start + N
         first = tl.zeros([], tl.int64)
         last = first + N
@@ -105,7 +118,7 @@ def cosine_topk_scan(
         begin = first_block + (tl.program_id(0) - first_block % stride + stride) % stride
         step_of = stride
         mine = tl.program_id(0) - programs  # the query of the tile whose own rows these are; below 0: none
-        is_mine = tl.arange(0, BLOCK_T) == mine
+        is_mine = tl.arange(0, LIVE) == mine
         if mine >= 0:
             begin = tl.zeros([], tl.int32)
             last_block = tl.max((is_mine & is_query).to(tl.int32))  # M is at most BLOCK_N: one block
@@ -114,9 +127,11 @@ def cosine_topk_scan(
             case_of = tl.zeros([], tl.int64)
         shared, total = tl.load(spans + 1), tl.load(spans + 3)
 
-    at_query = q + of_tile.to(tl.int64)[:, None] * q_stride
+    in_dot = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at_query = q + in_dot.to(tl.int64)[:, None] * q_stride
+    in_dot = in_dot[:, None] < T
     column = tl.arange(0, BLOCK_D)
-    best = tl.full([BLOCK_T, KP], NOTHING, tl.int64)
+    best = tl.full([LIVE, KP], NOTHING, tl.int64)
     for block in tl.range(begin, last_block, step_of):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         is_row = row < N
@@ -125,6 +140,8 @@ def cosine_topk_scan(
             is_row = tl.where(mine >= 0, (one >= 0) & (one + shared < total), is_row)
             row = tl.where(mine >= 0, one + shared, row)
         at_key = keys + row[:, None] * key_stride
+        if key_norm is not None:  # asked for before the walk, there behind it
+            norm = tl.load(key_norm + row * norm_stride, mask=is_row, other=1.0).to(tl.float32)
         dots = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         squares_q = tl.zeros([BLOCK_T], tl.float32)
         squares_k = tl.zeros([BLOCK_N], tl.float32)
@@ -132,10 +149,10 @@ def cosine_topk_scan(
             at = step * BLOCK_D + column
             if EVEN:
                 k_tile = tl.load(at_key + at[None, :], mask=is_row[:, None], other=0.0)
-                q_tile = tl.load(at_query + at[None, :], mask=is_query[:, None], other=0.0)
+                q_tile = tl.load(at_query + at[None, :], mask=in_dot, other=0.0)
             else:
                 k_tile = tl.load(at_key + at[None, :], mask=is_row[:, None] & (at < d)[None, :], other=0.0)
-                q_tile = tl.load(at_query + at[None, :], mask=is_query[:, None] & (at < d)[None, :], other=0.0)
+                q_tile = tl.load(at_query + at[None, :], mask=in_dot & (at < d)[None, :], other=0.0)
             wide_q = q_tile.to(tl.float32)
             squares_q += tl.sum(wide_q * wide_q, axis=1)
             if WIDE:
@@ -148,9 +165,8 @@ def cosine_topk_scan(
                 squares_k += tl.sum(wide_k * wide_k, axis=1)
         if key_norm is None:
             norm = tl.sqrt_rn(squares_k)
-        else:
-            norm = tl.load(key_norm + row * norm_stride, mask=is_row, other=1.0).to(tl.float32)
-        norm_q = tl.sqrt_rn(squares_q)
+        dots = _first_columns(dots, LIVE)
+        norm_q = tl.sqrt_rn(tl.sum(_first_columns(squares_q[None, :], LIVE), axis=0))
         # A zero vector has cosine 0. Dividing twice, as the reference does, cannot overflow where its result does not.
         scores = tl.div_rn(dots, tl.where(norm_q == 0, float("inf"), norm_q)[None, :] + tl.zeros_like(dots))
         scores = tl.div_rn(scores, tl.where(norm == 0, float("inf"), norm)[:, None] + tl.zeros_like(dots))
@@ -159,7 +175,7 @@ def cosine_topk_scan(
             own = (is_row[:, None] & is_query[None, :]) & is_mine[None, :]
             seen = tl.where(mine >= 0, own, seen)
         packed = tl.where(seen, _pack(scores, row.to(tl.int32)[:, None]), NOTHING)
-        packed = tl.trans(packed)  # [BLOCK_T, BLOCK_N]
+        packed = tl.trans(packed)  # [LIVE, BLOCK_N]
         # Most blocks hold nothing better than what is known: no sort for them.
         worst = tl.min(best, axis=1)
         if tl.max((packed > worst[:, None]).to(tl.int32)) > 0:
@@ -180,14 +196,19 @@ def cosine_topk_scan(
 def merged(found, row, count, KP: tl.constexpr, BLOCK: tl.constexpr):
     """The KP best [1, KP], packed, of the `count` that all programs found for query `row`, in chunks of BLOCK.
 
-    Every program's best come first, so that a chunk or two hold the result and the others are not sorted.
+    Every program's best come first, then every one's second, so that a chunk or two hold the result. BLOCK is at least
+    the number of programs, so a chunk has one of each: where none of them is good enough, none behind them is.
     """
     best = tl.full([1, KP], NOTHING, tl.int64)
-    for start in tl.range(0, count, BLOCK):
+    start = 0
+    while start < count:
         at = start + tl.arange(0, BLOCK)[None, :]
         new = tl.load(found + row * count + at, mask=at < count, other=NOTHING)
+        start += BLOCK
         if tl.max((new > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
             best = _keep_best(best, tl.topk(new, KP), KP)
+        else:
+            start = count
     return best
 
 
@@ -221,7 +242,7 @@ def cosine_topk_merge(
     tl.store(indices + row * K + at, index, mask=at < K)
 
 
-# programs: for 132 SMs, two each. All estimated: no GPU has measured them yet.
+# programs: for 132 SMs, two each. Estimated.
 tuning.ROWS += [
     tuning.Row("cosine_topk", tuning.INTERPRETER, {}, {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_D": 64, "programs": 3}),
     tuning.Row(
@@ -279,9 +300,9 @@ def _launch(
 
 
 def merge_block(found: Tensor) -> int:
-    """How many of what `scan` found are merged at once."""
+    """How many of what `scan` found are merged at once: at least one of every program's."""
     _, kp, programs = found.shape
-    return max(kp, min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
+    return max(kp, triton.next_power_of_2(programs + 1), min(1024, triton.next_power_of_2(max(programs, 1) * kp)))
 
 
 def scan(
@@ -334,6 +355,7 @@ def scan(
         width,
         WIDE=wide,
         EVEN=d % choice["BLOCK_D"] == 0,
+        LIVE=min(block_t, triton.next_power_of_2(tokens)),
         KP=kp,
         BLOCK_M=block_m,
         OWN=own,

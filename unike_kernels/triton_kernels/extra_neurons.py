@@ -22,11 +22,13 @@ MOST_TOKENS = 1 << 19  # at a time: a grid's second dimension ends at 65535 tile
 
 _CPU = tuning.INTERPRETER
 tuning.ROWS += [
-    # About 132 programs at every T, where d_out allows; no more columns than 16 rows of them leave registers for.
+    # About 132 programs at every T, where d_out allows; no more columns than 16 rows of them leave registers for. H100,
+    # d = 4096, us: T = 1 BD 128 9.5, 256 10.3; T = 16 12.2 (BD 128 33); T = 64 15.6 (8 warps 20.9, BK 512 16.5).
     tuning.Row("selected_rows", _CPU, {}, {"BN": 16, "BK": 64, "BD": 64, "num_warps": 1}),
+    tuning.Row("selected_rows", 0, {"slow": 0, "tokens": 2}, {"BN": 16, "BK": 1024, "BD": 128, "num_warps": 8}),
     tuning.Row("selected_rows", 0, {"slow": 0, "tokens": 8}, {"BN": 16, "BK": 1024, "BD": 256, "num_warps": 8}),
     tuning.Row("selected_rows", 0, {"slow": 0, "tokens": 16}, {"BN": 16, "BK": 1024, "BD": 512, "num_warps": 8}),
-    tuning.Row("selected_rows", 0, {"slow": 0}, {"BN": 16, "BK": 1024, "BD": 1024, "num_warps": 8}),
+    tuning.Row("selected_rows", 0, {"slow": 0}, {"BN": 16, "BK": 1024, "BD": 1024, "num_warps": 4}),
     tuning.Row("selected_rows", 0, {}, {"BN": 16, "BK": 256, "BD": 256, "num_warps": 8}),
     tuning.Row("selected_tiles", _CPU, {}, {"BT": 16, "BN": 16, "BK": 64, "BD": 64, "num_warps": 1}),
     tuning.Row(
