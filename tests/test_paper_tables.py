@@ -422,3 +422,28 @@ def test_saved_results_make_no_commit_dirty(tmp_path):
     assert report.commit(tmp_path) == clean != "unknown"
     code.write_text("2")
     assert report.commit(tmp_path) == f"{clean}-dirty"
+
+
+def test_some_rows_of_a_table_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "fill", lambda wanted, store, scale, environment: asked.append((wanted, scale)) or [])
+    monkeypatch.setattr(run, "redraw", lambda folder: None)
+    monkeypatch.setattr(run, "write_report", lambda folder: folder)
+    chosen = ["--table", "2", "--methods", "UniKE; MEND"]
+    assert CliRunner().invoke(run.app, chosen).exit_code == 0
+    ((wanted, scale),) = asked
+    assert {cell.method for cell in wanted} == {"UniKE", "MEND"} and scale.device == "cpu"
+    assert {cell.k for cell in wanted if cell.method == "UniKE"} == {10, 20, 100, 1000}
+    refused = CliRunner().invoke(run.app, [*chosen, "--methods", "unike"])
+    assert refused.exit_code == 2 and "UniKE, routed" in " ".join(refused.output.split()) and len(asked) == 1
+
+
+def test_a_bench_is_made_on_the_device_that_is_asked_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        world, "prepared", lambda base, config, **how: made.append(how) or SimpleNamespace(collator=None)
+    )
+    monkeypatch.setattr(cells, "Examiner", lambda collator, batch_size: None)
+    cells.Bench(0, replace(cells.QUICK, device="meta"))
+    assert made == [{"quick": True, "device": "meta"}]

@@ -46,6 +46,7 @@ class Scale:
     large: tuple[int, ...] = (100, 1000)  # K of UniKE beside 10 and 20
     brief: int = 1
     quick: bool = False  # a smaller memory
+    device: str = "cpu"  # that everything runs on: what is found differs by rounding alone
 
 
 QUICK = Scale((0,), (0,), edits=8, stacked=20, figure=8, sequential=("name",), large=(40,), brief=40, quick=True)
@@ -233,7 +234,7 @@ class Bench:
 
     def __init__(self, base: int, scale: Scale) -> None:
         self.base, self.scale = base, scale
-        self.editor = world.prepared(base, default_config(), quick=scale.quick)
+        self.editor = world.prepared(base, default_config(), quick=scale.quick, device=scale.device)
         self.examiner = Examiner(self.editor.collator, batch_size=64)
         self.made: dict[str, Method] = {}
         self.edits: dict[str, list[Edits]] = {}  # that rows share

@@ -22,16 +22,17 @@ TABLES = {
 }
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     """Where the figures were taken."""
     import transformers
 
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {
         "commit": commit(Path(__file__).parent),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "machine": machine if device == "cpu" else f"{machine}, {torch.cuda.get_device_name(device)}",
     }
 
 

@@ -39,20 +39,20 @@ def chosen(named: str, known: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def of_paper(wanted: list[str], drawn: list[str], scale: Scale, console: Console) -> None:
+def of_paper(wanted: list[str], drawn: list[str], methods: list[str], scale: Scale, console: Console) -> None:
     """Measures what these tables and figures lack, saves it row by row, draws, and writes the report."""
     folder = QUICK if scale.quick else RESULTS
     store = Store(folder)
-    needed = cells.needed([int(n) for n in wanted], drawn, scale)
-    for cell, row in cells.fill(needed, store, scale, environment()):
+    needed = [c for c in cells.needed([int(n) for n in wanted], drawn, scale) if not methods or c.method in methods]
+    for cell, row in cells.fill(needed, store, scale, environment(scale.device)):
         told = row.get("na") or " / ".join(f"{row['metrics'][k]:.1f}" for k in (*KINDS, "mean"))
         tqdm.write(f"base model {cell.base}: {cell.key}\n  {told}")  # above the progress bars
     if "4" in wanted:
         parts_of_the_method(folder, scale, console)
     for seed in scale.bases:
         if "5a" in drawn and not (folder / f"tsne-seed{seed}.json").exists():
-            editor = with_memory(seed, default_config(), quick=scale.quick)
-            save(f"tsne-seed{seed}", tsne.run(editor, seed) | {"environment": environment()}, folder)
+            editor = with_memory(seed, default_config(), quick=scale.quick, device=scale.device)
+            save(f"tsne-seed{seed}", tsne.run(editor, seed) | {"environment": environment(scale.device)}, folder)
     redraw(folder)
     told = [text for n, (_, table) in TABLES.items() if str(n) in wanted and (text := table(store))]
     told += [paper_tables.table_4(folder)] if "4" in wanted else []
@@ -84,7 +84,8 @@ def main(
     table: Annotated[str, typer.Option(help="The paper's tables: 1, 2, 3 and 4, by comma, or all.")] = "",
     figure: Annotated[str, typer.Option(help="Its figures: 4a, 4b, 4c and 5a, by comma, or all.")] = "",
     speed_: Annotated[bool, typer.Option("--speed", help="Edits per second, against the field's loop.")] = False,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of --speed.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of tables, figures and --speed.")] = "cpu",
+    methods: Annotated[str, typer.Option(help="These rows of tables only, by semicolon: 'UniKE;UniKE, routed'.")] = "",
     rows: Annotated[
         Literal["ablation", "measure", "encoders"] | None,
         typer.Option(help="measure: 50 development edits; encoders: fitted with other triplets held out."),
@@ -122,19 +123,23 @@ def main(
         console.print(Markdown(write_report(folder).read_text(encoding="utf-8")))
         return
     if wanted or drawn:
-        scale = replace(cells.QUICK if quick else Scale(), bases=bases)
+        scale = replace(cells.QUICK if quick else Scale(), bases=bases, device=device)
         if draws is not None:
             scale = replace(scale, draws=tuple(int(d) for d in draws.split(",")))
         if edits is not None:
             scale = replace(scale, edits=edits, figure=min(edits, scale.figure))
-        of_paper(wanted, drawn, scale, console)
+        named = [name.strip() for name in methods.split(";") if name.strip()]
+        known = [*cells.OF_ROWS, *cells.METHODS]
+        if unknown := [name for name in named if name not in known]:
+            raise typer.BadParameter(f"--methods must be some of {'; '.join(known)}, but got {'; '.join(unknown)}")
+        of_paper(wanted, drawn, named, scale, console)
     if speed_:
         folder = QUICK if quick else RESULTS
         for seed in bases:
             slow = None if device == "cpu" else 24
             many = edits or (16 if quick else 128)
             result = speed.run(seed, many, 1 if quick else 3, quick=quick, device=device, slow=slow)
-            result |= {"environment": environment()}
+            result |= {"environment": environment(device)}
             save(f"speed{'' if result['device'] == 'cpu' else '-gpu'}-seed{seed}", result, folder)
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)
         console.print(f"report: {write_report(folder)}")

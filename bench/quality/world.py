@@ -109,9 +109,16 @@ def with_memory(
     return editor
 
 
-def prepared(seed: int, config: UnikeConfig, editor_class: type[Editor] = Editor, *, quick: bool = False) -> Editor:
+def prepared(
+    seed: int,
+    config: UnikeConfig,
+    editor_class: type[Editor] = Editor,
+    *,
+    quick: bool = False,
+    device: torch.device | str = "cpu",
+) -> Editor:
     """`with_memory`, its encoders fitted and routing calibrated; quick: also on a quarter of the calibration cases."""
-    editor = with_memory(seed, config, editor_class, quick=quick)
+    editor = with_memory(seed, config, editor_class, quick=quick, device=device)
     editor.fit()
     editor.calibrate(calibration(1000 if quick else 4000))
     return editor
