@@ -85,8 +85,13 @@ def test_it_says_what_the_operators_say(name, config, mode, calls, monkeypatch):
         uk.unpatch(model)
         uk.patch(model, handle.record.edits, backend="reference")
         with mode():
-            close = 1e-4 if dtype == torch.float32 else 0.1
-            torch.testing.assert_close(found, decode(model, inputs), rtol=close, atol=close)
+            plain = decode(model, inputs)
+        if dtype == torch.float32:
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+            continue
+        with mode():  # bfloat16 rounds both by as much as they differ: the truth is float64's
+            truth = decode(model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+        assert (found - truth).abs().max() <= 3 * (plain - truth).abs().max() + 0.02
 
 
 def test_gradients_modes_profilers_and_other_dtypes_go_by_the_dispatcher(calls):

@@ -1,12 +1,15 @@
 """The drop-in modules that own an edit's tensors at one site, and say what the site adds.
 
-They are children of the site's own module and are called by the hooks in `patching`; they never see a batch
-dimension: tokens are flattened, and `Cases` says which token belongs to which case.
+They are children of the site's own module, called by the hooks in `patching`, and never see a batch dimension: tokens
+are flattened, and `Cases` says which token belongs to which case.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_kernels, folding, ops, reference
@@ -25,6 +28,10 @@ PRECOMPUTED = ("encoder_rows", "folded_weight", "folded_bias")
 PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
 
 __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
+
+
+def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    return F.linear(x[rows], weight, bias)
 
 
 class ExtraNeurons(ChoosesBackend):
@@ -214,19 +221,14 @@ class KnowledgeShift(ChoosesBackend):
         return {"encoder": self.encoder or None, "encoder_act": self.encoder_act}
 
     def mix(
-        self,
-        heads: Tensor,
-        tap: Tensor,
-        projected: Tensor | None,
-        attention: nn.Module,
-        projections: Projections,
+        self, heads: Tensor, tap: Tensor, projected: Tensor | None, attention: nn.Module, projections: Projections,
         cases: Cases,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         """The heads [T, H hv] that enter the output projection, with the knowledge mixed in; None where it is too soon.
 
         (1 - a)(W x + b) + a (W y + b) = W((1 - a) x + a y) + b, so where alpha is known before the layer's output is
-        (a case that was decided before, as all are while decoding; or a fixed alpha), the layer's own projection serves
-        both: one operator, nothing projected twice. Not for `raw`, whose knowledge lies behind the projection.
+        (fixed; decided before, as while decoding; or by W x + b of the case tokens alone, where W and b are at hand),
+        the layer's own projection serves both. Not for `raw`, whose knowledge lies behind the projection.
         """
         config, sites = self.config, projections.sites
         if config.k == 0 or self.memory.capacity == 0:
@@ -246,9 +248,12 @@ class KnowledgeShift(ChoosesBackend):
             if token_to_case is not None:
                 alpha = cases.filled(config.alpha, scores)
         else:
+            outputs = None
             if alpha is None and not (cases.decided and self.layer in cases.state.layers):
-                return None
-            decision = self._decide(tap, None, projected, attention, projections, cases)
+                if torch.is_grad_enabled() or (plain := projections.plain_output(attention)) is None:
+                    return None
+                outputs = partial(_linear_rows, heads, *plain)
+            decision = self._decide(tap, outputs, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
         if all_missing(indices):
             return heads
@@ -324,7 +329,7 @@ class KnowledgeShift(ChoosesBackend):
             if fixed is not None and token_to_case is not None:
                 alpha = cases.filled(fixed, scores)
         else:
-            decision = self._decide(tap, h_att, projected, attention, projections, cases)
+            decision = self._decide(tap, h_att.__getitem__, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
         if all_missing(indices):
             return h_att
@@ -348,17 +353,12 @@ class KnowledgeShift(ChoosesBackend):
         return 0.0 if self.config.orientation == "knowledge" else 1.0
 
     def _decide(
-        self,
-        tap: Tensor,
-        h_att: Tensor | None,
-        projected: Tensor | None,
-        attention: nn.Module,
-        projections: Projections,
-        cases: Cases,
-    ) -> LayerDecision:
+        self, tap: Tensor, outputs: Callable[[Tensor], Tensor] | None, projected: Tensor | None, attention: nn.Module,
+        projections: Projections, cases: Cases,
+    ) -> LayerDecision:  # fmt: skip
         """Items and alpha of every case: computed where the case token is in this pass, kept where it is not.
 
-        h_att: only a fixed alpha does without.
+        outputs: gives rows of the attention's output; only a fixed alpha does without.
         """
         before = cases.state.layers.get(self.layer)
         if cases.decided and before is not None:
@@ -370,11 +370,11 @@ class KnowledgeShift(ChoosesBackend):
             fixed = self._nothing if self.config.alpha is None else self.config.alpha
             alpha = torch.full_like(scores[:, 0], fixed)
         else:
-            assert h_att is not None
+            assert outputs is not None
             q = tap[at]
             if self.config.attention == "projected":
                 q = projections.query(attention, q, None if projected is None else projected[at])
-            _, alpha = self._shift(h_att[at], q, indices, attention, projections)
+            _, alpha = self._shift(outputs(at), q, indices, attention, projections)
         alpha = torch.where(found, alpha, self._nothing)
         if before is not None:
             scores = cases.keep_decided(scores, before.scores, -torch.inf)

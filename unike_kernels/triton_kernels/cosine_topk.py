@@ -14,6 +14,7 @@ from torch import Tensor
 from . import launching, tuning
 
 CHUNK = 8192  # queries at a time
+MOST_LISTS = 512  # of a query: a chunk of what is merged has room for one of each
 NOTHING = tl.constexpr(-(2**63))  # below every packed score: no finite score has this pattern
 
 
@@ -330,7 +331,7 @@ def scan(
     block_m = max(16, triton.next_power_of_2(width))
     choice["BLOCK_N"] = block_n = max(block_n, kp, block_m)  # a block holds at least as many rows as are kept of it
     tiles = triton.cdiv(tokens, block_t)
-    programs = min(triton.cdiv(n, block_n), max(1, most // tiles))
+    programs = min(triton.cdiv(n, block_n), max(1, min(most, MOST_LISTS - 1) // tiles))
     own = 0 if selected is None else min(tokens, block_t)
     found = launching.new((tokens, kp, programs + (own > 0)), torch.int64, q.device)
     launching.launch(
