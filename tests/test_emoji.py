@@ -289,6 +289,8 @@ class Traffic(TorchDispatchMode):
 @pytest.mark.parametrize("make", (vision_stage, language_stage))
 def test_a_step_stays_on_the_models_device(make: Any) -> None:
     """On "meta", which refuses to be read: draws and token ids are sent there, and everything else is made there."""
+    if make is language_stage and torch.__version__ < "2.12":
+        pytest.skip("with this torch, transformers 5.17 reads the attention mask")
     stage = make(tiny.make_model(5).to("meta"))
     tensors = [*stage.parameters, *stage.module.buffers()]
     tensors += [value for value in vars(stage).values() if isinstance(value, torch.Tensor)]
