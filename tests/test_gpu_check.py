@@ -55,6 +55,20 @@ def test_a_failed_step_stops_nobody_and_everything_is_kept(tmp_path):
     assert late["steps"][0]["said"] == "no time was left for it"
 
 
+def test_steps_side_by_side_and_alone(tmp_path):
+    """Two that each wait for the other's file pass only together; what is alone starts when they are done."""
+    wait = "import time, pathlib; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+    a, b = (str(tmp_path / name) for name in "ab")
+    alone = f"import os; assert os.path.exists({a!r}) and os.path.exists({b!r})"
+    wanted = [fake("first", wait.format(a, b), beside=True), fake("second", wait.format(b, a), beside=True)]
+    wanted.append(fake("alone", alone))
+    results = steps.run_all(wanted, {}, tmp_path / "out.json", 60.0, tmp_path / "logs")
+    assert [(step["name"], step["passed"]) for step in results["steps"]] == [
+        ("first", True), ("second", True), ("alone", True)
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["alone.log", "first.log", "second.log"]
+
+
 def test_every_command_names_something_that_is_there():
     found = steps.steps()
     assert len({step.name for step in found}) == len(found) >= 8

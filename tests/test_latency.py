@@ -178,6 +178,24 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert len(json.loads(file.read_text())["cases"]) == 1
 
 
+def test_a_wrong_result_is_told_and_stops_nothing_else(tmp_path, monkeypatch):
+    def time_case(case, *rest):
+        if case.name == FIRST:
+            raise AssertionError("off by one")
+        return {"operator": case.operator}
+
+    monkeypatch.setattr(run, "cases", lambda device, quick: [QUICK[name] for name in (FIRST, SECOND)])
+    monkeypatch.setattr(run.stacks, "stacks", lambda device, quick: [])
+    monkeypatch.setattr(run, "time_case", time_case)
+    monkeypatch.setattr(run, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(run, "matrix_rate", lambda device, dtype: 1.0)
+    done = run.run(CPU, tmp_path / "cpu.json", quick=True, only=[], seconds=0.0)
+    assert done["wrong"] == {FIRST: "off by one"} and list(done["cases"]) == [SECOND]
+    monkeypatch.setattr(run, "time_case", lambda case, *rest: {"operator": case.operator})
+    done = run.run(CPU, tmp_path / "cpu.json", quick=True, only=[], seconds=0.0)
+    assert not done["wrong"] and list(done["cases"]) == [SECOND, FIRST]
+
+
 SMALL = dataclasses.replace(next(stack.stacks(CPU, quick=True)), items=50, edits=3)
 
 
@@ -346,7 +364,7 @@ def chosen_for(kernel):
     return tuning.choose(kernel, CPU, tokens=1, d_out=32, n=10, slow=1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_kernel_times_want_a_gpu():
     with pytest.raises(SystemExit, match="there is no CUDA device here"):
         kernels.main()

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 import unike_kernels as uk
+from bench.tolerance import assert_close_to_reference
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
 from unike_kernels import cpu_kernels, native
 from unike_kernels.modules import ExtraNeurons, KnowledgeShift
@@ -91,7 +92,7 @@ def test_it_says_what_the_operators_say(name, config, mode, calls, monkeypatch):
             continue
         with mode():  # bfloat16 rounds both by as much as they differ: the truth is float64's
             truth = decode(model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
-        assert (found - truth).abs().max() <= 3 * (plain - truth).abs().max() + 0.02
+        assert_close_to_reference(found, truth, plain, 2)
 
 
 def test_gradients_modes_profilers_and_other_dtypes_go_by_the_dispatcher(calls):

@@ -1,6 +1,7 @@
 """The operators: as exact as rounding allows, differentiable, compilable, and unmoved where nothing acts."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -169,22 +170,20 @@ def with_gradients(case, module, leaves, grads=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
 def test_the_error_is_that_of_rounding(case, dtype, device):
-    """In most of seven draws: sums of eight numbers may cancel, and then both errors are large, and their ratio luck.
-
-    Over 40 draws of float32's shift_per_case a gradient's error was 0.1 to 12 times that of plain torch, 0.84 in the
-    median.
+    """On a GPU in most of seven draws, and in none ten times: sums of eight numbers may cancel, which makes both errors
+    large and their ratio luck. Over 40 draws of float32's shift_per_case a gradient's error was 0.1 to 12 times that of
+    plain torch, 0.84 in the median.
     """
-    beyond: dict[str, list[str]] = {}
-    for seed in range(7):
+    draws, beyond = 1 if device == "cpu" else 7, Counter()
+    for seed in range(draws):
         torch.manual_seed(seed)
-        for name, judged in draw_of_errors(case, dtype, device).items():
-            beyond.setdefault(name, [])
+        for name, (actual, exact, plain, factor) in draw_of_errors(case, dtype, device).items():
             try:
-                assert_close_to_reference(*judged)
-            except AssertionError as wrong:
-                assert "times that of plain torch" in str(wrong), name
-                beyond[name].append(str(wrong))
-    assert beyond and all(len(said) <= 3 for said in beyond.values()), beyond
+                assert_close_to_reference(actual, exact, plain, factor)
+            except AssertionError:
+                assert_close_to_reference(actual, exact, plain, 10 * factor)
+                beyond[name] += 1
+    assert max(beyond.values(), default=0) <= draws // 2, beyond
 
 
 def draw_of_errors(case, dtype, device):

@@ -404,7 +404,7 @@ def fill_made_up(needed, store):
     yield from ((c, SimpleNamespace(get=lambda name: "made up")) for c in needed)
 
 
-def test_saved_results_make_no_commit_dirty(tmp_path):
+def test_saved_results_make_no_commit_dirty(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True)
 
@@ -422,6 +422,8 @@ def test_saved_results_make_no_commit_dirty(tmp_path):
     assert report.commit(tmp_path) == clean != "unknown"
     code.write_text("2")
     assert report.commit(tmp_path) == f"{clean}-dirty"
+    monkeypatch.setenv("UNIKE_COMMIT", "told")  # of a copy without its own history
+    assert report.commit(tmp_path) == "told"
 
 
 def test_some_rows_of_a_table_alone(tmp_path, monkeypatch):

@@ -192,13 +192,13 @@ def test_offloading_before_and_after_a_patch(name, how, order, config, tmp_path)
         if how != "one device":
             assert any(p.device.type == "meta" for p in model.parameters())
         assert {s.device for s in uk.status(model)} == {"cpu"}
-        # Weights that are elsewhere leave the mix to be made behind the projection, which rounds otherwise.
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        # Weights that are elsewhere leave the mix to be made behind the projection, which rounds otherwise (by 1.3e-5).
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1.3e-6, atol=3e-5)
         assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
         with handle.disabled():
             torch.testing.assert_close(model(**inputs).logits, base)
         handle.swap(edits)
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1.3e-6, atol=3e-5)
         uk.unpatch(model)
         if order == "offload first":
             assert {n: set(m) for n, m in snapshot(model).items()} == {n: set(m) for n, m in before.items()}

@@ -185,4 +185,5 @@ def test_edits_may_lie_where_the_model_does(mode, there):
                 value = getattr(part, field.name)
                 if field.name != "group_ptr":
                     setattr(part, field.name, tree_map_only(torch.Tensor, lambda t: t.to(there), value))
-    torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)  # a GPU sums in another order
+    # Native code, the reference and a GPU sum in another order each: they are up to 3.5e-5 apart.
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)

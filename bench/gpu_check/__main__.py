@@ -33,7 +33,8 @@ def main() -> int:
     wanted = [step for step in steps() if args.only is None or args.only in step.name]
     wanted = [step for step in wanted if not any(words in step.name for words in args.without)]
     if not wanted:
-        parser.error(f"no step has {args.only!r} in its name; there are: {', '.join(step.name for step in steps())}")
+        left = f"--only {args.only} and --without {', '.join(args.without) or 'nothing'} leave no step"
+        parser.error(f"{left}; there are: {', '.join(step.name for step in steps())}")
     results = run_all(wanted, about, file, args.seconds, args.logs)
     print(table(results))
     print(f"written to {file}")

@@ -3,8 +3,8 @@
 Sizes that hit tails: tokens, neurons, items and columns that are no multiples of any block.
 """
 
+import argparse
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from bench.tolerance import assert_close_to_reference
 from unike_kernels import native, ops, reference
 from unike_kernels.cuda_kernels.int8_search import CudaInt8Index
 from unike_kernels.triton_kernels import tuning
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
@@ -156,19 +158,21 @@ def check_searches(device: torch.device, dtype: torch.dtype, tokens: int) -> Non
 
 
 def main() -> None:
-    """The dtypes that are named, or all of them; few and many tokens. "cuda" among them: the CUDA C++ kernels alone."""
-    names, alone = [name for name in sys.argv[1:] if name != "cuda"], "cuda" in sys.argv[1:]
-    dtypes = [getattr(torch, name) for name in names] or [torch.float32, torch.bfloat16, torch.float16]
+    """Parse the command line; every dtype with few and many tokens."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels alone")
+    args = parser.parse_args()
     device = torch.device("cuda")
     without = native.no_cuda()
     print("CUDA C++ kernels: " + (without or "checked too"))
-    for dtype in dtypes:
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         for tokens in (1, 16) if without is None else ():
             check_cuda(device, dtype, tokens)
             check_searches(device, dtype, tokens)
             torch.cuda.synchronize()
             print(f"{dtype}, {tokens} tokens, backend cuda: right")
-        for tokens in () if alone else (1, 17, 70):
+        for tokens in () if args.cuda else (1, 17, 70):
             check(device, dtype, tokens)
             torch.cuda.synchronize()
             print(f"{dtype}, {tokens} tokens: right")

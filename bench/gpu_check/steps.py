@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from bench.commit import commit
+from bench.gpu_check.small import DTYPES
 from bench.latency.run import write
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 3000  # characters kept of what a step printed
-DTYPES = ("float32", "bfloat16", "float16")
 GRACE = 15.0  # seconds in which a step that is interrupted may tell what it had found
 
 
@@ -50,7 +50,8 @@ def steps() -> list[Step]:
     """Everything that only a GPU can tell: after the build, which the CUDA kernels need, the most telling first."""
     python, cores = sys.executable, os.cpu_count() or 1
     # Each process compiles its variants, and leaves them in a cache that all of them share.
-    spread = (lambda share: ("-n", str(max(1, cores // share)))) if find_spec("xdist") else lambda share: ()
+    xdist = find_spec("xdist") is not None
+    on_all, on_some = (("-n", str(max(1, cores // share))) if xdist else () for share in (1, 4))
     pytest = (python, "-m", "pytest", "-v", "--tb=short", "--durations=15", "-p", "no:cacheprovider")
     files = tuple(
         sorted(str(path.relative_to(ROOT)) for of in ("triton", "cuda") for path in ROOT.glob(f"tests/test_{of}_*.py"))
@@ -73,23 +74,23 @@ def steps() -> list[Step]:
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
     return [
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
-        *(Step(f"small cases, {dtype}", (*small, dtype), 200, True) for dtype in DTYPES),
-        Step("kernel tests", (*pytest, *spread(1), *files), 260, True),
-        Step("tests marked gpu", (*pytest, *spread(4), "-m", "gpu", "tests"), 200, True),
-        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 200, True, report=twins),
-        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 200, True, report=launches),
+        *(Step(f"small cases, {dtype}", (*small, dtype), 200, beside=True) for dtype in DTYPES),
+        Step("kernel tests", (*pytest, *on_all, *files), 260, beside=True),
+        Step("tests marked gpu", (*pytest, *on_some, "-m", "gpu", "tests"), 200, beside=True),
+        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 200, beside=True, report=twins),
+        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 200, beside=True, report=launches),
         *(
             Step(
                 f"{tool}, {dtype}",
                 (*sanitize, "--tool", tool, *small, dtype, *only),
                 200,
-                True,
-                without,
+                beside=True,
+                missing=without,
                 environment=apart,
             )
             # Triton's compiler lets warps write the same value to the same place where it changes a layout, which
             # racecheck counts (34 places in float32, each a write with itself): it judges our own CUDA C++ alone.
-            for tool, only in (("memcheck", ()), ("racecheck", ("cuda",)))
+            for tool, only in (("memcheck", ()), ("racecheck", ("--cuda",)))
             for dtype in DTYPES[:2]
         ),
         Step("latency", (*time_it, *some, "--out", str(latency)), 120, report=latency),
@@ -98,7 +99,7 @@ def steps() -> list[Step]:
         # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
         Step(
             "all other tests",
-            (*pytest, *spread(1), "-m", "not gpu", *ignored, "tests"),
+            (*pytest, *on_all, "-m", "not gpu", *ignored, "tests"),
             240,
             environment=interpreted,
         ),

@@ -53,7 +53,7 @@ def runs(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[
         inputs = made(searches.search(SHAPE, 1, n))
         search = partial(ops.cosine_topk, **{name: inputs[name] for name in ("q", "keys", "k", "key_norm")})
         yield f"search N={n}, triton", partial(search, backend="triton")
-        for choice in ({"launches": 1, "copies": 1}, {"launches": 2, "copies": 1}, {"launches": 2, "copies": 2}):
+        for choice in ({"launches": launches, "copies": copies} for launches in (1, 2) for copies in (1, 2)):
             run = choosing("cosine_topk_stream", choice, partial(search, backend="cuda"))
             yield f"search N={n}, cuda {choice}", run
         if inputs["index"] is not None:
@@ -72,6 +72,9 @@ def runs(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[
             shift = partial(ops.knowledge_shift, **made(case(SHAPE, tokens)))
             for backend in ("triton", "cuda"):
                 yield f"{name} T={tokens}, {backend}", partial(shift, backend=backend)
+            for split in (1, 2) if name == "shift" else (4, 8):
+                run = choosing("knowledge_shift_cluster", {"SPLIT": split}, partial(shift, backend="cuda"))
+                yield f"{name} T={tokens}, cuda, {split} blocks a head", run
 
 
 def prefills(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Run]]:

@@ -136,7 +136,7 @@ def main(
     if speed_:
         folder = QUICK if quick else RESULTS
         for seed in bases:
-            slow = None if device == "cpu" else 24
+            slow = None if device == "cpu" else speed.SLOW
             many = edits or (16 if quick else 128)
             result = speed.run(seed, many, 1 if quick else 3, quick=quick, device=device, slow=slow)
             result |= {"environment": environment(device)}

@@ -24,6 +24,7 @@ GOAL = 10.0  # times the naive loop
 NAIVE = "naive loop (deepcopy, one edit, whole forward)"
 ONE = "Editor, one edit at a time"
 ONE_AT_A_TIME = (NAIVE, ONE)
+SLOW = 24  # edits of these two on a GPU, whose minutes are dear
 SIZES = (32, 128)  # edits in a batch: the default, and what a small model has room for
 SAME_LOSS = 1e-2  # of the edits' final losses, on average: float sums in another order move single steps
 

@@ -109,16 +109,11 @@ def with_memory(
     return editor
 
 
-def prepared(
-    seed: int,
-    config: UnikeConfig,
-    editor_class: type[Editor] = Editor,
-    *,
-    quick: bool = False,
-    device: torch.device | str = "cpu",
-) -> Editor:
-    """`with_memory`, its encoders fitted and routing calibrated; quick: also on a quarter of the calibration cases."""
-    editor = with_memory(seed, config, editor_class, quick=quick, device=device)
+def prepared(*given: Any, quick: bool = False, **options: Any) -> Editor:
+    """`with_memory` of the same arguments, its encoders fitted and routing calibrated; quick: also on a quarter of the
+    calibration cases.
+    """
+    editor = with_memory(*given, quick=quick, **options)
     editor.fit()
     editor.calibrate(calibration(1000 if quick else 4000))
     return editor

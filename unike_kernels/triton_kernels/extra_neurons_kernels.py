@@ -43,8 +43,8 @@ def chosen_group(selected, row, stride_row, slot, route, stride_route, group_ptr
 def row_products(rows, stride, more_rows, more_stride, i, live, x, d, BN: tl.constexpr, BK: tl.constexpr):
     """[BN] rows[i] . x and more_rows[i] . x (0 if None) in float32 on CUDA cores, x one token: no product is rounded.
 
-    One walk for both, in long steps: what it costs is the wait for memory in every step. Two walks of 8 steps each took
-    12 us on an H100, of which the bytes explain 2.
+    One walk for both, in long steps: what it costs is the wait for memory in every step. On an H100, d = 4096, 8 steps
+    take 12.3 us and 4 steps 10.3, of which the bytes explain 2.
     """
     sums = tl.zeros([BN, BK // 8], tl.float32)
     more = tl.zeros([BN, BK // 8], tl.float32)
@@ -314,7 +314,7 @@ def weighted_rows(
                 spoilt = tl.maximum(spoilt, tl.max((bad[:, None] & (part.to(tl.float32) != 0)).to(tl.int32), 0))
             if more.dtype == DOT:
                 # Tiles are added with what the sum before lost (Kahan): 2,000 terms one after the other were 2.6e-4 off
-                # on an H100 where torch, which adds in parts, was 9e-5.
+                # on an H100 where torch, which adds in parts, was 6e-5.
                 gain = tl.dot(tl.trans(v.to(DOT)), part.to(DOT), input_precision="ieee") - lost
                 larger = more + gain
                 lost = (larger - more) - gain

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import launching, tuning
-from .cosine_topk import merge_block
+from .cosine_topk import MOST_LISTS, merge_block
 from .knowledge_shift_arguments import Shift, arguments, block
 from .knowledge_shift_cases import knowledge_shift_cases
 from .knowledge_shift_kernels import knowledge_shift_attend, knowledge_shift_linear, knowledge_shift_mix
@@ -172,7 +172,8 @@ def attend_options(
     options["BLOCK_D"] = min(options.get("BLOCK_D", wide), block(hd))
     options["BLOCK_V"] = min(options.get("BLOCK_V", wide), block(hv))
     if found is not None:
-        options["BLOCK_MERGE"] = min(merge_block(found), 1024 if s.block_k < 128 else 512)  # 128 of 1024 spill
+        # 128 of 1024 spill. Never less than the lists of a query, at most MOST_LISTS: see `merged`.
+        options["BLOCK_MERGE"] = min(merge_block(found), 1024 if s.block_k < 128 else MOST_LISTS)
     return {"BLOCK_K": s.block_k, **options}
 
 
