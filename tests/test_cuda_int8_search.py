@@ -12,6 +12,7 @@ from search_inputs import KINDS, make_keys
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, edits_for, inputs_for, make_model
 from unike_kernels import indexing, native, reference
+from unike_kernels.cuda_kernels import int8_search
 from unike_kernels.cuda_kernels.int8_search import CudaInt8Index
 from unike_kernels.indexing import KeptIndex, pays_in_cuda
 from unike_kernels.memory import ExternalMemory
@@ -288,6 +289,23 @@ def test_among_equal_scores_the_lowest_index_wins():
     keys = torch.randn(5, 96)[torch.arange(500) % 5] * 2.0 ** (torch.arange(500)[:, None] % 3)
     scores, indices = search(CudaInt8Index(keys.to(DEVICE)), keys[2:3].to(DEVICE), 6)
     assert indices.tolist() == [[2, 7, 12, 17, 22, 27]] and scores.unique().numel() == 1
+
+
+def test_another_search_meanwhile_leaves_what_is_written_in_place(monkeypatch):
+    """As another thread's does."""
+    index = CudaInt8Index(torch.randn(600, 64, device=DEVICE))
+    q, launch = torch.randn(4, 64, device=DEVICE), int8_search.launch
+    index.search(q, 5)
+    expected = index.reranked.clone()
+
+    def interrupted(*args):
+        monkeypatch.setattr(int8_search, "launch", launch)
+        index.search(q[:1], 9)
+        launch(*args)
+
+    monkeypatch.setattr(int8_search, "launch", interrupted)
+    index.search(q, 5)
+    assert torch.equal(index.reranked, expected)
 
 
 def test_strided_keys_given_norms_and_what_is_refused():

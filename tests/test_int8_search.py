@@ -109,6 +109,26 @@ def test_threads_do_not_change_the_result():
         assert torch.equal(scores, results[0][0]) and torch.equal(indices, results[0][1])
 
 
+def test_another_search_meanwhile_leaves_what_is_written_in_place():
+    """As another thread's does while C++ writes without the interpreter's lock."""
+    index = native.Int8Index(torch.randn(600, 64))
+    q, inner = torch.randn(4, 64), index._index
+    index.search(q, 5)
+    expected = index.reranked.clone()
+
+    class Interrupted:
+        def search(self, *args):
+            index._index = inner
+            index.search(q[:1], 9)
+            kept = [torch.full((4,), -7) for _ in range(8)]  # where something was freed
+            inner.search(*args)
+            assert all((t == -7).all() for t in kept)
+
+    index._index = Interrupted()
+    index.search(q, 5)
+    assert torch.equal(index.reranked, expected)
+
+
 def test_strided_keys_given_norms_and_what_is_refused():
     table = torch.randn(600, 90)
     keys = table[::2, 10:74]

@@ -131,9 +131,11 @@ class Int8Index:
         unit = reference._unit(q.detach().float()).contiguous()
         ranges = None if ranges is None else ranges.contiguous()
         scores, indices = torch.empty(len(q), k), torch.empty(len(q), k, dtype=torch.long)
-        self.reranked = torch.empty(len(q), dtype=torch.long)
+        # Kept here, not by `self`, while C++ writes: another thread's search would free it.
+        reranked = torch.empty(len(q), dtype=torch.long)
         self._index.search(
             *(unit.data_ptr(), len(q), k, 0 if ranges is None else ranges.data_ptr()),
-            *(scores.data_ptr(), indices.data_ptr(), self.reranked.data_ptr(), torch.get_num_threads()),
+            *(scores.data_ptr(), indices.data_ptr(), reranked.data_ptr(), torch.get_num_threads()),
         )
+        self.reranked = reranked
         return scores, indices

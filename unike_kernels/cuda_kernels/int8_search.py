@@ -120,9 +120,10 @@ class CudaInt8Index:
         device, tokens = q.device, len(q)
         scores = allocating.new((tokens, k), torch.float32, device)
         indices = allocating.new((tokens, k), torch.int64, device)
-        self.reranked = allocating.new((tokens,), torch.int32, device)
+        # Kept here, not by `self`, until all is launched: another thread's search would free it.
+        reranked = allocating.new((tokens,), torch.int32, device)
         if tokens == 0 or k == 0:
-            self.reranked.zero_()
+            self.reranked = reranked.zero_()
             return scores, indices
         q = q.detach().float().contiguous()
         ranges = None if ranges is None else ranges.contiguous()
@@ -141,8 +142,9 @@ class CudaInt8Index:
             device,
             (*kernels, "cosine_topk_select"),
             *(index, address(q), address(ranges), tokens, k, address(workspace), needed),
-            *(address(scores), address(indices), address(self.reranked)),
+            *(address(scores), address(indices), address(reranked)),
         )
+        self.reranked = reranked
         return scores, indices
 
     def _normalised(self, rows: slice) -> Tensor:
