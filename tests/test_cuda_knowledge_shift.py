@@ -13,8 +13,9 @@ import unike_kernels as uk
 from tests.models_tiny import ALWAYS, edits_for, inputs_for, make_model
 from unike_kernels import native
 from unike_kernels.cuda_kernels import refusal
-from unike_kernels.cuda_kernels.knowledge_shift import KERNEL
+from unike_kernels.cuda_kernels.knowledge_shift import KERNEL, choose
 from unike_kernels.triton_kernels import tuning
+from unike_kernels.triton_kernels.knowledge_shift_arguments import arguments
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EMULATED = DEVICE.type == "cpu"
@@ -178,8 +179,8 @@ def test_triton_takes_what_it_refuses(change, reason):
     parts += [values.to(change.get("values", F32))]
     indices, alpha = ids(tokens, items, max(items, 9)), change.get("alpha", torch.full((tokens,), 0.5, device=DEVICE))
     projection, encoder = (layer(64, 64) if name in change else () for name in ("out_proj", "encoder"))
-    arguments = (*parts, indices, alpha, None, None, *(projection or (None, None)), list(encoder))
-    assert refusal("knowledge_shift", arguments) == reason
+    given = (*parts, indices, alpha, None, None, *(projection or (None, None)), list(encoder))
+    assert refusal("knowledge_shift", given) == reason
     options = {"out_proj": projection} if projection else {}
     options |= {"encoder": [encoder]} if encoder else {}
     with launches() as counted:
@@ -190,11 +191,23 @@ def test_triton_takes_what_it_refuses(change, reason):
 
 def test_a_head_too_wide_for_a_device_without_clusters_is_refused_by_its_name():
     parts = inputs(1, heads=1, kv_heads=1, hd=1032, hv=1032)
-    arguments = (*parts, ids(1, 5), None, None, None, None, None, [])
+    given = (*parts, ids(1, 5), None, None, None, None, None, [])
     with tuning.pretend(80):
         reason = "a head has 1032 columns, and it takes at most 1024 on compute capability 8.0"
-        assert refusal("knowledge_shift", arguments) == reason
-    assert refusal("knowledge_shift", arguments) is None
+        assert refusal("knowledge_shift", given) == reason
+    assert refusal("knowledge_shift", given) is None
+
+
+@pytest.mark.parametrize("built", [90, 80])
+def test_a_module_built_without_clusters_gets_none_whatever_the_device_can(built, monkeypatch):
+    """PTX of less than sm_90, on a device that has clusters."""
+    monkeypatch.setattr(native, "built_for", lambda device: built)
+    rest = (ids(1, 5), *[None] * 5, [], "identity", "knowledge", True, None, None, True, None, None, None)
+    narrow, wide = ((*inputs(1, heads=1, kv_heads=1, hd=hd, hv=hd), *rest) for hd in (1024, 1032))
+    with tuning.pretend(90):
+        assert choose(arguments(*narrow))[0] == (8 if built == 90 else 1)
+        reason = "a head has 1032 columns, and it takes at most 1024 on compute capability 8.0"
+        assert refusal("knowledge_shift", wide) == (None if built == 90 else reason)
 
 
 def test_the_module_refuses_what_it_cannot_do():

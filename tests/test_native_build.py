@@ -8,8 +8,10 @@ import sysconfig
 import tarfile
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from unike_kernels import native
 
@@ -249,6 +251,25 @@ def test_a_module_of_other_sources_is_not_called(monkeypatch):
     assert native.cpu() is None
     assert ("built from other sources" if any(built) else "built without") in native.no_cpu()
     native._load.cache_clear()
+
+
+def test_a_device_is_asked_once_what_its_code_was_built_for(monkeypatch):
+    """Where a module has no image for a device, the reason stays too."""
+    asked = []
+
+    def probe(index):
+        asked.append(index)
+        if index == 1:
+            raise RuntimeError("launching probe: no kernel image")
+        return 80
+
+    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures="80"))
+    monkeypatch.setattr(native, "_probe", probe)
+    monkeypatch.setattr(native, "_images", {})
+    for _ in range(2):
+        assert native.built_for(torch.device("cuda:0")) == 80
+        assert native.built_for(torch.device("cuda:1")) is native.built_for(torch.device("cpu")) is None
+    assert asked == [0, 1]
 
 
 @needs_compiler

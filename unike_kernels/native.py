@@ -15,6 +15,7 @@ from . import reference
 CPU_INTERFACE = 8  # of csrc/cpu/bindings.cpp: a build of other sources is not called
 LEVELS = ("portable", "avx2", "best")  # as csrc/cpu/int8_search.h counts them: less than the best is for tests
 INDEXED = (torch.float32, torch.bfloat16, torch.float16)
+_images: dict[int, int | str] = {}  # CUDA device -> what `_image` has found out
 
 
 @lru_cache
@@ -60,7 +61,8 @@ def no_cuda() -> str | None:
         return str(error)
     if not torch.cuda.is_available():
         return "this torch has no CUDA"
-    return _no_image(torch.cuda.current_device())
+    image = _image(torch.device("cuda"))
+    return image if isinstance(image, str) else None
 
 
 def emulated() -> bool:
@@ -69,16 +71,30 @@ def emulated() -> bool:
     return module is not None and module.architectures == "emulator"
 
 
-@lru_cache
-def _no_image(device: int) -> str | None:
-    """Why the module has no code for a device: found out by running the smallest kernel of it."""
-    out = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
-    try:
-        cuda().probe(out.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        return f"{error}; it was built for {cuda().architectures} (UNIKE_CUDA_ARCHS)"
-    return None
+def built_for(device: torch.device) -> int | None:
+    """The architecture of the CUDA module's code on a device, 80, 90, ...: from PTX, less than the device's."""
+    if device.type != "cuda" or cuda() is None:
+        return None
+    image = _image(device)
+    return image if isinstance(image, int) else None
+
+
+def _image(device: torch.device) -> int | str:
+    """The architecture of the CUDA module's code on a device, or why there is none: its smallest kernel tells."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _images:
+        try:
+            _images[index] = _probe(index)
+        except RuntimeError as error:
+            _images[index] = f"{error}; it was built for {cuda().architectures} (UNIKE_CUDA_ARCHS)"
+    return _images[index]
+
+
+def _probe(index: int) -> int:
+    with torch.cuda.device(index):
+        out = torch.zeros(1, dtype=torch.int32, device="cuda")
+        cuda().probe(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return int(out)
 
 
 class Int8Index:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..triton_kernels import launching as allocating
 from ..triton_kernels import tuning
 from ..triton_kernels.knowledge_shift_arguments import Shift, arguments
@@ -48,7 +49,7 @@ def refusal(args: Sequence[Any]) -> str | None:
         return f"alpha is to be computed from {'an encoder' if encoder else f'{heads} heads'}, and it compares one head"
     if item_keys.dtype != item_values.dtype:
         return f"keys are {item_keys.dtype}, values {item_values.dtype}, and it takes both in one dtype"
-    columns, arch = max(item_keys.shape[-1], item_values.shape[-1]), tuning.architecture(h_input.device)
+    columns, arch = max(item_keys.shape[-1], item_values.shape[-1]), _architecture(h_input.device)
     if _width(columns, _most_blocks(arch)) > MOST_COLUMNS:
         most = MOST_COLUMNS * _most_blocks(arch)
         return f"a head has {columns} columns, and it takes at most {most} on compute capability {arch / 10}"
@@ -62,6 +63,12 @@ def faster(args: Sequence[Any]) -> bool:
     with 32 heads of 128 it loses, 10 against 6, and 17 against 10 at 16 tokens.
     """
     return args[1].dim() == 2
+
+
+def _architecture(device: torch.device) -> int:
+    """Of the code that runs: a module that was built for less than a device has runs on it without clusters."""
+    arch, built = tuning.architecture(device), native.built_for(device)
+    return arch if built is None else min(arch, built)
 
 
 def _most_blocks(arch: int) -> int:
@@ -78,7 +85,7 @@ def choose(s: Shift) -> tuple[int, int]:
     heads, group = s.q.shape[1], s.q.shape[1] // s.item_values.shape[1]
     columns = max(s.q.shape[2], s.item_values.shape[2])
     choice = tuning.choose(KERNEL, s.q.device, columns=columns, heads=s.q.shape[0] * heads)
-    split = min(choice["SPLIT"], _most_blocks(tuning.architecture(s.q.device)))
+    split = min(choice["SPLIT"], _most_blocks(_architecture(s.q.device)))
     while _width(columns, split) > MOST_COLUMNS:
         split *= 2
     rows = min(choice["ROWS"], MOST_ROWS, 1 << (group - 1).bit_length())
