@@ -31,7 +31,7 @@ def test_info_tells_triton_gpus_and_native_modules(monkeypatch):
     monkeypatch.setattr(cli, "version", lambda package: {"triton": "3.6.1"}[package])
     monkeypatch.setattr(cli, "_gpus", lambda: ["GPU 0: some GPU"])
     monkeypatch.setattr(native, "no_cpu", lambda: None)
-    monkeypatch.setattr(native, "no_cuda", lambda: "it was left out")
+    monkeypatch.setattr(native, "no_cuda", lambda device=None: "it was left out")
     lines = runner.invoke(app, ["info"]).output.splitlines()
     assert "triton 3.6.1" in lines
     assert "GPU 0: some GPU" in lines

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,23 +254,51 @@ def test_a_module_of_other_sources_is_not_called(monkeypatch):
     native._load.cache_clear()
 
 
-def test_a_device_is_asked_once_what_its_code_was_built_for(monkeypatch):
-    """Where a module has no image for a device, the reason stays too."""
-    asked = []
+@pytest.fixture
+def two_devices(monkeypatch):
+    """A module built for sm_80 on device 0, without an image for device 1; tells where its kernel was tried."""
+    asked, entered = [], []
 
-    def probe(index):
-        asked.append(index)
-        if index == 1:
+    @contextmanager
+    def on(index):
+        entered.append(index)
+        yield
+        entered.pop()
+
+    def probe():
+        asked.append(entered[-1])
+        if entered[-1] == 1:
             raise RuntimeError("launching probe: no kernel image")
         return 80
 
-    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures="80"))
+    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures="80", device_count=lambda: 2))
     monkeypatch.setattr(native, "_probe", probe)
     monkeypatch.setattr(native, "_images", {})
+    for name, value in {"is_available": True, "current_device": 0, "is_current_stream_capturing": False}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    return asked
+
+
+def test_a_device_is_asked_once_what_its_code_was_built_for(two_devices):
+    """Where a module has no image for a device, the reason stays too; the device is that of the tensors."""
     for _ in range(2):
         assert native.built_for(torch.device("cuda:0")) == 80
+        assert native.no_cuda(torch.device("cuda:0")) is native.no_cuda() is None
         assert native.built_for(torch.device("cuda:1")) is native.built_for(torch.device("cpu")) is None
-    assert asked == [0, 1]
+        assert native.no_cuda(torch.device("cuda:1")).startswith(
+            "launching probe: no kernel image; it was built for 80"
+        )
+    assert two_devices == [0, 1]
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(two_devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "a graph is captured" in native.no_cuda() and native.built_for(torch.device("cuda:0")) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert native.no_cuda() is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert native.no_cuda() is None and two_devices == [0]
 
 
 @needs_compiler

@@ -38,7 +38,7 @@ def available() -> list[Backend]:
     usable_on_cpu = _no_triton("cpu") is None
     return [
         Backend("triton", None if usable_on_cpu else _no_triton("cuda")),
-        Backend("cuda", _no_cuda("cpu" if native.emulated() else "cuda")),
+        Backend("cuda", _no_cuda(torch.device("cpu" if native.emulated() else "cuda"))),
         Backend("cpu", native.no_cpu()),
         Backend("reference", None),
     ]
@@ -54,8 +54,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "reference" or (backend == "auto" and (device.type not in AUTO or dtype not in KERNEL_DTYPES)):
         return "reference"
     chosen = AUTO[device.type] if backend == "auto" else backend
-    why_not: dict[str, Callable[[str], str | None]] = {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton}
-    reason = why_not[chosen](device.type)
+    why_not: dict[str, Callable[[str], str | None]] = {"cpu": _no_cpu, "triton": _no_triton}
+    reason = _no_cuda(device) if chosen == "cuda" else why_not[chosen](device.type)
     if reason is None and dtype not in KERNEL_DTYPES:
         reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}, not {dtype}"
     if reason is None:
@@ -85,7 +85,7 @@ def implementation(
         return None
     if resolved == "cuda" and cuda_kernels.refusal(operator, args) is None:
         return cuda_kernels.launcher(operator)
-    if backend == "auto" and cuda_kernels.faster(operator, args) and _no_cuda("cuda") is None:
+    if backend == "auto" and cuda_kernels.faster(operator, args) and _no_cuda(first.device) is None:
         return cuda_kernels.launcher(operator)
     refused = triton_kernels.refusal(operator, args)
     if refused is None:
@@ -134,11 +134,11 @@ def _no_triton(device_type: str) -> str | None:
     return None
 
 
-def _no_cuda(device_type: str) -> str | None:
+def _no_cuda(device: torch.device) -> str | None:
     """Why the CUDA C++ kernels, and triton for what they lack, cannot run on such a device; None when they can."""
-    reason = native.no_cuda()
-    if reason is None and device_type != "cuda" and not native.emulated():
-        reason = f"it runs on CUDA devices, not on {device_type}"
-    if reason is None and (without := _no_triton(device_type)) is not None:
+    reason = native.no_cuda(device if device.type == "cuda" else None)
+    if reason is None and device.type != "cuda" and not native.emulated():
+        reason = f"it runs on CUDA devices, not on {device.type}"
+    if reason is None and (without := _no_triton(device.type)) is not None:
         reason = f"triton runs what has no CUDA kernel, but {without}"
     return reason

@@ -47,8 +47,8 @@ def no_cpu() -> str | None:
     return _load("_cpu")[1]
 
 
-def no_cuda() -> str | None:
-    """Why the CUDA module cannot be used on the current device; None when it can."""
+def no_cuda(device: torch.device | None = None) -> str | None:
+    """Why the CUDA module cannot be used on a CUDA device, by default the current one; None when it can."""
     module, reason = cuda(), _load("_cuda")[1]
     if module is None:
         return reason
@@ -61,7 +61,7 @@ def no_cuda() -> str | None:
         return str(error)
     if not torch.cuda.is_available():
         return "this torch has no CUDA"
-    image = _image(torch.device("cuda"))
+    image = _image(torch.device("cuda") if device is None else device)
     return image if isinstance(image, str) else None
 
 
@@ -80,21 +80,26 @@ def built_for(device: torch.device) -> int | None:
 
 
 def _image(device: torch.device) -> int | str:
-    """The architecture of the CUDA module's code on a device, or why there is none: its smallest kernel tells."""
+    """The architecture of the CUDA module's code on a device, or why there is none: its smallest kernel tells.
+
+    Its end is waited for, which would spoil a graph that is being captured: then it is for a later call to find out.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _images:
-        try:
-            _images[index] = _probe(index)
-        except RuntimeError as error:
-            _images[index] = f"{error}; it was built for {cuda().architectures} (UNIKE_CUDA_ARCHS)"
+        with torch.cuda.device(index):
+            if torch.cuda.is_current_stream_capturing():
+                return f"none of its kernels has run on device {index}, and a graph is captured: call one before"
+            try:
+                _images[index] = _probe()
+            except RuntimeError as error:
+                _images[index] = f"{error}; it was built for {cuda().architectures} (UNIKE_CUDA_ARCHS)"
     return _images[index]
 
 
-def _probe(index: int) -> int:
-    with torch.cuda.device(index):
-        out = torch.zeros(1, dtype=torch.int32, device="cuda")
-        cuda().probe(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
-        return int(out)
+def _probe() -> int:
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    cuda().probe(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    return int(out)
 
 
 class Int8Index:

@@ -45,7 +45,7 @@ class CudaInt8Index:
 
     @torch.inference_mode(False)  # or `encode` could not change the copy outside of that mode
     def __init__(self, keys: Tensor, key_norm: Tensor | None = None) -> None:
-        if (reason := native.no_cuda()) is not None:
+        if (reason := native.no_cuda(keys.device)) is not None:
             raise RuntimeError(reason)
         if keys.dim() != 2 or keys.dtype not in native.INDEXED or keys.shape[1] == 0 or keys.shape[0] >= 2**31:
             raise ValueError(
