@@ -205,6 +205,26 @@ class TestOfAMemory:
             torch.testing.assert_close(scores, expected[0])
         assert kept
 
+    def test_other_streams_read_a_whole_copy(self, memory, monkeypatch):
+        """It is waited for before anybody can find it, and a change waits for those who read it."""
+        seen, encode = [], CudaInt8Index._encode
+
+        def record(name):
+            monkeypatch.setattr(
+                int8_search, name, lambda device: seen.append((name, memory.kept.index, memory.kept._of))
+            )
+
+        monkeypatch.setattr(CudaInt8Index, "_encode", lambda *args: seen.append("encode") or encode(*args))
+        record("wait_for_device"), record("wait_for_stream")
+        before = memory.kept._of
+        self.check(memory, times=2)
+        index, of = memory.kept.index, memory.kept._of
+        assert seen[-2:] == ["encode", ("wait_for_stream", None, of)] and before != of
+        seen.clear()
+        self.other(memory, 580)
+        assert seen == [("wait_for_device", index, of), "encode", ("wait_for_stream", index, of)]
+        assert memory.kept._of != of
+
     def test_made_in_inference_mode_changed_outside(self, memory):
         with torch.inference_mode():
             self.check(memory)

@@ -33,6 +33,14 @@ def test_rounded_once(dtype):
     assert folding.encoded_rows(values[:0], encoder).shape == (0, 64)
 
 
+def test_what_is_made_is_there_for_other_streams(monkeypatch):
+    waited = []
+    monkeypatch.setattr(folding, "wait_for_stream", waited.append)
+    encoder, weight = encoder_of(8, torch.float32), torch.randn(8, 8)
+    folding.encoded_rows(weight, encoder), folding.folded(weight, None, encoder)
+    assert waited == [weight.device] * 2
+
+
 def patched(attention, per, name="llama", **more):
     shift = replace(ALWAYS.shift, attention=attention, per=per)
     config = replace(ALWAYS, shift=shift, **more)

@@ -1,4 +1,7 @@
-"""What is known of an affine Enc_sem before any token comes: its rows of a memory, or one map with the projection."""
+"""What is known of an affine Enc_sem before any token comes: its rows of a memory, or one map with the projection.
+
+Made by whichever call comes first, on its stream; it is there when these return, as others read it from theirs.
+"""
 
 from collections.abc import Sequence
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cuda_kernels.launching import wait_for_stream
 from .reference import compute_dtype
 
 
@@ -19,7 +23,9 @@ def encoded_rows(values: Tensor, encoder: Sequence[tuple[Tensor, Tensor]]) -> Te
     wide = compute_dtype(values)
     with torch.autocast(values.device.type, enabled=False):
         parts = [reference.encode(part.to(wide), encoder).to(values.dtype) for part in values.split(4096)]
-    return torch.cat(parts) if parts else values
+    rows = torch.cat(parts) if parts else values
+    wait_for_stream(rows.device)
+    return rows
 
 
 @torch.no_grad()
@@ -30,4 +36,6 @@ def folded(weight: Tensor, bias: Tensor | None, encoder: Sequence[tuple[Tensor, 
         w, b = weight.to(wide), weight.new_zeros(len(weight), dtype=wide) if bias is None else bias.to(wide)
         for weight_i, bias_i in encoder:
             w, b = weight_i.to(wide) @ w, weight_i.to(wide) @ b + bias_i.to(wide)
-    return w.to(weight.dtype), b.to(weight.dtype)
+    narrow = w.to(weight.dtype), b.to(weight.dtype)
+    wait_for_stream(weight.device)
+    return narrow

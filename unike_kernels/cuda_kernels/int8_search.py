@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import native
 from ..triton_kernels import launching as allocating
 from .cosine_topk import MOST_ITEMS
-from .launching import address, launch, name_of, on
+from .launching import address, launch, name_of, on, wait_for_device, wait_for_stream
 
 MOST_QUERIES = 16  # as csrc/int8_search.cuh has it
 CHUNK = 4096  # rows that are encoded at a time: 64 MB of float32 at d = 4096
@@ -82,7 +82,11 @@ class CudaInt8Index:
 
     @torch.no_grad()
     def encode(self) -> None:
-        """Makes the copy of the keys as they are now, where the last one was."""
+        """Makes the copy of the keys as they are now, where the last one was.
+
+        Waits for searches on all streams before, and for the copy to be there after: others do not know this stream.
+        """
+        wait_for_device(self.keys.device)
         keys, norm = self._given
         if self.keys.data_ptr() != keys.data_ptr():
             self.keys.copy_(keys)
@@ -94,6 +98,7 @@ class CudaInt8Index:
         for start in range(0, len(keys), CHUNK):
             self._encode(slice(start, start + CHUNK))
         self.habit.zero_()
+        wait_for_stream(self.keys.device)
 
     @property
     def bytes(self) -> int:

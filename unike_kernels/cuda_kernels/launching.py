@@ -31,6 +31,18 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Until its current stream has done all it was given: then every stream may read what it wrote."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Until no stream of it has anything left to do: then what they read may be written."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize(device)
+
+
 def launch(function: str, device: torch.device, kernels: tuple[str, ...], *args: Any) -> None:
     """Calls a function of the module, the device's current stream as its last argument; it starts these kernels."""
     run: Callable[..., None] = getattr(native.cuda(), function)
