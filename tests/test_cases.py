@@ -1,5 +1,6 @@
 """Case tokens, and what was decided at them: in padded, packed, cached, teacher-forced and beam-searched passes."""
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -16,6 +17,7 @@ from unike_kernels.cases import (
     Cases,
     CaseState,
     Version,
+    as_if_capturing,
     attended,
     case_tokens_from_labels,
     cases_from_ptr,
@@ -329,6 +331,31 @@ def test_static_cache_in_generate(name, config):
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+def test_a_mask_over_all_columns_of_a_cache_equals_one_that_grows(kind, side, config):
+    """transformers reads column i as position i, so what is still to come stands behind this pass's columns."""
+    model, inputs, _ = patched("llama", config, side=side)
+    ids, given = inputs["input_ids"], inputs["attention_mask"]
+    rows, length = given.shape
+
+    def logits(width, asked):
+        options = {"max_cache_len": 16} if kind is StaticCache else {}
+        cache, mask = kind(config=model.config, **options), given
+        for step in range(3):
+            wide = torch.nn.functional.pad(mask, (0, max(0, width - mask.shape[1])))
+            tokens = ids if step == 0 else torch.full((rows, 1), 4 + step)
+            with contextlib.nullcontext() if asked or step == 0 else as_if_capturing():
+                yield model(input_ids=tokens, attention_mask=wide, past_key_values=cache).logits
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+
+    with torch.no_grad():
+        expected = list(logits(0, True))
+        for asked in (True, False):
+            for ours, theirs in zip(logits(16, asked), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_cache_prefilled_without_the_patch_is_refused():
@@ -701,10 +728,13 @@ def test_masks_of_every_form_say_the_same():
         assert attended(mask, 4).tolist() == flat.bool().tolist()
         assert last_attended(mask, 2, 4, device).tolist() == [3, 2]
     assert last_attended(None, 2, 4, device).tolist() == [3, 3]
-    assert last_attended(torch.cat([torch.ones(2, 5), flat], dim=1), 2, 4, device).tolist() == [3, 2]
     past = torch.cat([torch.ones(2, 1, 4, 5).bool(), static], dim=-1)
-    assert last_attended(past, 2, 4, device, past=5).tolist() == [3, 2]
-    assert padded_cases(flat, 2, 4, device).tolist() == [-1, -1, 0, 0, 1, 1, 1, -1]
+    long = torch.cat([torch.ones(2, 5), flat, torch.zeros(2, 3)], dim=1)
+    for mask in (past, long, long[:, :9], long[:, 2:9]):  # the last: without columns for what was dropped
+        assert last_attended(mask, 2, 4, device, past=5).tolist() == [3, 2]
+    for mask, before in ((flat, 0), (long, 5)):
+        assert padded_cases(mask, 2, 4, device, before).tolist() == [-1, -1, 0, 0, 1, 1, 1, -1]
+    assert padded_cases(long, 2, 4, device, -1).tolist() == [0] * 4 + [1] * 4  # where it lies is not known
     assert padded_cases(None, 2, 2, device).tolist() == [0, 0, 1, 1]
 
 

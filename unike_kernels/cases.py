@@ -208,23 +208,21 @@ def case_tokens_from_labels(labels: Tensor, fallback: Tensor) -> Tensor:
 def attended(mask: object, length: int, past: int = 0) -> Tensor | None:
     """[B, length] bool, True for the tokens of this pass that are no padding; None where the mask does not say.
 
-    mask: [B, S], whose last columns are this pass; or [B, 1, Q, S] as attention layers take it (bool, or additive),
-    whose columns start with `past` earlier tokens and may reach into the empty part of a static cache; or a dict of
-    those by layer type, where "full_attention" is preferred: a sliding window hides early tokens too.
+    mask: [B, S]; or [B, 1, Q, S] as attention layers take it (bool, or additive); or a dict of those by layer type,
+    where "full_attention" is preferred: a sliding window hides early tokens too. Its columns start with `past` earlier
+    tokens (-1: how many is not known) and may reach into the empty part of a cache.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    start = min(past, mask.shape[-1] - length)  # a mask may have no columns for what a sliding window has dropped
+    if start < 0:
         return None
     if mask.dim() == 2:
-        return mask[:, -length:] != 0
-    if mask.dim() == 4:
-        start = min(past, mask.shape[-1] - length)  # a sliding window's cache holds fewer
-        if start < 0:
-            return None
-        row = mask[:, 0, -1, start : start + length]  # the last query sees every key that is no padding
-        return row if row.dtype == torch.bool else row == 0
-    return None
+        return mask[:, start : start + length] != 0
+    row = mask[:, 0, -1, start : start + length]  # the last query sees every key that is no padding
+    return row if row.dtype == torch.bool else row == 0
 
 
 def last_attended(mask: object, batch: int, length: int, device: torch.device, past: int = 0) -> Tensor:
@@ -236,11 +234,12 @@ def last_attended(mask: object, batch: int, length: int, device: torch.device, p
     return (seen * torch.arange(seen.shape[1], device=device)).amax(dim=1).expand(batch)
 
 
-def padded_cases(mask: object, batch: int, length: int, device: torch.device) -> Tensor:
+def padded_cases(mask: object, batch: int, length: int, device: torch.device, past: int = 0) -> Tensor:
     """[B * S] int64: the row of each token of a padded batch as its case, -1 for what a [B, S] mask calls padding."""
     case = torch.arange(batch, device=device)[:, None].expand(batch, length)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
-        case = torch.where(mask[:, -length:].to(device) != 0, case, -1)
+    seen = attended(mask, length, past) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if seen is not None:
+        case = torch.where(seen.to(device), case, -1)
     return case.reshape(-1)
 
 
@@ -253,7 +252,8 @@ def refuse_packed(position_ids: object, mask: object, length: int, past: int) ->
     real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
     # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position, and
     # falls at most from 1 to the 0 of the first token.
-    again = torch.where(real[:, 1:] & real[:, :-1], after <= before, (after < before) & (before > 1))
+    starts = (after < before) | ((after == before) & (after == 0))  # a sequence of one token stays at 0
+    again = torch.where(real[:, 1:] & real[:, :-1], starts, (after < before) & (before > 1))
     if bool(again.any()):
         raise ValueError(
             f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "

@@ -158,10 +158,10 @@ class CaseTracker:
         if past:
             state = self._continued(cache, batch, length)
             if state is not None:
-                return self._decided(mask, batch, length, device, state)
+                return self._decided(mask, batch, length, device, state, past)
         else:
             self._forget(cache)
-        token_to_case = padded_cases(mask, batch, length, device)
+        token_to_case = padded_cases(mask, batch, length, device, past)
         if length > 1:
             refuse_packed(given.get("position_ids"), mask, length, past)
         last = last_attended(mask, batch, length, device, past)
@@ -194,25 +194,27 @@ class CaseTracker:
         kept = getattr(cache, CACHE_ATTRIBUTE, None)
         if kept is None or kept.get(self.name) is not step.state or step.state.version is not self.version:
             return False
-        rows = step.state.size
-        if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched() or not self._past(cache):
+        rows, past = step.state.size, self._past(cache)
+        if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched() or not past:
             return False
         mask = given.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() == 4:
             return True
-        return mask.dim() == 2 and len(mask) == rows and mask.is_cpu and may_ask() and bool((mask[:, -1] != 0).all())
+        if mask.dim() != 2 or len(mask) != rows or not mask.is_cpu or not may_ask():
+            return False
+        return bool((mask[:, min(past, mask.shape[1] - 1)] != 0).all())
 
-    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState) -> Cases:
+    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
         """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
         if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
             nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
-            return Cases(padded_cases(mask, batch, length, device), nowhere, state, decided=True)
+            return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
         # A decision from another device would have to be moved: left to those who do.
         there = all(of.indices.is_cpu for of in state.layers.values())
         native = there and (state.selected is None or state.selected.is_cpu)
         with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
             nowhere = torch.full((batch,), -1, dtype=torch.long)
-            token_to_case = padded_cases(mask, batch, length, device)
+            token_to_case = padded_cases(mask, batch, length, device, past)
         found = Cases(token_to_case, nowhere, state, decided=True, native=native)
         plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
         if native and length == 1 and plain:
@@ -331,14 +333,14 @@ class CaseTracker:
         return state
 
     def _past(self, cache: Any) -> int:
-        """Tokens that a KV cache holds; 1 stands for a number on the device that may not be read now."""
+        """Tokens that a KV cache holds; -1 stands for a number on the device that may not be read now."""
         if cache is None:
             return 0
         if isinstance(cache, tuple):
             return cache[0][0].shape[-2] if cache else 0
         length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if isinstance(length, Tensor) and not may_ask():
-            return int(self.kept(cache) is not None)
+            return -1 if self.kept(cache) is not None else 0
         return int(length)
 
     def _forget(self, cache: Any) -> None:
