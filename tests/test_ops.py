@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_tools import DEVICE
 from tolerance import assert_close_to_reference
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unike_kernels import ops, reference
+from unike_kernels import native, ops, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -365,6 +366,28 @@ def test_compiled_in_place():
 
     torch.testing.assert_close(step(y, x), expected)
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_in_place_is_counted_as_a_change(backend):
+    """So that autograd refuses gradients from what was saved before it."""
+    if backend == "cpu" and native.cpu() is None:
+        pytest.skip(native.no_cpu())
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    x, keys, values, y = (torch.ones(n, 8, device=device) for n in (2, 1, 1, 2))
+    out = torch.ones(2, 8, device=device, requires_grad=True) * y
+    for _ in range(2):
+        before = y._version
+        ops.extra_neurons_(y, x, keys, None, values, act="identity", backend=backend)
+        assert y._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.inference_mode():
+        kept = torch.ones(2, 8, device=device)
+        ops.extra_neurons_(kept, x, keys, None, values, act="identity", backend=backend)
+    assert kept.tolist() == [[9.0] * 8] * 2
+    if backend != "reference":  # torch itself does not write such a tensor outside of that mode
+        ops.extra_neurons_(kept, x, keys, None, values, act="identity", backend=backend)
 
 
 # --------------------------------------------------------------------------------------- where nothing acts

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import backends, reference
 from ._checks import check_shape
@@ -41,7 +42,10 @@ _SHIFT = (
 
 
 def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], after: int = 0) -> None:
-    """An operator; `kernel` gets its arguments without the backend, which has `after` arguments behind it."""
+    """An operator; `kernel` gets its arguments without the backend, which has `after` arguments behind it.
+
+    One that writes in place writes its first argument.
+    """
 
     def run(*args: Any) -> Any:
         at = len(args) - 1 - after
@@ -59,8 +63,13 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
         with torch.autocast(device, enabled=False):  # it would round the products of what is accumulated in float32
             return chosen(*args)
 
+    def run_in_place(*args: Any) -> None:
+        run(*args)
+        # Kernels write past torch, which has to know: gradients of what it saved would be of what stands there now.
+        increment_version(args[0])
+
     LIB.define(f"{name}{schema}")
-    LIB.impl(name, run, "CompositeExplicitAutograd")
+    LIB.impl(name, run_in_place if "(a!)" in schema else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"unike::{name}", fake, lib=LIB)
 
 
