@@ -56,6 +56,13 @@ def test_among_equal_scores_the_lowest_index_wins():
     assert memory.search(q, 1, torch.tensor([[0, -1]]))[1].tolist() == [[1]]
 
 
+def test_an_edit_that_is_named_twice_is_found_once():
+    memory, sem = make_memory(3, 3)
+    twice = memory.search(sem[4:6], 6, torch.tensor([[1, 1, -1, 0, 1], [2, -1, -1, 2, -1]]))
+    once = memory.search(sem[4:6], 6, torch.tensor([[1, 0], [2, -1]]))
+    assert all(torch.equal(a, b) for a, b in zip(twice, once, strict=True))
+
+
 def test_what_is_not_finite_or_zero():
     memory, sem = make_memory(2, 2)
     nan = torch.full((1, 5), float("nan"), dtype=torch.float64)

@@ -93,6 +93,18 @@ def test_own_items_and_who_retrieves_nothing(form):
         assert set(indices[row][indices[row] >= 70].tolist()) <= allowed
 
 
+@pytest.mark.parametrize("slots", [4, 70])
+def test_an_edit_that_is_named_twice_is_one(slots):
+    """In neighbouring slots, in others, and in more of them than are kept."""
+    args, options = case_of("given", 3)
+    args[4][0] = args[5][70]  # the own item of edit 0 is the best
+    selected = torch.full((3, slots), -1, device=DEVICE)
+    selected[0, 0], selected[0, 2], selected[0, -1], selected[1, -2:], selected[2] = 0, 1, 0, 2, 1
+    routing = {"token_to_case": torch.tensor([0, 1, 2], device=DEVICE), "selected": selected}
+    indices = check(args, {**options, **routing})[3]
+    assert (indices == 70).sum() == 1 and indices[0, 0] == 70
+
+
 def test_few_items_none_and_ties():
     for shared, own, k in ((0, 0, 3), (0, 2, 3), (1, 1, 4), (2, 3, 1)):
         args, options = case_of("given", 2, shared=shared, own=own, k=k)

@@ -104,6 +104,8 @@ class ExternalMemory(ChoosesBackend):
         if selected is None or self.capacity == 0:
             return scores, indices
         own = torch.where(selected >= 0, selected + self.counts[0], -1)  # [T, m]
+        if own.shape[1] > 1:  # an edit that is named twice is one
+            own = own.masked_fill((own[:, :, None] == own[:, None]).tril(-1).any(2), -1)
         own_scores = self._cosine(q, own.clamp(min=0, max=self.capacity - 1)).to(scores.dtype)
         # Not finite: a NaN query retrieves nothing, a NaN item is never retrieved.
         missing = (own < 0) | (own >= self.counts[1]) | ~own_scores.isfinite()
