@@ -407,6 +407,23 @@ def test_reset_cache_whose_prefill_failed_keeps_no_older_decision():
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+class PagedCache:
+    """What transformers' continuous batching brings: a cache of many requests, without get_seq_length."""
+
+    def update(self, keys, values, layer, **rest):
+        return keys, values
+
+
+def test_a_cache_that_does_not_say_its_length_is_refused():
+    model, inputs, handle = patched("llama", ROUTED)
+    one = {"input_ids": row_of(inputs, 0)["input_ids"], "position_ids": torch.arange(7)[None], "use_cache": False}
+    one["attention_mask"] = torch.zeros(1, 1, 7, 7)
+    with pytest.raises(ValueError, match=r"PagedCache does not say how many tokens .* use model.generate"):
+        model(**one, past_key_values=PagedCache())
+    with handle.disabled():
+        model(**one, past_key_values=PagedCache())
+
+
 def test_switching_off_for_some_tokens_keeps_the_case():
     model, inputs, handle = patched("llama", ROUTED)
     cache = model(**row_of(inputs, 0), use_cache=True).past_key_values

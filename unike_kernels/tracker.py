@@ -338,7 +338,13 @@ class CaseTracker:
             return 0
         if isinstance(cache, tuple):
             return cache[0][0].shape[-2] if cache else 0
-        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if not hasattr(cache, "get_seq_length"):
+            raise ValueError(
+                f"a {type(cache).__name__} does not say how many tokens it holds, so nothing tells a prompt from an "
+                "answer that goes on (continuous batching, generate_batch, brings such a cache): use model.generate, "
+                "or name the cases of every pass with handle.set_cases"
+            )
+        length = cache.get_seq_length()
         if isinstance(length, Tensor) and not may_ask():
             return -1 if self.kept(cache) is not None else 0
         return int(length)
