@@ -120,18 +120,13 @@ def cosine_topk_scan(
         step_of = stride
         mine = tl.program_id(0) - programs  # the query of the tile whose own rows these are; below 0: none
         is_mine = tl.arange(0, LIVE) == mine
-        slot = tl.arange(0, BLOCK_N)
-        own = tl.full([BLOCK_N], -1, tl.int64)
         if mine >= 0:
             begin = tl.zeros([], tl.int32)
             last_block = tl.max((is_mine & is_query).to(tl.int32))  # M is at most BLOCK_N: one block
-            of_case = selected + tl.sum(tl.where(is_mine & is_query, case, 0)) * M
-            own = tl.load(of_case + slot, mask=(slot < M) & (last_block > 0), other=-1)
-            named = tl.load(of_case + edit, mask=(edit < M) & (last_block > 0), other=-1)
-            again = (own[:, None] == named[None, :]) & (edit[None, :] < slot[:, None])  # an edit named twice is one
-            own = tl.where(tl.max(again.to(tl.int32), axis=1) > 0, -1, own)
+            case_of = tl.sum(tl.where(is_mine & is_query, case, 0))
+        else:
+            case_of = tl.zeros([], tl.int64)
         shared, total = tl.load(spans + 1), tl.load(spans + 3)
-        is_own = (own >= 0) & (own + shared < total)
 
     in_dot = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     at_query = q + in_dot.to(tl.int64)[:, None] * q_stride
@@ -142,8 +137,11 @@ def cosine_topk_scan(
         row = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         is_row = row < N
         if selected is not None:
-            is_row = tl.where(mine >= 0, is_own, is_row)
-            row = tl.where(mine >= 0, own + shared, row)
+            one = tl.load(selected + case_of * M + row, mask=(mine >= 0) & (row < M), other=-1)
+            for slot in range(0, tl.where(mine >= 0, M - 1, 0)):  # an edit that is named twice is one
+                one = tl.where((row > slot) & (one == tl.load(selected + case_of * M + slot)), -1, one)
+            is_row = tl.where(mine >= 0, (one >= 0) & (one + shared < total), is_row)
+            row = tl.where(mine >= 0, one + shared, row)
         at_key = keys + row[:, None] * key_stride
         if key_norm is not None:  # asked for before the walk, there behind it
             norm = tl.load(key_norm + row * norm_stride, mask=is_row, other=1.0).to(tl.float32)
@@ -177,8 +175,8 @@ def cosine_topk_scan(
         scores = tl.div_rn(scores, tl.where(norm == 0, float("inf"), norm)[:, None] + tl.zeros_like(dots))
         seen = (is_row[:, None] & is_query[None, :]) & (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
         if selected is not None:
-            seen_own = (is_row[:, None] & is_query[None, :]) & is_mine[None, :]
-            seen = tl.where(mine >= 0, seen_own, seen)
+            own = (is_row[:, None] & is_query[None, :]) & is_mine[None, :]
+            seen = tl.where(mine >= 0, own, seen)
         packed = tl.where(seen, _pack(scores, row.to(tl.int32)[:, None]), NOTHING)
         packed = tl.trans(packed)  # [LIVE, BLOCK_N]
         # Most blocks hold nothing better than what is known: no sort for them.
