@@ -124,6 +124,18 @@ class CosineTopk:
         torch.testing.assert_close(alone[0], scores[3:4])
         assert torch.equal(alone[1] + 60, indices[3:4])
 
+    @pytest.mark.parametrize("far", [2**31 * 64, 2**37 + 5, 2**63 - 1])
+    def test_ranges_that_end_far_from_the_keys(self, far):
+        """At either side, as far as int64 goes; alone, so that no other query brings its rows into view."""
+        q, keys = rand(1, 16), rand(150, 16)
+        for span in ([-far, far], [-far - 1, 140], [10, far], [far - 3, far], [-far - 1, -far]):
+            self.exact_ranges(q, keys, torch.tensor([span], device=DEVICE))
+
+    def exact_ranges(self, q, keys, ranges):
+        inside = ranges.clamp(0, len(keys))
+        found, expected = (self.check(q, keys, 5, ranges=of) for of in (ranges, inside))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
     def test_views(self):
         q, keys = rand(3, 33), rand(80, 33)
         expected = self.found(q, keys, 4)

@@ -101,7 +101,7 @@ def cosine_topk_scan(
     if ranges is not None:
         start = tl.load(ranges + range_stride * of_tile, mask=is_query, other=0)
         end = tl.load(ranges + range_stride * of_tile + 1, mask=is_query, other=0)
-        first = tl.maximum(tl.min(tl.where(is_query & (start < end), start, N)), 0)
+        first = tl.minimum(tl.maximum(tl.min(tl.where(is_query & (start < end), start, N)), 0), N)
         last = tl.minimum(tl.max(tl.where(is_query & (start < end), end, 0)), N)
     else:
         start = tl.zeros([LIVE], tl.int64)
