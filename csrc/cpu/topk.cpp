@@ -37,8 +37,8 @@ void keep_best(const TopkTile& tile) {
         const float* products = tile.products + query * tile.n;
         int64_t begin = 0, end = tile.n;
         if (tile.ranges != nullptr) {
-            begin = std::max(begin, tile.ranges[2 * query] - tile.first);
-            end = std::min(end, tile.ranges[2 * query + 1] - tile.first);
+            begin = std::clamp(tile.ranges[2 * query], tile.first, tile.first + tile.n) - tile.first;
+            end = std::clamp(tile.ranges[2 * query + 1], tile.first, tile.first + tile.n) - tile.first;
         }
         for (int64_t at = begin; at < end; at += kChunk) {
             const int64_t count = std::min(kChunk, end - at);
