@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -331,6 +332,60 @@ def test_static_cache_in_generate(name, config):
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
+ROWS = {
+    "reorder_cache": torch.tensor([2, 0, 1]),
+    "batch_select_indices": torch.tensor([2, 0]),
+    "batch_repeat_interleave": 2,
+    "a mask": torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("copier", [lambda c: c, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize("how", ROWS)
+def test_decisions_follow_the_rows_of_a_cache(how, copier, config):
+    model, inputs, _ = patched("llama", config, rows=(7, 7, 7))
+    rows = torch.arange(3).repeat_interleave(2) if isinstance(ROWS[how], int) else torch.arange(3)[ROWS[how]]
+    method = "batch_select_indices" if how == "a mask" else how
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(**inputs, past_key_values=cache)
+        expected = model(input_ids=torch.full((3, 1), 5), past_key_values=copy.deepcopy(cache)).logits
+        twin = copier(cache)
+        getattr(twin, method)(ROWS[how])
+        ours = model(input_ids=torch.full((len(rows), 1), 5), past_key_values=twin).logits
+        torch.testing.assert_close(ours, expected[rows], **CLOSE)
+        if twin is not cache:
+            assert torch.equal(model(input_ids=torch.full((3, 1), 5), past_key_values=cache).logits, expected)
+    gone = weakref.ref(cache)
+    del cache, twin
+    assert gone() is None  # nothing about it makes it wait for the collection of garbage
+
+
+def test_decisions_follow_the_rows_of_a_static_cache(config):
+    model, inputs, handle = patched("llama", config, rows=(7, 7, 7))
+    kept = handle.record.runtime.tracker.kept
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(**inputs, past_key_values=cache)
+        token = {"input_ids": torch.full((3, 1), 5), "past_key_values": cache}
+        before, alpha = model(**token).logits, kept(cache).layers[3].alpha
+        cache.reset()
+        model(**inputs, past_key_values=cache)
+        cache.reorder_cache(ROWS["reorder_cache"])
+        torch.testing.assert_close(model(**token).logits, before[ROWS["reorder_cache"]], **CLOSE)
+        assert kept(cache).layers[3].alpha is alpha  # a captured graph reads there
+
+
+def test_beams_of_one_case_go_on_with_the_same_decision():
+    model, inputs, handle = patched("llama", ROUTED, rows=(7, 7))
+    cache = model(**{k: t.repeat_interleave(2, dim=0) for k, t in inputs.items()}).past_key_values
+    state = handle.record.runtime.tracker.kept(cache)
+    cache.reorder_cache(torch.tensor([1, 1, 3, 2]))
+    assert handle.record.runtime.tracker.kept(cache) is state
+    cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
+    assert handle.record.runtime.tracker.kept(cache) is not state
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

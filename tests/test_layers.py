@@ -31,6 +31,7 @@ LAYERS = {
     "edits_io": 3,
     "edits_schema": 3,
     "folding": 3,
+    "following": 3,
     "memory": 3,
     "minigpt4": 3,
     "models": 3,

@@ -52,6 +52,38 @@ class CaseState:
     chosen: bool = False  # selected by hand, not by the router
     layers: dict[int, LayerDecision] = field(default_factory=dict)
     known: Tensor | None = None  # [C] bool: had a case token so far; kept for cases that are named by hand
+    alike: list[int] | None = field(default=None, init=False, repr=False)  # equal numbers: decided alike
+
+    def at(self, rows: "Tensor | int") -> "CaseState":
+        """The state of the cases `rows` [R], or of every case so often; itself where that changes nothing.
+
+        A beam search chooses rows anew for every token, but within a case, whose beams were decided alike.
+        """
+        if isinstance(rows, int):
+            rows = torch.arange(self.size).repeat_interleave(rows)
+        elif rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        if len(rows) == self.size and may_ask():
+            if self.alike is None:
+                self.alike = self._alike()
+            if all(self.alike[i] == self.alike[row] for i, row in enumerate(rows.tolist())):
+                return self
+        chosen = rows
+
+        def taken(t: Tensor) -> Tensor:
+            return t[chosen.to(t.device)]
+
+        layers = {i: LayerDecision(taken(d.indices), taken(d.scores), taken(d.alpha)) for i, d in self.layers.items()}
+        selected, scores = (None if t is None else taken(t) for t in (self.selected, self.route_scores))
+        return CaseState(self.version, len(rows), selected, scores, self.chosen, layers)
+
+    def _alike(self) -> list[int]:
+        parts = [t for d in self.layers.values() for t in (d.indices, d.scores, d.alpha[:, None])]
+        parts += [t for t in (self.selected, self.route_scores) if t is not None]
+        if not parts:
+            return [0] * self.size
+        rows = torch.cat([t.to("cpu", torch.float64) for t in parts], dim=1)
+        return torch.unique(rows, dim=0, return_inverse=True)[1].tolist()
 
     @torch.no_grad()
     def move_into(self, storage: "CaseState") -> None:

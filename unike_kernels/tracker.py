@@ -24,10 +24,9 @@ from .cases import (
     padded_cases,
     refuse_packed,
 )
+from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
-CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
-STORAGE_ATTRIBUTE = "_unike_storage"  # the same on a static cache, kept over a reset: the tensors to decide into
 CPU = torch.device("cpu")
 CONTINUATIONS = ("refuse", "keep", "new")
 
@@ -130,6 +129,8 @@ class CaseTracker:
             if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
                 storages = getattr(cache, STORAGE_ATTRIBUTE, {})
                 setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
+            if not self.current.decided and not torch.compiler.is_compiling():
+                follow_rows(cache)
             setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
 
     def _settled(self, storage: CaseState | None) -> CaseState | None:
