@@ -59,7 +59,7 @@ void within(const char* name, int64_t value, int64_t least, int64_t most) {
 
 unike::Search search_of(const std::string& q_dtype, const std::string& key_dtype, int64_t t, int64_t n, int64_t d, int64_t k) {
     within("t", t, 0, unike::kMostQueries);
-    within("n", n, 0, (int64_t{1} << 31) - 1);
+    within("n", n, 0, unike::kMostKeys);
     within("d", d, 1, unike::kMostColumns);
     within("k", k, 0, unike::kMostItems);
     unike::Search search = {};
@@ -117,7 +117,7 @@ unike::Int8Keys int8_keys(const Index& index, int64_t t, int64_t k) {
     const auto& [codes, scale, residual, centre, signs, padded, window, keys, norm, dtype, n, stride, d, habit] = index;
     within("t", t, 0, unike::kMostInt8Queries);
     within("k", k, 0, unike::kMostItems);
-    within("n", n, 0, (int64_t{1} << 31) - 1);
+    within("n", n, 0, unike::kMostKeys);
     within("d", d, 1, unike::kMostColumns);
     within("padded", padded, (d + 63) / 64 * 64, (d + 63) / 64 * 64);
     within("window", window, padded / 2 + 1, padded);

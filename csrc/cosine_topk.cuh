@@ -10,6 +10,7 @@ namespace unike {
 constexpr int kMostItems = 128;    // k
 constexpr int kMostQueries = 64;  // of one call
 constexpr int kMostColumns = 1 << 20;  // d
+constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 20);  // n: a row's number is an int, also where steps go beyond the last row
 
 struct Search {
     const void* q;          // [t, d], rows q_stride elements apart

@@ -260,10 +260,13 @@ class TestCuda(CosineTopk):
             "indices": 16,
             "stream": 0,
         }
+        most = 2**31 - 2**20
+        shape = (torch.empty(1, 8, device="meta"), torch.empty(most + 1, 8, device="meta"), 3, None, None)
+        assert f"it takes at most {most}" in cuda_kernels.refusal("cosine_topk", shape)
         for change, said in (
             ({"t": 65}, "t must be 0 to 64, but is 65"),
             ({"k": 129}, "k must be 0 to 128, but is 129"),
-            ({"n": 2**31}, f"n must be 0 to {2**31 - 1}, but is {2**31}"),
+            ({"n": most + 1}, f"n must be 0 to {most}, but is {most + 1}"),
             ({"d": 0}, "d must be 1 to 1048576, but is 0"),
             ({"key_dtype": "float64"}, "but got float64"),
             ({"key_dtype": "bfloat16"}, "q is float16, keys are bfloat16"),

@@ -14,7 +14,8 @@ from ..triton_kernels.tuning import Row
 from .launching import address, launch, name_of, on
 from .zeros import Zeros
 
-MOST_QUERIES, MOST_ITEMS, MOST_COLUMNS = 64, 128, 2**20  # as csrc/cosine_topk.cuh has them
+# As csrc/cosine_topk.cuh has them.
+MOST_QUERIES, MOST_ITEMS, MOST_COLUMNS, MOST_KEYS = 64, 128, 2**20, 2**31 - 2**20
 KERNEL = "cosine_topk_stream"
 
 # launches: 1, the block that comes last chooses for all queries, a warp for each; or 2, a block for each. H100, one
@@ -39,8 +40,8 @@ def refusal(args: Sequence[Any]) -> str | None:
         return f"there are {queries} queries, and it takes at most {MOST_QUERIES}"
     if k > MOST_ITEMS:
         return f"k is {k}, and it finds at most {MOST_ITEMS} items"
-    if n >= 2**31:
-        return f"there are {n} keys, and it takes fewer than {2**31}"
+    if n > MOST_KEYS:
+        return f"there are {n} keys, and it takes at most {MOST_KEYS}"
     if not 0 < d <= MOST_COLUMNS:
         return f"a key has {d} elements, and it takes 1 to {MOST_COLUMNS}"
     return None

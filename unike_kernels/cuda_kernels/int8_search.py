@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..triton_kernels import launching as allocating
-from .cosine_topk import MOST_ITEMS
+from .cosine_topk import MOST_ITEMS, MOST_KEYS
 from .launching import address, launch, name_of, on, wait_for_device, wait_for_stream
 
 MOST_QUERIES = 16  # as csrc/int8_search.cuh has it
@@ -38,7 +38,7 @@ class CudaInt8Index:
     them, the next 2, 4, ... 64 leave the copy alone, so that they cost one read of the keys and no more. `reranked`
     tells how many were scored. No value is read from the device, so a search can be captured in a graph.
 
-    keys: [N, d] float32, bfloat16 or float16, N below 2**31, read by every search. After a change of theirs call
+    keys: [N, d] float32, bfloat16 or float16, N to 2**31 - 2**20, read by every search. After a change of theirs call
     `encode`, which changes the copy in place: a captured search stays right. key_norm: [N], what to divide the rows by;
     None: their norms. ValueError where d is too large for the device; `most_queries`: of one search.
     """
@@ -47,7 +47,7 @@ class CudaInt8Index:
     def __init__(self, keys: Tensor, key_norm: Tensor | None = None) -> None:
         if (reason := native.no_cuda(keys.device)) is not None:
             raise RuntimeError(reason)
-        if keys.dim() != 2 or keys.dtype not in native.INDEXED or keys.shape[1] == 0 or keys.shape[0] >= 2**31:
+        if keys.dim() != 2 or keys.dtype not in native.INDEXED or keys.shape[1] == 0 or keys.shape[0] > MOST_KEYS:
             raise ValueError(
                 f"keys must be [N, d] in half or single precision, but got {list(keys.shape)}, {keys.dtype}"
             )
