@@ -513,6 +513,27 @@ def test_several_tokens_on_a_used_cache_are_refused_or_told_apart(config):
         pass
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_prompt_that_ended_in_an_earlier_chunk_keeps_its_decision(name):
+    model, inputs, handle = patched(name, ROUTED, rows=(7, 4, 4), side="right")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    selected = []
+    with torch.no_grad(), handle.continuing("new"):
+        for ends in ((7,), (4, 7)):
+            cache, start = DynamicCache(config=model.config), 0
+            for end in ends:
+                model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+                start = end
+            selected.append(decisions(handle))
+        tracker = handle.record.runtime.tracker
+        assert tracker.current.case_tokens.tolist() == [2, -1, -1]
+        assert_same_decisions(*(rows_of_decisions(found, [1, 2]) for found in selected))
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+        with pytest.raises(ValueError, match="choose edits for all of them"), handle.choosing([None] * 3):
+            model(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=cache)
+
+
 def test_shared_prefix_of_the_base_is_exact_where_edits_are_causal():
     model, inputs, handle = patched("llama", CONFIGS["causal"])
     whole = row_of(inputs, 0)

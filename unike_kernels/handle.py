@@ -169,7 +169,9 @@ class PatchHandle:
         "keep": the decided case goes on (speculative decoding; where the first pass already holds guesses behind the
         prompt, as in transformers' assisted generation, `set_cases(case_positions=...)` has to name the prompt's end).
         "new": they end a prompt, whose case is decided at its last token: the next turn of a chat, the last chunk of a
-        prompt, a prompt after a shared prefix. Edits reach only tokens that run now.
+        prompt, a prompt after a shared prefix. Edits reach only tokens that run now. A row of nothing but padding
+        keeps what was decided for it. A pass of one token always decodes, nothing tells it from a prompt's last token:
+        take a chunk size (`prefill_chunk_size`) that leaves the last chunk two or more.
         """
         if how not in CONTINUATIONS:
             raise ValueError(f"how must be one of {', '.join(map(repr, CONTINUATIONS))}, but got {how!r}")

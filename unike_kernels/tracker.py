@@ -18,6 +18,7 @@ from .cases import (
     Cases,
     CaseState,
     Version,
+    attended,
     case_tokens_from_labels,
     last_attended,
     may_ask,
@@ -180,6 +181,12 @@ class CaseTracker:
         elif self.several_logits and not past:
             self._watch_guesses()
         rows = torch.arange(batch, device=device) * length + last
+        if past and self.positions is None and may_ask():
+            seen, before = attended(mask, length, past), self.kept(cache)
+            if seen is not None and before is not None and not bool(seen.any(dim=1).all()):
+                # Prompts that ended in an earlier chunk: here is nothing but their padding.
+                state = replace(self._checked(before, batch), layers=dict(before.layers))
+                return Cases(token_to_case, torch.where(seen.any(dim=1).to(device), rows, -1), state)
         return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
     def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
@@ -240,18 +247,18 @@ class CaseTracker:
             raise ValueError(
                 "cases that an earlier pass decided go on, but the edits changed since: prefill them again"
             )
-        elif not named.decided and state.chosen != (self.chosen is not None):
-            raise ValueError(
-                "some cases go on from an earlier pass and some are new: choose edits for all of them from their start "
-                "(None: the base model), or for none"
-            )
         return named.to(device)
 
     def _choose(self, cases: Cases, device: torch.device) -> None:
         """Puts the edits chosen by hand, if any, in the place of a router's decision."""
+        state = cases.state
+        if not cases.fresh and state.chosen != (self.chosen is not None):
+            raise ValueError(
+                "some cases go on from an earlier pass and some are new: choose edits for all of them from their start "
+                "(None: the base model), or for none"
+            )
         if self.chosen is None:
             return
-        state = cases.state
         chosen = self._repeated(self.chosen, state.size, "edits were chosen for {} cases").to(device)
         state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
         state.chosen, state.route_scores = True, None
@@ -324,6 +331,10 @@ class CaseTracker:
                 "use `with handle.continuing('keep')`, and handle.set_cases(case_positions=...) where the first pass "
                 "already holds guesses behind the prompt, or `with handle.continuing('new')`"
             )
+        return self._checked(state, batch)
+
+    def _checked(self, state: CaseState, batch: int) -> CaseState:
+        """The state that a KV cache brought, if it is of these edits and of so many rows."""
         same = state.version is self.version or state.version == self.version
         if not state.version.live or (not torch.compiler.is_compiling() and not same):
             raise ValueError(
