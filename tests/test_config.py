@@ -31,6 +31,9 @@ def test_json_round_trip():
         ({"shift": {"k": True}}, "True"),
         ({"neurons": {"steps": 2.5}}, "2.5"),
         ({"routing": {"mode": "sometimes"}}, "'sometimes'"),
+        ({"shift": None}, "ShiftConfig must be an object, but is None"),
+        ({"layers": 3}, "layers must be a list of layer numbers or null, but is 3"),
+        ({"layers": "12"}, "layers must be a list of layer numbers or null, but is '12'"),
     ],
 )
 def test_wrong_json_is_refused_by_name(data, named):
@@ -54,8 +57,29 @@ def test_wrong_json_is_refused_by_name(data, named):
         lambda: EncoderConfig(w_zeta="free"),
         lambda: EncoderConfig(held_out_by="artist"),
         lambda: replace(NeuronConfig(), steps=0),
+        lambda: NeuronConfig(margin=float("inf")),  # JSON has none: the edits could not be saved
+        lambda: NeuronConfig(lr_values=float("nan")),
+        lambda: NeuronConfig(lr_keys=-1.0),
+        lambda: ShiftConfig(alpha=float("nan")),
+        lambda: EncoderConfig(temperature=0.0),
+        lambda: EncoderConfig(held_out=1.0),
+        lambda: UnikeConfig(layers=(1.5,)),
+        lambda: UnikeConfig(layers="12"),
+        lambda: UnikeConfig(layers=(-1,)),
+        lambda: UnikeConfig(layers=()),
     ],
 )
 def test_impossible_values_are_refused(change):
     with pytest.raises(ValueError, match="must be"):
         change()
+
+
+def test_differences_are_of_what_acts_on_a_patched_model():
+    ours = UnikeConfig()
+    assert ours.differences(replace(ours, neurons=NeuronConfig(steps=3), encoders=EncoderConfig(steps=3))) == []
+    theirs = replace(ours, shift=ShiftConfig(k=3, per="token"), neurons=NeuronConfig(beta=0.9))
+    assert ours.differences(theirs) == ["shift.k: 40 and 3", "shift.per: case and token", "neurons.beta: 0.1 and 0.9"]
+    routed = replace(ours, routing=RoutingConfig(mode="routed"))
+    assert ours.differences(replace(ours, routing=RoutingConfig(top=3))) == []  # nothing is routed
+    assert routed.differences(replace(ours, routing=RoutingConfig("routed", top=3))) == ["routing.top: 1 and 3"]
+    assert routed.differences(ours) == ["routing.mode: routed and always"]

@@ -445,6 +445,14 @@ def test_onto_must_be_this_editors(editors):
     for stranger in (other, layers, editors("opt")):
         with pytest.raises(ValueError, match="another memory or other encoders"):
             stranger.edit(requests[1:], onto=edits)
+    for change, named in (
+        ({"neurons": replace(editor.config.neurons, beta=0.9)}, "neurons.beta: 0.1 and 0.9"),
+        ({"shift": ShiftConfig(k=3)}, "shift.k: 40 and 3"),
+        ({"routing": RoutingConfig()}, "routing.mode: routed and always"),
+    ):
+        other.states, other.fits, other.config = editor.states, editor.fits, replace(editor.config, **change)
+        with pytest.raises(ValueError, match=rf"other settings \(its own, this editor's\): {named}"):
+            other.edit(requests[1:], onto=edits)
     half = editor.edit(requests[1:], onto=edits.to(dtype=torch.float64), **QUIET)
     assert half.ids == ["e0", "e1"] and half.layers[4].keys.dtype == torch.float32
 
@@ -455,14 +463,29 @@ def test_onto_must_be_this_editors(editors):
         ({"target": "moon"}, "request 1 needs a non-empty string 'prompt', but has None"),
         ({"prompt": "what", "target": "  "}, "request 1 needs a non-empty string 'target'"),
         ({"prompt": "what", "target": ["moon"]}, "request 1 needs .* but has \\['moon'\\]"),
-        ({"prompt": "what", "target": "zebra"}, "no token for a part of the target 'zebra'"),
+        ({"prompt": "what", "target": "zebra", "id": 1}, "request '1': .* no token for a part of the target 'zebra'"),
+        ({"prompt": "what", "target": "moon", "id": ""}, "the request of prompt 'what' has an empty id"),
+        ({"prompt": "what " * 64, "target": "moon", "id": 1}, "request '1' is 67 tokens long, but .* positions for 64"),
+        ("what", "request 1 must be a dict, but is 'what'"),
     ],
 )
-def test_bad_requests_are_named(request_, message, editors):
+def test_bad_requests_are_named_before_anything_is_trained(request_, message, editors, monkeypatch):
+    monkeypatch.setattr(Editor, "_append", None)
     with pytest.raises(ValueError, match=message):
-        editors("opt").edit([{"prompt": "which", "target": "moon"}, request_], **QUIET)
+        editors("opt").edit([{"prompt": "which", "target": "moon"}, request_], independent=False, **QUIET)
     with pytest.raises(ValueError, match="no requests given"):
         editors("opt").edit([])
+    with pytest.raises(ValueError, match="requests must be a list of dicts, but are a dict"):
+        editors("opt").edit({"prompt": "which", "target": "moon"})
+
+
+def test_a_bad_picture_of_a_request_is_named_before_anything_is_trained(editors, monkeypatch, tmp_path):
+    monkeypatch.setattr(Editor, "_append", None)
+    good, bad = make_requests("blip2", 2)
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    for image in (tmp_path / "cut.png", "mistyped.png"):
+        with pytest.raises((OSError, ValueError), match="request 'e1': "):
+            editors("blip2").edit([good, {**bad, "image": image}], **QUIET)
 
 
 # Memory, encoders, calibration
@@ -584,10 +607,9 @@ def test_layers(layers, used):
     assert editor.layers == tuple(edits.layers) == used and all(e.success for e in edits.entries)
 
 
-@pytest.mark.parametrize("layers", [(5,), (-1,), ()])
-def test_layers_that_are_not_there(layers):
-    with pytest.raises(ValueError, match="must be some of 0 to 4"):
-        Editor(make_model("llama"), make_processor("llama"), UnikeConfig(layers=layers))
+def test_layers_that_are_not_there():
+    with pytest.raises(ValueError, match=r"layers \[5\] must be some of 0 to 4"):
+        Editor(make_model("llama"), make_processor("llama"), UnikeConfig(layers=(5,)))
 
 
 def test_own_items_and_the_training_patch_may_be_overridden():

@@ -1,13 +1,13 @@
 """`unike-kernels evaluate` as a user runs it: a random BLIP-2 of transformers' classes on disk, and drawn pictures."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -96,22 +96,21 @@ def test_a_stopped_command_goes_on_and_ends_as_if_it_had_not_been(place, tmp_pat
     arguments = ["--protocol", "sequential", "-k", "3", "--routed", "--no-generate"]
     whole = runner.invoke(app, command(place, tmp_path / "whole", *arguments))
     assert whole.exit_code == 0, whole.output
-    sync, stops = os.fsync, iter([1, 2, 99])
+    append = runs.Run.append
 
     def stopping(left):
-        def fsync(descriptor):
+        def stopped(self, result):
+            append(self, result)
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            sync(descriptor)
 
-        return fsync
+        return stopped
 
-    for n in stops:
-        monkeypatch.setattr(runs.os, "fsync", stopping([n]))
+    for n in (1, 2, 99):
+        monkeypatch.setattr(runs.Run, "append", stopping([n]))
         result = runner.invoke(app, command(place, tmp_path / "run", *arguments))
-        monkeypatch.setattr(runs.os, "fsync", sync)
-        if n < 99:  # what is written stays, though the stop came before it was known to be on disk
+        if n < 99:  # what is written stays
             assert result.exit_code != 0 and len(rows(tmp_path / "run/seed0")) == {1: 2, 2: 5}[n]
         if n == 1:
             with open(tmp_path / "run/seed0/samples.jsonl", "ab") as file:
@@ -165,6 +164,67 @@ def test_another_runs_folder_is_refused_before_the_model_is_loaded(place, tmp_pa
     (tmp_path / "thesis/chapter1.tex").write_text("x")
     result = runner.invoke(app, command(place, tmp_path / "thesis"))
     assert result.exit_code == 1 and "is not empty and holds no run" in result.output
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--memory", "--limit", "-k"])
+def test_counts_are_at_least_one(place, tmp_path, option):
+    result = runner.invoke(app, command(place, tmp_path / "run", option, "0"))
+    assert result.exit_code == 2 and option in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_processor_is_another_run(place, tmp_path):
+    shutil.copytree(place, tmp_path / "other", ignore=shutil.ignore_patterns("pictures"))
+    (tmp_path / "other/pictures").symlink_to(place / "pictures")
+    arguments = command(tmp_path / "other", tmp_path / "run", "--limit", "1", "--no-generate")
+    assert runner.invoke(app, arguments).exit_code == 0
+    path = tmp_path / "other/model/processor_config.json"
+    told = json.loads(path.read_text())
+    told["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    path.write_text(json.dumps(told))
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "processor: " in result.output
+
+
+def test_a_routed_run_learns_from_rephrasings(place, tmp_path):
+    result = runner.invoke(app, command(place, tmp_path / "run", "--routed", "--limit", "1", "--no-generate"))
+    assert result.exit_code == 0, result.output
+    with safe_open(tmp_path / "run/memory/editor.safetensors", "pt") as file:
+        questions = json.loads(file.metadata()["editor"])["questions"]
+    asked = Counter(q for q in questions if q is not None)
+    assert asked and set(asked.values()) == {3}  # its prompt, its rephrasing, and another picture
+
+
+def test_two_files_of_one_name_are_two(place, tmp_path):
+    names = []
+    for n, source in enumerate(("vqa_train.json", "caption_train_edit.json")):
+        (tmp_path / str(n)).mkdir()
+        shutil.copy(MMEDIT / source, tmp_path / str(n) / "train.json")
+        names.append(tmp_path / str(n) / "train.json")
+    arguments = command(place, tmp_path / "run", "--routed", "--limit", "1", "--no-generate", train=names)
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    with safe_open(tmp_path / "run/memory/editor.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["editor"])
+    questions = {q for q in told["questions"] if q is not None}
+    assert {q.partition(":")[0] for q in questions} == {"train.0", "train.1"}
+    names[0].write_text(json.dumps(json.loads(names[0].read_text())[:3]))
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "train_data: " in result.output
+
+
+def test_a_folder_whose_first_file_could_not_be_written_is_free(place, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "fsync", full)
+        result = runner.invoke(app, command(place, tmp_path / "run", "--limit", "1"))
+    assert result.exit_code == 1 and "No space left" in result.output
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run/run.json.123.tmp").write_text("{")  # of a kill
+    runs.claim(tmp_path / "run", {"seed": 0})
+    assert json.loads((tmp_path / "run/run.json").read_text()) == {"seed": 0}
 
 
 def test_cross_task_mixes_questions_and_captions_over_seeds(place, tmp_path):
@@ -234,6 +294,7 @@ def test_portability_of_vlkeb_is_a_column(place, tmp_path):
         (("--metrics", "rel,gen"), "metrics must be some of rel, t_gen"),
         (("--dtype", "int8"), "dtype must be one of auto, float32"),
         (("--prompts", "short"), "the prompt style is 'short'"),
+        (("--device", "cuda:99"), "the device 'cuda:99' cannot be used"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_a_sentence(place, tmp_path, more, message):
@@ -309,6 +370,11 @@ def test_a_large_group_goes_on_where_its_edits_were_stopped(tmp_path, monkeypatc
     with Unike(editor, cache=tmp_path).apply(requests) as edited:
         found = edited.handle.edits
     assert calls == [2, 2, 1, 1]  # the first four were not made again
+    with pytest.raises(KeyboardInterrupt), Unike(editor, cache=tmp_path).apply(requests):
+        raise KeyboardInterrupt  # while the edits are asked about
+    with Unike(editor, cache=tmp_path).apply(requests) as edited:
+        assert edited.handle.edits.ids == whole.ids
+    assert calls == [2, 2, 1, 1, 2, 2, 1]  # none was made again
     assert found.ids == whole.ids and not list(tmp_path.iterdir())
     ours, theirs = found.named_tensors(), whole.named_tensors()
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())

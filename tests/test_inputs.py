@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -80,6 +81,14 @@ def test_targets_that_cannot_be_taught_are_refused():
         collator.target_ids("what is this ?", "red zebra")
     with pytest.raises(ValueError, match="target of prompt 'what' is empty"):
         collator.target_ids("what", " \n")
+
+
+def test_a_target_that_a_tokenizer_takes_for_nothing_is_refused():
+    tokenizer = trained_tokenizer("bytes")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # as BERT's drops what has no width
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    with pytest.raises(ValueError, match="no token for the target"):
+        Collator(nn.Linear(1, 1), tokenizer).target_ids("what is this?", "\u200b")
 
 
 # Batches
@@ -258,3 +267,55 @@ def test_digests_tell_pictures_apart(tmp_path):
     assert first == image_digest(str(path))
     other.save(path)
     assert image_digest(path) != first
+    with_palette = [Image.new("P", (2, 2), 1) for _ in "ab"]
+    for image, colour in zip(with_palette, ([255, 0, 0], [0, 0, 255]), strict=True):
+        image.putpalette([0, 0, 0, *colour])
+    assert image_digest(with_palette[0]) != image_digest(with_palette[1])
+    assert image_digest("iVBORw0KGgo" * 1000) != image_digest("iVBORw0KGgp" * 1000)  # encoded: no file has such a name
+
+
+# Pictures' files
+
+
+def test_a_file_gives_what_its_picture_gives(tmp_path):
+    """Some processors put transparent parts on white, some on black: a file must not come out otherwise."""
+    processor = make_processor("blip2")
+    collator = Collator(make_model("blip2"), processor)
+    pictures = {
+        "rgb": picture(0),
+        "transparent": Image.new("RGBA", (8, 8), (200, 30, 30, 60)),
+        "grey": picture(1).convert("L"),
+        "palette": picture(2).convert("P"),
+    }
+    for name, image in pictures.items():
+        path = tmp_path / f"{name}.png"
+        image.save(path)
+        given = processor(images=Image.open(path), text="what", return_tensors="pt")["pixel_values"]
+        batch = collator.batch([Sample("what", image=path), Sample("what", image=str(path))], [0, 1])
+        assert torch.equal(batch.inputs["pixel_values"], given.expand(2, -1, -1, -1)), name
+    processor.image_processor.do_convert_rgb = False  # then nobody would: the file is opened as RGB
+    batch = collator.batch([Sample("what", image=tmp_path / "palette.png")], [0])
+    assert batch.inputs["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    collator = Collator(make_model("blip2"), make_processor("blip2"))
+    picture(0).resize((64, 64)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    for content in (whole[: len(whole) // 2], b"no picture"):
+        (tmp_path / "cut.jpg").write_bytes(content)
+        with pytest.raises(OSError, match=r"cut\.jpg cannot be read as a picture"):
+            collator.batch([Sample("what", image=tmp_path / "cut.jpg")], [0])
+
+
+def test_the_fingerprint_tells_processors_apart():
+    model = make_model("blip2")
+    processor = make_processor("blip2")
+    before = Collator(model, processor).fingerprint()
+    processor(images=picture(0), text=["what", "what is this ?"], padding=True, truncation=True, return_tensors="pt")
+    assert Collator(model, processor).fingerprint() == before == Collator(model, make_processor("blip2")).fingerprint()
+    processor.image_processor.image_mean = [0.4] * 3
+    assert Collator(model, processor).fingerprint() != before
+    other = make_processor("blip2")
+    other.tokenizer.add_tokens(["zebra"])
+    assert Collator(model, other).fingerprint() != before

@@ -544,7 +544,7 @@ SWAP_REFUSED = {
     "layers": ({"layers": (1, 2)}, r"edits of layers \[1, 2, 3, 4\], not of \[1, 2\]"),
     "encoders": ({"shared_seed": 7}, "layer 1 has another encoder"),
     "depth": ({"encoder_maps": 1}, "layer 1 has an encoder of 2 maps, but got one of 1"),
-    "shift": ({"config": shift_of(ALWAYS, k=3)}, r"same config \(patch, edits\): shift: .*k=4.* and .*k=3"),
+    "shift": ({"config": shift_of(ALWAYS, k=3)}, r"same config \(patch, edits\): shift.k: 4 and 3;"),
     "beta": ({"config": replace(ALWAYS, neurons=replace(ALWAYS.neurons, beta=0.5))}, "neurons.beta: 0.1 and 0.5"),
     "routing": ({"config": ROUTED}, "routing.mode: always and routed"),
     "activation": (

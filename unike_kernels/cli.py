@@ -2,11 +2,16 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .config import UnikeConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +48,8 @@ def inspect(path: Annotated[str, typer.Argument(help="Folder of saved edits, or 
     """
     from .edits import Edits
 
-    edits = Edits.from_pretrained(path)
+    with _told():
+        edits = Edits.from_pretrained(path)
     base, shift, routing = edits.base, edits.config.shift, edits.config.routing
     alpha = "adaptive" if shift.alpha is None else shift.alpha
     typer.echo(f"base: {base.family}, hidden size {base.hidden_size}, {base.num_layers} layers, {base.name_or_path}")
@@ -56,33 +62,58 @@ def inspect(path: Annotated[str, typer.Argument(help="Folder of saved edits, or 
 @app.command()
 def edit(
     model: Annotated[str, typer.Argument(help="Model folder or name that transformers can load.")],
-    requests: Annotated[Path, typer.Argument(help="JSON list of {prompt, target, image: path or null, id?}.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the edits.")],
-    triplets: Annotated[
-        Path, typer.Option(help="JSON list of {prompt, target, image, prediction?, question?}, training questions.")
+    requests: Annotated[
+        Path, typer.Argument(exists=True, help="JSON list of {prompt, target, image: path or null, id?}.")
     ],
-    config: Annotated[Path | None, typer.Option(help="JSON of a UnikeConfig; defaults otherwise.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder where a stopped run goes on.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder for the edits; new ones join those that are there.")],
+    triplets: Annotated[
+        Path,
+        typer.Option(
+            exists=True, help="JSON list of {prompt, target, image?, prediction?, question?}, training questions."
+        ),
+    ],
+    probes: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="JSON list of {kind, prompt, target, image?} to ask then; kind: rel, t_gen, m_gen, t_loc or m_loc.",
+        ),
+    ] = None,
+    routed: Annotated[
+        bool | None, typer.Option("--routed/--always", help="Routed edits, or the paper's; the config's if neither.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(exists=True, help="JSON of a UnikeConfig; defaults otherwise.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what the triplets give, for later runs.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Makes edits of a model and saves them.
+    """Makes edits of a model and saves them as they are made; the same command goes on when stopped.
 
-    Example: unike-kernels edit Salesforce/blip2-opt-2.7b requests.json my-edits --triplets train.json
+    Pictures are paths beside the file that names them. A request with the picture and prompt of an edit that is there
+    replaces it.
+
+    Example: unike-kernels edit Salesforce/blip2-opt-2.7b requests.json my-edits --triplets train.json --cache cache
     """
-    from .config import UnikeConfig
-    from .editing.editor import Editor
-    from .editing.loading import load
+    from .editing.making import Job, run
 
-    asked, known = _read(requests), _read(triplets)
-    settings = UnikeConfig.from_json(json.loads(config.read_text())) if config is not None else None
-    editor = Editor(*load(model), settings)
-    editor.build_memory(known, cache=cache)
-    typer.echo(str(editor.fit()))
-    edits = editor.edit(asked)
-    edits.save_pretrained(out)
-    typer.echo(edits.summary(limit=None))
-    typer.echo(
-        f"saved to {out}; use them with: unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(out)!r}))"
-    )
+    with _told():
+        run(
+            Job(
+                model,
+                requests,
+                out,
+                triplets,
+                probes=probes,
+                routing=None if routed is None else "routed" if routed else "always",
+                config=_config(config),
+                cache=cache,
+                dtype=dtype,
+                device=device,
+            ),
+            typer.echo,
+        )
 
 
 @app.command()
@@ -93,7 +124,7 @@ def evaluate(
     images: Annotated[Path, typer.Option(help="Folder that the files' picture names start from.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on there when stopped.")],
     protocol: Annotated[str, typer.Option(help="one-step, sequential or cross-task.")] = "one-step",
-    k: Annotated[int | None, typer.Option("-k", help="Edits on the model together; 10 unless one-step.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Edits on the model together; 10 unless one-step.")] = None,
     routed: Annotated[bool, typer.Option("--routed/--always", help="Routed edits, or the paper's.")] = False,
     prompts: Annotated[
         str,
@@ -105,13 +136,13 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="By comma, of rel, t_gen, m_gen, t_loc, m_loc, port; without m_gen, COCO is enough.")
     ] = "rel,t_gen,m_gen,t_loc,m_loc,port",
-    limit: Annotated[int | None, typer.Option(help="At most so many records, drawn by the seed.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many records, drawn by the seed.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the order; may be given again. Default: 0.")] = None,
-    memory: Annotated[int, typer.Option(help="Training records for the memory, at most.")] = 2000,
+    memory: Annotated[int, typer.Option(min=1, help="Training records for the memory, at most.")] = 2000,
     config: Annotated[Path | None, typer.Option(exists=True, help="JSON of a UnikeConfig; defaults otherwise.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Questions asked together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 16,
     generate: Annotated[bool, typer.Option(help="Also answer freely, for exact match.")] = True,
 ) -> None:
     """Edits a model with UniKE as a benchmark asks, and measures what changed: every sample to a file, then a table.
@@ -119,42 +150,38 @@ def evaluate(
     Example: unike-kernels evaluate --model Salesforce/blip2-opt-2.7b --data vqa_eval.json --train-data vqa_train.json
     --images coco --out runs/vqa
     """
-    from .config import UnikeConfig
     from .evaluation.evaluate import Job, run
     from .evaluation.pictures import MissingPicturesError
 
-    settings = UnikeConfig.from_json(json.loads(config.read_text())) if config is not None else None
-    job = Job(
-        model,
-        data,
-        train_data,
-        images,
-        out,
-        protocol=protocol,
-        k=k,
-        routing="routed" if routed else "always",
-        prompts=prompts,
-        metrics=[m.strip() for m in metrics.split(",")],
-        limit=limit,
-        seeds=seed or [0],
-        memory=memory,
-        config=settings,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        generate=generate,
-    )
-    try:
-        run(job, typer.echo)
-    except MissingPicturesError as error:
-        names = out.with_name(f"{out.name}-missing-pictures.txt")
-        names.parent.mkdir(parents=True, exist_ok=True)
-        names.write_text("\n".join(error.missing) + "\n", encoding="utf-8")
-        typer.echo(f"{error}\nall names: {names}", err=True)
-        raise typer.Exit(1) from None
-    except (OSError, ValueError) as error:  # no such model, a bad file, another run's folder
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+    with _told():
+        job = Job(
+            model,
+            data,
+            train_data,
+            images,
+            out,
+            protocol=protocol,
+            k=k,
+            routing="routed" if routed else "always",
+            prompts=prompts,
+            metrics=[m.strip() for m in metrics.split(",")],
+            limit=limit,
+            seeds=seed or [0],
+            memory=memory,
+            config=_config(config),
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            generate=generate,
+        )
+        try:
+            run(job, typer.echo)
+        except MissingPicturesError as error:
+            names = out.resolve().with_name(f"{out.resolve().name}-missing-pictures.txt")
+            names.parent.mkdir(parents=True, exist_ok=True)
+            names.write_text("\n".join(error.missing) + "\n", encoding="utf-8")
+            typer.echo(f"{error}\nall names: {names}", err=True)
+            raise typer.Exit(1) from None
 
 
 @app.command()
@@ -226,23 +253,29 @@ def _driver() -> str | None:
     return told.split("\n")[0].strip() or None
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """A JSON list of samples, their pictures loaded from paths relative to the file; missing ones named together."""
-    from PIL import Image
+def _config(path: Path | None) -> "UnikeConfig | None":
+    """The config in a JSON file; None for none."""
+    from .config import UnikeConfig
 
-    samples = json.loads(path.read_text())
-    if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
-        raise typer.BadParameter(f"{path} must hold a JSON list of objects")
-    named = {str(s["image"]) for s in samples if s.get("image")}
-    missing = sorted(n for n in named if not (path.parent / n).exists())
-    if missing:
-        raise typer.BadParameter(
-            f"{len(missing)} of {len(named)} pictures of {path} are missing: {', '.join(missing[:5])}"
-        )
-    return [
-        s | {"image": Image.open(path.parent / str(s["image"])).convert("RGB") if s.get("image") else None}
-        for s in samples
-    ]
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds {type(data).__name__}")
+    return UnikeConfig.from_json(data)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a user can mend (a file, a folder, a model's name, a setting) is told without a traceback; exit status 1."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

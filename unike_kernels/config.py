@@ -1,15 +1,29 @@
 """Every hyper-parameter of UniKE, each with its source; frozen dataclasses, JSON in and out."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
 
+def _above_0(owner: str, name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{owner}.{name} must be above 0, but got {value}")
+
+
 def _one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
+
+
+def _finite(part: object) -> None:
+    """ValueError for a number of a config that is infinite or none."""
+    for f in fields(part):  # type: ignore[arg-type]  # one of the dataclasses below
+        value = getattr(part, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(part).__name__}.{f.name} must be a finite number, but got {value}")
 
 
 def _at_least(owner: str, name: str, value: float, low: float) -> None:
@@ -41,6 +55,7 @@ class ShiftConfig:
     own_item: bool = True  # an edit's own (h_sem, h_pos) is an item of the memory
 
     def __post_init__(self) -> None:
+        _finite(self)
         _at_least("ShiftConfig", "k", self.k, 0)
         _one_of("ShiftConfig", "attention", self.attention, ("projected", "raw"))
         _one_of("ShiftConfig", "per", self.per, ("case", "token"))
@@ -67,6 +82,7 @@ class RoutingConfig:
     asking: bool = True  # only where the case asks what the edit asks, as far as training prompts tell the two apart
 
     def __post_init__(self) -> None:
+        _finite(self)
         _one_of("RoutingConfig", "mode", self.mode, ("always", "routed"))
         _at_least("RoutingConfig", "top", self.top, 1)
         if not 0.0 <= self.false_accept_rate < 1.0:
@@ -104,11 +120,17 @@ class EncoderConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _finite(self)
         _one_of("EncoderConfig", "anchor", self.anchor, ("h_att", "h_sem"))
         _one_of("EncoderConfig", "activation", self.activation, ("identity", "relu", "gelu"))
         _one_of("EncoderConfig", "w_zeta", self.w_zeta, ("decoder", "trained"))
         _one_of("EncoderConfig", "held_out_by", self.held_out_by, ("answer", "triplet"))
-        _at_least("EncoderConfig", "steps", self.steps, 1)
+        for name, low in (("steps", 1), ("batch_size", 1), ("w_zeta_edits", 1), ("weight_decay", 0.0), ("ridge", 0.0)):
+            _at_least("EncoderConfig", name, getattr(self, name), low)
+        for name in ("temperature", "lr", "lr_w_zeta"):
+            _above_0("EncoderConfig", name, getattr(self, name))
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"EncoderConfig.held_out must be in [0, 1), but got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -136,7 +158,10 @@ class NeuronConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _finite(self)
         _at_least("NeuronConfig", "per_layer", self.per_layer, 1)
+        for name in ("key_noise", "lr_values", "lr_keys", "lr_zeta"):
+            _at_least("NeuronConfig", name, getattr(self, name), 0.0)
         _at_least("NeuronConfig", "steps", self.steps, 1)
         _at_least("NeuronConfig", "batch_size", self.batch_size, 1)
         if not 0.0 <= self.key_threshold < 1.0:
@@ -152,6 +177,16 @@ class UnikeConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)
     neurons: NeuronConfig = field(default_factory=NeuronConfig)
+
+    def __post_init__(self) -> None:
+        layers: Any = self.layers
+        if layers is None:
+            return
+        whole = isinstance(layers, tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+        if not whole or min(layers, default=-1) < 0:
+            raise ValueError(
+                f"UnikeConfig.layers must be a tuple of layer numbers from 0 on, or None, but got {layers!r}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
@@ -173,9 +208,31 @@ class UnikeConfig:
             )
         }
         layers = data.pop("layers", None)
+        if layers is not None and not isinstance(layers, list | tuple):
+            raise ValueError(f"layers must be a list of layer numbers or null, but is {layers!r}")
         if data:
             raise ValueError(f"unknown keys in the config: {', '.join(sorted(data))}")
         return cls(layers=tuple(layers) if layers is not None else None, **parts)
+
+    def differences(self, other: "UnikeConfig") -> list[str]:
+        """Settings that act on a patched model and differ, with both values: "neurons.beta: 0.1 and 0.9".
+
+        How edits are made (encoders' and neurons' training) is not among them; routing's limits are where both route.
+        """
+        parts: list[tuple[str, Any, Any]] = [("shift", self.shift, other.shift)]
+        if self.routing.mode == other.routing.mode == "routed":
+            parts.append(("routing", self.routing, other.routing))
+        settings = {
+            f"{name}.{key}": (value, asdict(theirs)[key])
+            for name, ours, theirs in parts
+            for key, value in asdict(ours).items()
+        }
+        settings |= {
+            "routing.mode": (self.routing.mode, other.routing.mode),
+            "encoders.activation": (self.encoders.activation, other.encoders.activation),
+            "neurons.beta": (self.neurons.beta, other.neurons.beta),
+        }
+        return [f"{name}: {ours} and {theirs}" for name, (ours, theirs) in settings.items() if ours != theirs]
 
     def dumps(self) -> str:
         """The config as a JSON text with sorted keys."""
@@ -183,6 +240,8 @@ class UnikeConfig:
 
 
 def _from_dict(cls: type[T], data: dict[str, Any]) -> T:
+    if not isinstance(data, dict):
+        raise ValueError(f"{cls.__name__} must be an object, but is {data!r}")
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]  # T is always one of the dataclasses above
     unknown = sorted(set(data) - known)
     if unknown:

@@ -258,7 +258,7 @@ class Header:
         calibration = self.calibration and dict(zip(_CALIBRATION, self.calibration, strict=True))
         return {
             "format_version": FORMAT_VERSION,
-            "package_version": _package_version(),
+            "package_version": package_version(),
             "config": self.config.to_json(),
             "base": self.base.to_json(),
             "entries": [entry.to_json() for entry in self.entries],
@@ -360,7 +360,8 @@ def listed(names: Iterable[str], limit: int = 20) -> str:
     return (", ".join(repr(name) for name in names[:limit]) or "none") + more
 
 
-def _package_version() -> str:
+def package_version() -> str:
+    """Of the installed package; "not installed" where it is run from its source alone."""
     # Not unike_kernels.__version__: the package itself is a higher layer than this file.
     try:
         return version("unike-kernels")

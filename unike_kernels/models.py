@@ -193,6 +193,15 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
         raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r}") from None
 
 
+def learned_positions(model: nn.Module, decoder: Decoder) -> int | None:
+    """How many positions the decoder learned to tell apart (OPT); None where it computes them, as rotary ones."""
+    holder = dict(model.named_modules()).get(decoder.name)  # a decoder named by hand may have any name
+    for name, child in holder.named_children() if holder is not None else ():
+        if isinstance(child, nn.Embedding) and "position" in name:
+            return child.num_embeddings - int(getattr(child, "offset", 0))
+    return None
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """What an adapter (peft's layers, however many) wraps; the module itself where nothing does."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):

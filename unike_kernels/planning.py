@@ -214,16 +214,7 @@ def _check_routed(edits: Edits, first: int) -> None:
 
 def _check_same_config(record: PatchRecord, new: UnikeConfig) -> None:
     """Raises ValueError where a setting that is built into the patch differs."""
-    old = record.config
-    settings: dict[str, tuple[object, object]] = {
-        "shift": (old.shift, new.shift),
-        "encoders.activation": (old.encoders.activation, new.encoders.activation),
-        "neurons.beta": (old.neurons.beta, new.neurons.beta),
-        "routing.mode": (old.routing.mode, new.routing.mode),
-    }
-    if old.routing.mode == "routed":
-        settings["routing"] = (old.routing, new.routing)
-    wrong = [f"{name}: {before} and {after}" for name, (before, after) in settings.items() if before != after]
+    wrong = record.config.differences(new)
     if wrong:
         raise ValueError(f"swap takes edits of the same config (patch, edits): {'; '.join(wrong)}; patch again instead")
 

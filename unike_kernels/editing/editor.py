@@ -16,14 +16,23 @@ from .. import backends
 from ..config import UnikeConfig
 from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
 from ..evaluation.checking import CheckReport, check
-from ..models import find_decoder, get_module
+from ..models import find_decoder, get_module, learned_positions
 from ..patching import PatchHandle, fingerprint, patch, status
 from ..projections import Projections, empty_like_site
 from .asking import asking
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample, image_digest
-from .requests import Request, appended, asked, check_questions, check_samples, new_layer, read_requests
+from .requests import (
+    Request,
+    appended,
+    asked,
+    check_dicts,
+    check_questions,
+    check_samples,
+    new_layer,
+    read_requests,
+)
 from .saved import Learned, read, write
 from .train import GroupTrainer
 from .wording import wording
@@ -86,6 +95,7 @@ class Editor:
         """
         check_samples(triplets, "triplet")
         check_questions(triplets, "triplet")
+        check_dicts(exclude, "sample to exclude", ["prompt"])
         never = {asked(e) for e in exclude}
         triplets = [t for t in triplets if not never or asked(t) not in never]
         if not triplets:
@@ -137,6 +147,7 @@ class Editor:
         No edit should claim them. question: as in `build_memory`.
         """
         states = self._need_states()
+        check_dicts(cases, "calibration case", ["prompt"])
         check_questions(cases, "calibration case")
         samples = [Sample(c["prompt"], None, c.get("image")) for c in cases]
         found = torch.zeros(len(samples), states.cases.shape[1])
@@ -167,7 +178,8 @@ class Editor:
         """
         wanted, onto = read_requests(requests, onto)
         self._warn_of_leaks(wanted)
-        edits = self._empty() if onto is None else self._continued(onto)
+        edits = self._empty() if onto is None else self.continued(onto)
+        self._check_inputs(wanted)
         independent = self.config.routing.mode == "routed" if independent is None else independent
         with base_only(self.model), tqdm(total=len(wanted), desc="edits", unit="edit", disable=not progress) as bar:
             for chunk in self._batches(wanted, independent):
@@ -320,6 +332,18 @@ class Editor:
             out.append(projections.output(attention, heads.flatten(1)).float().cpu())
         return torch.cat(out)
 
+    def _check_inputs(self, requests: Sequence[Request]) -> None:
+        """ValueError or OSError, naming the request, where it cannot be read, tokenised or held by the model."""
+        most = learned_positions(self.model, self.decoder)
+        for r in requests:
+            try:
+                length = self.collator.batch([r.sample()], [0]).shape[1]
+            except (OSError, ValueError) as error:
+                kind = OSError if isinstance(error, OSError) else ValueError
+                raise kind(f"request {r.id!r}: {error}") from None
+            if most is not None and length > most:
+                raise ValueError(f"request {r.id!r} is {length} tokens long, but the model has positions for {most}")
+
     def _warn_of_leaks(self, requests: Sequence[Request]) -> None:
         leaked = [r.id for r in requests if (r.digest, r.prompt) in self.remembered]
         if leaked:
@@ -359,8 +383,15 @@ class Editor:
             self._seen = cases, way, asking(plain, self.prompts, same)
         return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
 
-    def _continued(self, onto: Edits) -> Edits:
-        """`onto` with this editor's config and calibration; ValueError where layers, memory or encoders differ."""
+    def continued(self, onto: Edits) -> Edits:
+        """`onto` with this editor's config and calibration.
+
+        ValueError where layers, memory, encoders or a setting that acts on the model differ: edits that were trained
+        under one would be put under another.
+        """
+        wrong = onto.config.differences(self.config)
+        if wrong:
+            raise ValueError(f"`onto` was made with other settings (its own, this editor's): {'; '.join(wrong)}")
         empty, onto = self._empty(), onto.to("cpu", torch.float32)
         ours, theirs = ({n: t for n, t in e.named_tensors().items() if n.startswith("shared.")} for e in (empty, onto))
         same = ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())

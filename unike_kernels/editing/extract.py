@@ -140,8 +140,9 @@ class Extraction:
         return chunk
 
     def _base_key(self, longest: int) -> str:
-        """Tells one base model from another: a few numbers of every weight, their types, and the edited layers."""
-        digest = hashlib.sha256(repr((self.layers, longest, type(self.collator.model).__name__)).encode())
+        """Tells one base from another: a few numbers of every weight, their types, the processor, the edited layers."""
+        told = (self.layers, longest, type(self.collator.model).__name__, self.collator.fingerprint())
+        digest = hashlib.sha256(repr(told).encode())
         for name, p in self.collator.model.named_parameters():
             digest.update(repr((name, tuple(p.shape), p.dtype)).encode())
             if p.device.type != "meta" and p.numel():
@@ -211,8 +212,11 @@ def _write(path: Path, chunk: _Chunk) -> None:
     """Whole or not at all: a stop while writing leaves no file of this name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(chunk.states, half, {"triplets": json.dumps({"predictions": chunk.predictions, "kept": chunk.kept})})
-    half.replace(path)
+    try:
+        save_file(chunk.states, half, {"triplets": json.dumps({"predictions": chunk.predictions, "kept": chunk.kept})})
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def _read(path: Path, names: Sequence[str], rows: int) -> _Chunk | None:

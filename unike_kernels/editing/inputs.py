@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class Collator:
     def target_ids(self, prompt: str, target: str) -> list[int]:
         """The target's tokens as they follow the prompt, after one space unless the prompt ends in white space.
 
-        ValueError where the target is empty or the tokenizer has no token for a part of it.
+        ValueError where the target is empty or the tokenizer has no token for a part of it (or for nothing of it).
         """
         target = target.strip()
         if not target:
@@ -109,8 +110,8 @@ class Collator:
             if whole[: len(start)] == start and len(whole) > len(start):
                 ids = whole[len(start) :]
                 break
-        if self.tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer has no token for a part of the target {target!r}")
+        if not ids or self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer has no token for {'a part of ' if ids else ''}the target {target!r}")
         return ids
 
     def _ids(self, text: str) -> list[int]:
@@ -168,6 +169,41 @@ class Collator:
             list(rows),
         )
 
+    def fingerprint(self) -> str:
+        """A digest of all that the processor does to pictures and text: what states taken with it depend on."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = json.loads(fast.to_str()) if fast is not None else dict(self.tokenizer.get_vocab())
+        if fast is not None:
+            words |= {"truncation": None, "padding": None}  # the last call's
+        pictures: Any = getattr(self.processor, "image_processor", None)
+        plain = {k: v for k, v in vars(self.processor).items() if v is None or isinstance(v, str | int | float)}
+        told = [
+            type(self.processor).__name__,
+            plain,
+            words,
+            getattr(self.tokenizer, "special_tokens_map", None),
+            pictures.to_dict() if hasattr(pictures, "to_dict") else repr(type(pictures)),
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _opened(self, image: Any) -> Any:
+        """A picture's file as the picture that the processor would be given; anything else as it is.
+
+        Its colours are left to a processor that converts them: some put transparent parts on white, some on black.
+        OSError, naming the file, where it cannot be read.
+        """
+        file = _file(image)
+        if file is None:
+            return image
+        from PIL import Image
+
+        pictures = getattr(self.processor, "image_processor", None)
+        try:
+            with Image.open(file) as picture:
+                return picture.copy() if getattr(pictures, "do_convert_rgb", False) else picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a damaged file
+            raise OSError(f"{file} cannot be read as a picture: {error}") from None
+
     def _target(self, sample: Sample) -> list[int]:
         return [] if sample.target is None else self.target_ids(sample.prompt, sample.target)
 
@@ -176,7 +212,8 @@ class Collator:
         if sample.image is None:
             features = dict(self.tokenizer(sample.prompt, return_tensors="pt"))
         else:
-            features = dict(self.processor(images=_opened(sample.image), text=sample.prompt, return_tensors="pt"))
+            picture = self._opened(sample.image)
+            features = dict(self.processor(images=picture, text=sample.prompt, return_tensors="pt"))
         if features["input_ids"].numel() == 0:
             raise ValueError(f"prompt {sample.prompt!r} has no token, so it has no case token")
         if not _takes(model, "token_type_ids"):  # most tokenizers give them, few decoders know them
@@ -217,14 +254,14 @@ class Collator:
         return ids[:, width:] if echoed else ids
 
 
-def _opened(image: Any) -> Any:
-    """A picture's file as RGB pixels; anything else as it is."""
-    if not isinstance(image, str | Path) or not Path(image).is_file():
-        return image
-    from PIL import Image
-
-    with Image.open(image) as picture:
-        return picture.convert("RGB")
+def _file(image: Any) -> Path | None:
+    """The picture's file, where `image` names one (an encoded picture is a text, too, and too long for a name)."""
+    if not isinstance(image, str | Path):
+        return None
+    try:
+        return Path(image) if Path(image).is_file() else None
+    except OSError:
+        return None
 
 
 def image_digest(image: Any) -> str | None:
@@ -232,8 +269,10 @@ def image_digest(image: Any) -> str | None:
     if image is None:
         return None
     if isinstance(image, str | Path):
-        data = Path(image).read_bytes() if Path(image).is_file() else str(image).encode()
-        return hashlib.sha256(data).hexdigest()[:16]
+        file = _file(image)
+        return hashlib.sha256(str(image).encode() if file is None else file.read_bytes()).hexdigest()[:16]
+    if getattr(image, "mode", None) in ("P", "PA"):  # its bytes say which colours, its palette what they are
+        image = image.convert("RGBA")
     if isinstance(image, list | tuple):
         return hashlib.sha256(repr([image_digest(part) for part in image]).encode()).hexdigest()[:16]
     if isinstance(image, Tensor):

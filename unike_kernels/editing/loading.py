@@ -12,7 +12,8 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[nn.Mo
     """(model in evaluation mode, processor) of a folder or a hub name, by whatever class of transformers fits it.
 
     device: "auto" is a CUDA device where there is one. dtype: "float32", "bfloat16", "float16", or "auto": the
-    checkpoint's own, but float32 on a CPU, where half precision is many times slower. ValueError for other words.
+    checkpoint's own, but float32 on a CPU, where half precision is many times slower. ValueError for other words, and
+    for a device that is not there.
     """
     import transformers
 
@@ -20,6 +21,10 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[nn.Mo
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, but is {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     kind: Any = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else "auto")
     config = transformers.AutoConfig.from_pretrained(name)
     named = [getattr(transformers, n, None) for n in config.architectures or ()]

@@ -37,8 +37,17 @@ def check_samples(samples: Sequence[dict[str, Any]], what: str) -> None:
     """ValueError unless there are samples, all with a prompt and a target."""
     if not samples:
         raise ValueError(f"no {what}s given")
+    check_dicts(samples, what, ("prompt", "target"))
+
+
+def check_dicts(samples: Sequence[dict[str, Any]], what: str, keys: Sequence[str]) -> None:
+    """ValueError unless it is a list of dicts that all have text under these keys."""
+    if isinstance(samples, dict | str):
+        raise ValueError(f"{what}s must be a list of dicts, but are a {type(samples).__name__}")
     for n, s in enumerate(samples):
-        for key in ("prompt", "target"):
+        if not isinstance(s, dict):
+            raise ValueError(f"{what} {n} must be a dict, but is {s!r}")
+        for key in keys:
             if not isinstance(s.get(key), str) or not s[key].strip():
                 raise ValueError(f"{what} {n} needs a non-empty string {key!r}, but has {s.get(key)!r}")
 
@@ -67,6 +76,8 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
     for r in requests:
         key = asked(r)
         made = hashlib.sha256(repr((*key, r["target"])).encode()).hexdigest()[:12]
+        if not (made if r.get("id") is None else str(r["id"])):
+            raise ValueError(f"the request of prompt {r['prompt']!r} has an empty id")
         new = Request(made if r.get("id") is None else str(r["id"]), r["prompt"], r["target"], r.get("image"), key[0])
         if key in latest:
             replaced.append((new.id, latest.pop(key).id))

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
     try:
         with safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})["editor"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, KeyError, ValueError) as err:
         raise ValueError(f"{path} is not a saved editor, or is damaged: {err}") from err
     if document["format_version"] != FORMAT_VERSION:

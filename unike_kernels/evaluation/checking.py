@@ -100,7 +100,7 @@ def check(
     routing, backend: as `patch` takes them. Locality's targets only say which positions are compared. ValueError on a
     bad probe.
     """
-    samples = [_sample(n, probe) for n, probe in enumerate(probes)]
+    samples = check_probes(probes)
     scorer = Scorer(collator, decoder, min(edits.layers), samples)
     longest = collator.longest_target(samples) + 1  # one more, so that an answer that goes on is seen to
     answers_before = collator.generate(samples, max_new_tokens=longest)
@@ -119,6 +119,11 @@ def check(
             values = (base, score.accuracy, float(exact_match(says, target)), None)
         rows.append(CheckRow(probe["kind"], sample.prompt, target, said, says, *values))
     return CheckReport(tuple(rows))
+
+
+def check_probes(probes: Sequence[dict[str, Any]]) -> list[Sample]:
+    """The probes as samples; ValueError on one without a kind, a prompt or a target."""
+    return [_sample(n, probe) for n, probe in enumerate(probes)]
 
 
 def _sample(n: int, probe: dict[str, Any]) -> Sample:

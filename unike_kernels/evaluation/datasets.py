@@ -161,8 +161,11 @@ class Overlap:
         )
 
 
-def read(path: str | Path) -> Dataset:
-    """The records of a MMEdit or VLKEB file. DatasetError, naming file, record and key, for a malformed one."""
+def read(path: str | Path, *, name: str | None = None) -> Dataset:
+    """The records of a MMEdit or VLKEB file. DatasetError, naming file, record and key, for a malformed one.
+
+    name: what the records' ids begin with, where it is not to be the file's own (two files may have the same).
+    """
     path = Path(path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +175,7 @@ def read(path: str | Path) -> Dataset:
         raise DatasetError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"{path}: must hold a JSON list of records, but holds {_short(rows)}")
-    entries = tuple(_entry(path, i, row) for i, row in enumerate(rows))
+    entries = tuple(_entry(path, f"{name or path.stem}:{i}", i, row) for i, row in enumerate(rows))
     task = "caption" if all(e.prompt == CAPTION for e in entries) else "vqa"
     stripped = [e.id for e, row in zip(entries, rows, strict=True) if row["alt"] != e.target]
     return Dataset(path.name, task, entries, _findings(entries, stripped))
@@ -196,7 +199,7 @@ def overlap(train: Dataset, evaluation: Dataset) -> Overlap:
     return Overlap(len(evaluation.entries), counts)
 
 
-def _entry(path: Path, index: int, row: Any) -> Entry:
+def _entry(path: Path, record: str, index: int, row: Any) -> Entry:
     def wrong(message: str) -> NoReturn:
         raise DatasetError(f"{path}: record {index}: {message}")
 
@@ -218,7 +221,7 @@ def _entry(path: Path, index: int, row: Any) -> Entry:
     if not isinstance(hops, list):
         wrong(f"key 'port_new' must be a list, but is {_short(hops)}")
     portability = tuple(_hop(hop, f"key 'port_new', item {n}", wrong) for n, hop in enumerate(hops))
-    return Entry(f"{path.stem}:{index}", prediction=prediction.strip(), portability=portability, **found)
+    return Entry(record, prediction=prediction.strip(), portability=portability, **found)
 
 
 def _hop(hop: Any, where: str, wrong: Callable[[str], NoReturn]) -> Hop:

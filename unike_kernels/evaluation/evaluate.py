@@ -15,11 +15,12 @@ from ..config import UnikeConfig
 from ..editing.editor import Editor
 from ..editing.inputs import Sample
 from ..editing.loading import load
+from ..edits_schema import package_version
 from ..patching import fingerprint
 from . import datasets, protocols
 from .examiner import Examiner
 from .pictures import resolve
-from .prompts import prompt_style
+from .prompts import check_style, prompt_style
 from .records import KINDS, LOCAL, Record, without_seen
 from .runs import Run, check, claim, write_whole
 from .summary import NAMES, Summary, retention, table
@@ -68,20 +69,20 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
     unknown = [m for m in job.metrics if m not in METRICS]
     if unknown:
         raise ValueError(f"metrics must be some of {', '.join(METRICS)}, but got {', '.join(unknown)}")
-    read = [datasets.read(p) for p in job.data]
-    train = [datasets.read(p) for p in job.train_data]
+    read, train = _read(job.data), _read(job.train_data)
     _report(read, train, say)
     _check_pictures(read, train, job)
     protocols.plan(job.protocol, [_blank(d) for d in read], k=job.group, limit=job.limit)
     if not train:
         raise ValueError("the memory needs training data: a file of the training split")
+    check_style(job.prompts)
     asked = _asked(job)
     check(job.out, asked)
 
     model, processor = load(job.model, dtype=job.dtype, device=job.device)
     tasks = [_records(d, job, processor, job.metrics) for d in read]
     editor = Editor(model, processor, job.config)
-    known = [r for d in train for r in _records(d, job, processor, LOCAL)]
+    known = [r for d in train for r in _records(d, job, processor, _learned_from(job))]
     settings = asked | _found(job, editor)
     claim(job.out, settings)
     runs = {seed: Run(job.out / f"seed{seed}", settings | {"seed": seed}) for seed in job.seeds}
@@ -129,6 +130,12 @@ def across(found: Sequence[Summary]) -> str:
     return table(rows, f"percent, {len(found)} seeds")
 
 
+def _read(paths: Sequence[Path]) -> list[datasets.Dataset]:
+    """The files' records; files of one name are numbered, so that no two records have one id."""
+    stems = [p.stem for p in paths]
+    return [datasets.read(p, name=p.stem if stems.count(p.stem) == 1 else f"{p.stem}.{n}") for n, p in enumerate(paths)]
+
+
 def _report(read: Sequence[datasets.Dataset], train: Sequence[datasets.Dataset], say: Callable[[str], None]) -> None:
     for dataset in (*read, *train):
         say(str(dataset))
@@ -141,7 +148,14 @@ def _report(read: Sequence[datasets.Dataset], train: Sequence[datasets.Dataset],
 def _check_pictures(read: Sequence[datasets.Dataset], train: Sequence[datasets.Dataset], job: Job) -> None:
     """One error for all files together."""
     names = [n for d in read for n in d.pictures(job.metrics)]
-    resolve([*names, *(n for d in train for n in d.pictures(LOCAL))], job.images)
+    resolve([*names, *(n for d in train for n in d.pictures(_learned_from(job)))], job.images)
+
+
+def _learned_from(job: Job) -> tuple[str, ...]:
+    """Kinds of training questions: locality calibrates routing; rephrasings, and other pictures where they are there
+    (they are, where M-Gen is measured), tell a router what it has to look past."""
+    more = [kind for kind in ("t_gen", "m_gen") if kind in job.metrics or kind == "t_gen"]
+    return (*LOCAL, *more) if job.routing == "routed" else LOCAL
 
 
 def _blank(dataset: datasets.Dataset) -> list[Record]:
@@ -156,8 +170,9 @@ def _records(dataset: datasets.Dataset, job: Job, processor: Any, kinds: Sequenc
 def _asked(job: Job) -> dict[str, Any]:
     """What makes a run another one, as far as the job tells; where pictures lie and the batch size do not."""
     return {
-        "data": {p.name: _digest(p) for p in job.data},
-        "train_data": {p.name: _digest(p) for p in job.train_data},
+        "version": package_version(),
+        "data": [[p.name, _digest(p)] for p in job.data],
+        "train_data": [[p.name, _digest(p)] for p in job.train_data],
         "protocol": job.protocol,
         "k": job.group,
         "limit": job.limit,
@@ -175,6 +190,7 @@ def _found(job: Job, editor: Editor) -> dict[str, Any]:
     probe = hashlib.sha256(json.dumps(base.to_json(), sort_keys=True).encode()).hexdigest()[:12]
     return {
         "model": {"name": job.model, "class": type(editor.model).__name__, "weights": probe},
+        "processor": editor.collator.fingerprint(),
         "dtype": str(editor.collator.dtype).removeprefix("torch."),
         "device": editor.collator.device.type,
     }
@@ -196,9 +212,7 @@ def _learn(method: Unike, known: list[Record], asked: Sequence[Record], job: Job
         say(f"left out of training, since they are evaluated: {records} records and {probes} locality questions")
     chosen = random.Random(0).sample(known, min(job.memory, len(known)))
     method.fit(chosen, cache=job.out / MEMORY)
-    half = saved.with_name("editor.half.safetensors")
-    method.editor.save(half)
-    half.replace(saved)
+    method.editor.save(saved)
 
 
 def _fill(run: Run, plan: protocols.Plan, method: Unike, examiner: Examiner, job: Job) -> None:

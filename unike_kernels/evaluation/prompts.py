@@ -57,6 +57,7 @@ def prompt_style(name: str, task: str, processor: Any = None) -> PromptStyle:
     or "auto": chat where the processor has such a template and leaves it to the prompt to hold the picture's token (a
     BLIP-2's puts the tokens itself), otherwise MMEdit's own. ValueError for anything else.
     """
+    check_style(name)
     if "{}" in name:
         return PromptStyle("template", name, name)
     if name == "auto":
@@ -64,10 +65,16 @@ def prompt_style(name: str, task: str, processor: Any = None) -> PromptStyle:
         name = "chat" if own and getattr(processor, "chat_template", None) else OF_TASK[task]
     if name == "chat":
         return chat_style(processor)
-    if name not in STYLES:
+    return STYLES[name]
+
+
+def check_style(name: str) -> None:
+    """ValueError for a name that is no style, whatever the processor is."""
+    if "{}" in name:
+        PromptStyle("template", name, name)
+    elif name not in ("auto", "chat", *STYLES):
         known = ", ".join(["auto", "chat", *STYLES])
         raise ValueError(f"the prompt style is {name!r}, not one of {known}, or a template with {{}} for the question")
-    return STYLES[name]
 
 
 def chat_style(processor: Any) -> PromptStyle:

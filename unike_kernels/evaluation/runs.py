@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .protocols import Result
 
 SETTINGS, RESULTS = "run.json", "samples.jsonl"
+_HALF = re.compile(rf"{re.escape(SETTINGS)}\.\d+\.tmp")  # what a kill leaves while the settings are written
 
 
 class OtherRunError(ValueError):
@@ -74,7 +76,7 @@ def check(folder: Path, settings: dict[str, Any], *, whole: bool = False) -> Non
     """Raises as `Run` would, and changes nothing. settings: those known by now, or all (`whole`)."""
     path = folder / SETTINGS
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not _HALF.fullmatch(p.name) for p in folder.iterdir())):
             raise ValueError(f"{folder} is not empty and holds no run ({SETTINGS}): choose another folder")
         return
     try:
@@ -99,8 +101,14 @@ def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all."""
     half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    half.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(half, path)
+    try:
+        with open(half, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

@@ -106,10 +106,12 @@ class Unike(Method):
 
     @contextmanager
     def apply(self, requests: Sequence[Sample]) -> Iterator[Edited]:
-        """Makes the edits and patches the model with them."""
-        edits = self._group(requests)
+        """Makes the edits and patches the model with them; what is kept of them goes once all was asked."""
+        edits, folder = self._group(requests)
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, _ids(range(len(requests))))
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Edited]]:
         """Trains the requests in batches, each from the base alone, and puts them on one by one."""
@@ -129,8 +131,8 @@ class Unike(Method):
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, edits.ids)
 
-    def _group(self, requests: Sequence[Sample]) -> Edits:
-        """The edits of a group, made in parts that are kept on disk until all are there."""
+    def _group(self, requests: Sequence[Sample]) -> tuple[Edits, Path | None]:
+        """The edits of a group, made in parts that are kept on disk, and where."""
         folder = None
         if self.cache is not None and len(requests) > SAVED_EVERY:
             told = [self.name, self.settings(), [(r.prompt, r.target, image_digest(r.image)) for r in requests]]
@@ -145,12 +147,10 @@ class Unike(Method):
                 edits = self._edit(some, part, independent=self.routing == "routed", onto=edits)
                 at = part.stop
                 bar.update(len(part))
-                if folder is not None and at < len(requests):
+                if folder is not None:
                     edits.save_pretrained(folder)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
         assert edits is not None  # a group has a request
-        return edits
+        return edits, folder
 
     def _many(self, requests: Sequence[Sample]) -> list[Edits]:
         """Edits of one request each; requests that repeat another's picture and prompt are trained apart from it."""

@@ -1,0 +1,233 @@
+"""Files of requests and triplets to saved edits: what `unike-kernels edit` does."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from ..config import UnikeConfig
+from ..edits import Edits
+from ..edits_io import CONFIG_NAME
+from ..evaluation.checking import CheckReport, check_probes
+from ..evaluation.pictures import resolve
+from ..evaluation.records import LOCAL
+from ..patching import fingerprint
+from .editor import Editor
+from .loading import load
+from .requests import Request, asked, check_questions, check_samples, read_requests
+
+SAVED_EVERY = 32  # edits that are made one after another: what a stop loses at most
+SHOWN = 20  # edits, and probes answered wrong, that are told one by one
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that was asked for; paths as given, pictures relative to the file that names them.
+
+    routing: None leaves it to the config. cache: where extracted states and fitted encoders are kept.
+    """
+
+    model: str
+    requests: Path
+    out: Path
+    triplets: Path
+    probes: Path | None = None
+    routing: Literal["always", "routed"] | None = None
+    config: UnikeConfig | None = None
+    cache: Path | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    progress: bool = True
+
+
+def run(job: Job, say: Callable[[str], None]) -> Edits:
+    """Makes the edits that `job.out` does not hold yet, saved there as they are made, and says what came out.
+
+    Edits that are there stay, but for one that a request replaces (the same picture and prompt). Triplets that ask what
+    a request, an edit or a probe asks are left out of the memory. Whatever can be wrong with files, folders, prompts
+    and targets is found before anything is computed. Raises ValueError, OSError and their kinds.
+    """
+    requests, known = _read(job.requests), _read(job.triplets)
+    probes = _read(job.probes) if job.probes is not None else []
+    check_samples(requests, "request")
+    check_samples(known, "triplet")
+    check_questions(known, "triplet")
+    check_probes(probes)
+    there = _there(job.out)
+    left = _left(requests, there)
+    edits = there
+    if left or probes:
+        model, processor = load(job.model, dtype=job.dtype, device=job.device)
+        editor = Editor(model, processor, _config(job))
+        for what, samples in (("request", requests), ("triplet", known), ("probe", probes)):
+            _check_targets(editor, what, samples)
+        _check_base(editor, there, job.out)
+    if left:
+        never = {asked(s) for s in (*requests, *probes)}
+        never |= {(e.image, e.prompt) for e in there.entries} if there is not None else set()
+        _learn(editor, known, never, job, say)
+        _check_memory(editor, there, job.out)
+        edits = _made(editor, left, there, job)
+    assert edits is not None  # there are requests, so they are made or there
+
+    say(f"\n{len(left)} edits made, {len(requests) - len(left)} requests were there or are replaced by later ones")
+    if left:
+        say(edits.select([r.id for r in left]).summary(limit=SHOWN))
+    if probes:
+        say(f"\n{_told(editor.check(edits, probes))}")
+    say(f"\n{len(edits)} edits are in {job.out}; use them with:")
+    say(f"unike_kernels.patch(model, unike_kernels.Edits.from_pretrained({str(job.out)!r}))")
+    return edits
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of samples, their pictures as files beside it; all of them are there."""
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
+        raise ValueError(f"{path} must hold a JSON list of objects")
+    for n, s in enumerate(samples):
+        if s.get("image") is not None and not isinstance(s["image"], str):
+            raise ValueError(f"{path}: the image of entry {n} must be a path or null, but is {s['image']!r}")
+    files = resolve([s["image"] for s in samples if s.get("image")], path.parent)
+    return [s | {"image": files[s["image"]] if s.get("image") else None} for s in samples]
+
+
+def _there(out: Path) -> Edits | None:
+    """The edits that the folder holds already; ValueError or OSError where none could be saved into it."""
+    parent = out
+    while not parent.exists():
+        parent = parent.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"edits are saved into a folder, but {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{parent} cannot be written to")
+    return Edits.from_pretrained(out) if (out / CONFIG_NAME).exists() else None
+
+
+def _left(requests: Sequence[dict[str, Any]], there: Edits | None) -> list[Request]:
+    """The requests that are still to be made, the newest of each question."""
+    latest, _ = read_requests(requests, None)
+    held = {(e.id, e.prompt, e.target, e.image) for e in there.entries} if there is not None else set()
+    left = [r for r in latest if (r.id, r.prompt, r.target, r.digest) not in held]
+    if left:
+        read_requests([_plain(r) for r in left], there)  # the same ids as edits that stay?
+    return left
+
+
+def _plain(request: Request) -> dict[str, Any]:
+    return {"id": request.id, "prompt": request.prompt, "target": request.target, "image": request.image}
+
+
+def _config(job: Job) -> UnikeConfig:
+    config = job.config or UnikeConfig()
+    return config if job.routing is None else replace(config, routing=replace(config.routing, mode=job.routing))
+
+
+def _check_targets(editor: Editor, what: str, samples: Sequence[dict[str, Any]]) -> None:
+    for n, sample in enumerate(samples):
+        try:
+            editor.collator.target_ids(sample["prompt"], sample["target"])
+        except ValueError as error:
+            raise ValueError(f"{what} {n}: {error}") from None
+
+
+def _check_base(editor: Editor, there: Edits | None, out: Path) -> None:
+    """ValueError where the folder's edits are of another model, of other layers or settings."""
+    if there is None:
+        return
+    wrong = there.base.mismatches(fingerprint(editor.model, editor.decoder, editor.layers))
+    if tuple(there.layers) != editor.layers:
+        wrong.append(f"layers: {list(there.layers)} and {list(editor.layers)}")
+    wrong += there.config.differences(editor.config)
+    if wrong:
+        raise ValueError(f"{out} holds edits that new ones cannot join (there, here): {'; '.join(wrong)}")
+
+
+def _check_memory(editor: Editor, there: Edits | None, out: Path) -> None:
+    if there is None:
+        return
+    try:
+        editor.continued(there)
+    except ValueError:
+        raise ValueError(
+            f"{out} holds edits with another memory or other encoders: new ones can only join them with the "
+            "triplets, the config and the cache that they were made with (a new fit may come out a little different)"
+        ) from None
+
+
+def _learn(
+    editor: Editor,
+    known: Sequence[dict[str, Any]],
+    never: set[tuple[str | None, str]],
+    job: Job,
+    say: Callable[[str], None],
+) -> None:
+    """Memory and encoders from the triplets, or as a former run with the same ones left them in the cache.
+
+    never: what no triplet may ask (digest, prompt), as long as the memory is not there yet.
+    """
+    config, base = editor.config, fingerprint(editor.model, editor.decoder, editor.layers)
+    told: list[Any] = [base.to_json(), editor.collator.fingerprint()]
+    told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.neurons)]
+    told += [[asked(t), *(t.get(k) for k in ("target", "prediction", "question"))] for t in known]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    saved = job.cache / f"editor-{digest}.safetensors" if job.cache is not None else None
+    if saved is not None and saved.exists():
+        editor.load(saved)
+        say(f"memory and encoders as saved in {saved}")
+        return
+    kept = [t for t in known if asked(t) not in never]
+    if len(kept) < len(known):
+        say(f"{len(known) - len(kept)} of {len(known)} triplets ask what is edited or probed and are left out")
+    editor.build_memory(kept, cache=job.cache, progress=job.progress)
+    say(str(editor.fit(progress=job.progress)))
+    if saved is not None:
+        editor.save(saved)
+
+
+def _made(editor: Editor, left: Sequence[Request], there: Edits | None, job: Job) -> Edits:
+    """All edits, those of `left` made part by part and saved after each."""
+    edits, document = there, _document(job.out)
+    routed = editor.config.routing.mode == "routed"
+    size = editor.config.neurons.batch_size if routed else SAVED_EVERY
+    with (
+        tqdm(total=len(left), desc="edits", unit="edit", disable=not job.progress) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "request .* replaces|.* edits miss their target")  # both are told
+        for at in range(0, len(left), size):
+            part = [_plain(r) for r in left[at : at + size]]
+            edits = editor.edit(part, onto=edits, progress=False)
+            if _document(job.out) != document:
+                raise ValueError(f"{job.out} was written to by another process meanwhile: start again, edits are added")
+            edits.save_pretrained(job.out)
+            document = _document(job.out)
+            bar.update(len(part))
+    assert edits is not None  # there was something left
+    return edits
+
+
+def _document(out: Path) -> bytes | None:
+    path = out / CONFIG_NAME
+    return path.read_bytes() if path.exists() else None
+
+
+def _told(report: CheckReport) -> str:
+    """The report's table, and the probes that came out wrong."""
+    wrong = [row for row in report.rows if row.exact < 1]
+    lines = [str(report)]
+    for row in wrong[:SHOWN]:
+        wanted = row.answer_before if row.kind in LOCAL else row.target
+        lines.append(f"{row.kind}: {row.prompt!r} is answered {row.answer_after!r}, not {wanted!r}")
+    if len(wrong) > SHOWN:
+        lines.append(f"... and {len(wrong) - SHOWN} more")
+    return "\n".join(lines)
