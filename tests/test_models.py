@@ -13,7 +13,15 @@ from tests.factories import make_edits
 from tests.models_tiny import ALWAYS, MODELS, ROUTED, edits_for, make_model, text_inputs
 from unike_kernels import models
 from unike_kernels.edits import Edits
-from unike_kernels.models import Decoder, LayerSites, find_decoder, get_module, probe_weights, same_weights
+from unike_kernels.models import (
+    Decoder,
+    LayerSites,
+    UnsupportedModelError,
+    find_decoder,
+    get_module,
+    probe_weights,
+    same_weights,
+)
 from unike_kernels.patching import fingerprint
 
 PATHS = {
@@ -164,6 +172,31 @@ def test_other_families_of_transformers(name):
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
+
+NORMED = {
+    "StableLm": ({"qk_layernorm": True}, "besides q_norm and k_norm: q_layernorm, k_layernorm"),
+    "HunYuanDenseV1": ({"head_dim": 4}, "besides q_norm and k_norm: query_layernorm, key_layernorm"),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_attention_with_norms_of_other_names_is_refused(name):
+    more, said = NORMED[name]
+    config = getattr(transformers, f"{name}Config")(**_SIZES, **more)
+    with pytest.raises(UnsupportedModelError, match=said):
+        find_decoder(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def test_attention_with_a_norm_on_v_or_without_projections_of_its_own_is_refused():
+    """Gemma 4: v has a norm without weights, and some layers take keys and values, or the values, from elsewhere."""
+    model = make_model("llama")
+    attention = model.model.layers[4].self_attn
+    attention.v_norm = nn.RMSNorm(4, elementwise_affine=False)
+    with pytest.raises(UnsupportedModelError, match="besides q_norm and k_norm: v_norm"):
+        find_decoder(model)
+    del attention.v_norm, attention.v_proj
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention has no v_proj of its own"):
+        find_decoder(model)
 
 
 def test_no_decoder_and_several():

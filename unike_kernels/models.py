@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
 }
+KNOWN_NORMS = ("q_norm", "k_norm")  # children of a self-attention: of q and k, before both are rotated
 
 
 class UnsupportedModelError(ValueError):
@@ -262,6 +263,13 @@ def _activation(module: object) -> str:
 
 def _attention(attn: nn.Module, name: str, out_proj: str) -> dict:
     """The attention half of LayerSites; head counts come from the projections' sizes, never from a config."""
+    missing = [proj for proj in ("k_proj", "v_proj") if getattr(attn, proj, None) is None]
+    if missing:
+        raise UnsupportedModelError(f"{type(attn).__name__} has no {' and no '.join(missing)} of its own")
+    # What a norm of another name does to q, k, v or the heads, and when, is not known, so items would be read wrongly.
+    norms = [n for n, m in attn.named_children() if "norm" in n + type(m).__name__.lower() and n not in KNOWN_NORMS]
+    if norms:
+        raise UnsupportedModelError(f"{type(attn).__name__} has norms besides q_norm and k_norm: {', '.join(norms)}")
     head_dim = int(attn.head_dim)
     return {
         "q_proj": f"{name}.q_proj",
