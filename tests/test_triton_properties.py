@@ -525,6 +525,24 @@ def test_item_heads_that_lie_beyond_32_bits():
     assert all(torch.equal(a, b) for a, b in zip(far, wanted, strict=True))
 
 
+@pytest.mark.gpu
+def test_query_heads_that_lie_beyond_32_bits():
+    """Heads as the outer dimension of the tokens: the third one starts 2**31 elements behind the first."""
+    tokens, heads, hd = 5, 3, 16
+    buffer = torch.empty(2**31 + tokens * hd, dtype=torch.float16, device=DEVICE)
+    arguments = {**shift(tokens, heads=heads, kv_heads=1, hd=hd, dtype=torch.float16)}
+    arguments["alpha"] = torch.rand(tokens, device=DEVICE)
+    view = buffer.as_strided((tokens, heads, hd), (hd, 2**30, 1)).copy_(arguments["q"])
+    far, wanted = (run("knowledge_shift", {**arguments, "q": q}) for q in (view, arguments["q"]))
+    assert all(torch.equal(a, b) for a, b in zip(far, wanted, strict=True))
+    found = []
+    for q in (view, arguments["q"]):
+        parts = {**arguments, "item_keys": arguments["item_keys"].clone().requires_grad_(), "q": q}
+        run("knowledge_shift", parts)[0].sum().backward()
+        found.append(parts["item_keys"].grad)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("form", ["always", "selected"])
 def test_thousands_of_groups_most_of_them_empty(form):
     sizes = [3 if g % 100 == 50 else 0 for g in range(2500)]

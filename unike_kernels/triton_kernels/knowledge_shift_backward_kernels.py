@@ -290,7 +290,7 @@ def knowledge_shift_items_grad(
         for g in range(0, GROUP):
             head = kv * GROUP + g
             w = tl.load(weights + (token * HEADS + head) * K + k, mask=j < end, other=0.0)
-            at = x + (token * x_t + head * x_h)[:, None] + cols[None, :]
+            at = x + (token * x_t + head.to(tl.int64) * x_h)[:, None] + cols[None, :]
             part = tl.load(at, mask=(j < end)[:, None] & (cols < WIDTH)[None, :], other=0.0)
             total += w[:, None] * part.to(tl.float32)
     rounded = tl.sum(total, 0).to(out.dtype.element_ty)

@@ -70,8 +70,9 @@ def attention(
 ):  # fmt: skip
     """Softmax weights p [BLOCK_R, BLOCK_K] of rows (token, head) over items ids, and d score / d (scaling q . k)."""
     s = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    q_row = q + token.to(tl.int64) * q_t + (kv * GROUP + head) * q_h
-    k_row = keys + kv.to(tl.int64) * k_h + ids * k_n  # heads may be the outer dimension of a large memory
+    # Heads may be the outer dimension of many tokens or of a large memory.
+    q_row = q + token.to(tl.int64) * q_t + (kv * GROUP + head).to(tl.int64) * q_h
+    k_row = keys + kv.to(tl.int64) * k_h + ids * k_n
     for start in range(0, HD, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         x = tl.load(q_row[:, None] + cols[None, :], mask=mine[:, None] & (cols < HD)[None, :], other=0.0)
