@@ -113,6 +113,7 @@ __device__ __forceinline__ void prune(List& list, Packed* entries, int k, Packed
 #pragma unroll
     for (int i = 0; i < kEach; ++i) mine[i] = 32 * i + lane < list.count ? entries[32 * i + lane] : 0;
     if (bound == 0) bound = reached_by(mine, k);
+    __syncwarp();  // all have read what is overwritten now
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
