@@ -326,6 +326,26 @@ def test_static_cache_is_reused_for_another_sequence(name, config):
                 torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_storage_that_inference_mode_made_is_decided_into_without_it(named):
+    """What a captured graph reads: of a static cache that is reset, and of named cases."""
+    model, inputs, handle = patched("llama", ROUTED, rows=(7, 7))
+    tracker = handle.record.runtime.tracker
+    cache = None if named else StaticCache(config=model.config, max_cache_len=16)
+    if cache is not None:
+        cache.early_initialization(batch_size=1, num_heads=2, head_dim=4, dtype=torch.float64, device="cpu")
+    alphas = []
+    for mode, row in ((torch.inference_mode, 0), (torch.no_grad, 1)):
+        with mode():
+            if cache is None:
+                handle.set_cases(case_ptr=torch.tensor([0, 7]))
+            else:
+                cache.reset()
+            model(**row_of(inputs, row), past_key_values=cache)
+            alphas.append(tracker.current.state.layers[3].alpha)
+    assert alphas[0] is alphas[1]
+
+
 @pytest.mark.parametrize("name", ["opt", "llama", "blip2"])
 def test_static_cache_in_generate(name, config):
     model, inputs, _ = patched(name, config)
@@ -654,6 +674,29 @@ def test_packed_rows_with_mixed_steps_equal_separate_runs(name, config):
         assert len(seen[request]) >= 3
         for ours, theirs in zip(seen[request], alone[request], strict=False):
             torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+NOTHING = {
+    "no shift": (replace(ROUTED, shift=replace(ROUTED.shift, enabled=False)), {}),
+    "always on, no shift": (replace(ALWAYS, shift=replace(ALWAYS.shift, enabled=False)), {}),
+    "k of 0": (replace(ROUTED, shift=replace(ROUTED.shift, k=0)), {}),
+    "no items": (replace(ROUTED, shift=replace(ROUTED.shift, own_item=False)), {"n_items": 0}),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_named_cases_decode_where_nothing_is_retrieved(what):
+    config, options = NOTHING[what]
+    model = make_model("llama", dtype=torch.float64)
+    inputs = inputs_for(model, (7,))
+    handle = uk.patch(model, edits_for(model, config, prompts=inputs, **options))
+    token = {"input_ids": torch.tensor([[5]])}
+    with torch.no_grad():
+        expected = model(**token, past_key_values=model(**inputs).past_key_values).logits
+        handle.set_cases(case_ptr=torch.tensor([0, 7]))
+        cache = model(**inputs).past_key_values
+        handle.set_cases(torch.tensor([0]), torch.tensor([-1]))
+        assert torch.equal(model(**token, past_key_values=cache).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])

@@ -198,7 +198,9 @@ def _moved(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         return new
     if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         return new
-    return old.copy_(new)
+    # What was made in inference mode is written in it, by a pass without it too.
+    with torch.inference_mode(old.is_inference() or torch.is_inference_mode_enabled()):
+        return old.copy_(new)
 
 
 def _kept(moved: Tensor | None, own: Tensor) -> Tensor:

@@ -393,7 +393,7 @@ class CaseTracker:
                 f"cases {owner.tolist()}"
             )
         before = None if self.explicit is None else self.explicit.state
-        if before is not None and (before.size != size or before.version != self.version or not before.layers):
+        if before is not None and (before.size != size or before.version != self.version or before.known is None):
             before = None
         known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device)
         used = torch.zeros_like(new).index_fill(0, token_to_case[token_to_case >= 0], True)
