@@ -114,6 +114,18 @@ def test_an_edit_acts_once_whatever_becomes_of_the_forwards(how):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_model_that_accelerate_unwraps_is_still_edited():
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3))
+    uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    unwrapped = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    fresh = make_model("llama")
+    uk.patch(fresh, edits_for(fresh, ROUTED, prompts=inputs))
+    for _ in range(2):
+        torch.testing.assert_close(unwrapped(**inputs).logits, fresh(**inputs).logits)
+
+
 def test_what_others_do_to_the_heads_reaches_the_knowledge():
     """Their pre-hook stands around ours, so nothing is mixed before it."""
     model = make_model("opt", dtype=torch.float64)

@@ -36,6 +36,8 @@ class HookedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
+        if args and args[0] is module:  # accelerate's unwrap_model binds what it unwraps to the model once more
+            args = args[1:]
         for hook in self.before:
             changed = hook(module, args, kwargs)
             if changed is not None:
