@@ -1,5 +1,6 @@
 """patch, unpatch, status and the handle: what changes on a model, and that all of it can be taken back."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, MODELS, ROUTED, edits_for, inputs_for, make_model, text_inputs
 from tests.test_modules import Recording, cases_of, expected_attention, shift_of
-from unike_kernels import attaching
+from unike_kernels import attaching, modules
 from unike_kernels.config import UnikeConfig
 from unike_kernels.edits import Edits
 from unike_kernels.models import Decoder, find_decoder, get_module
@@ -574,6 +575,84 @@ def test_refused_swap_changes_nothing(what):
     assert all(torch.equal(a, b) for a, b in zip(kept, tensors(handle), strict=True))
     assert torch.equal(model(**inputs).logits, logits.logits)
     model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)  # still good
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "default dtype": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_patch_makes_does_not_hang_on_the_modes_of_its_caller(mode):
+    model = make_model("llama")
+    inputs = inputs_for(model, [5, 3])
+    edits, other = (edits_for(model, ROUTED, prompts=inputs, seed=seed) for seed in (0, 5))
+    expected = tensors(uk.patch(model, edits))
+    uk.unpatch(model)
+    with MODES[mode]():
+        handle = uk.patch(model, edits)
+    found = tensors(handle)
+    assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    with MODES[mode]():
+        handle.swap(other)
+        handle.refresh()
+    handle.swap(edits)
+    model(**inputs).logits.sum().backward()
+    with MODES[mode]():
+        model.half().float()
+    handle.swap(other)
+    handle.refresh()
+
+
+def test_swap_takes_the_same_edits_after_the_model_changed_its_dtype():
+    model = make_model("llama")
+    handle = uk.patch(model, edits_for(model))
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        handle.swap(handle.edits)
+    with pytest.raises(ValueError, match="another encoder"):
+        handle.swap(edits_for(model, shared_seed=7))
+
+
+def test_swap_that_fails_half_way_leaves_the_old_edits(monkeypatch):
+    model = make_model("llama")
+    inputs = inputs_for(model, [5, 3])
+    handle = uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
+    kept, logits = tensors(handle), model(**inputs).logits
+    load, calls = modules.ExtraNeurons.load, []
+
+    def fail(self, edits):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        load(self, edits)
+
+    monkeypatch.setattr(modules.ExtraNeurons, "load", fail)
+    with pytest.raises(KeyboardInterrupt):
+        handle.swap(edits_for(model, ROUTED, prompts=inputs, seed=5))
+    assert all(torch.equal(a, b) for a, b in zip(kept, tensors(handle), strict=True))
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_swap_where_edits_are_chosen_is_refused():
+    model = make_model("llama")
+    handle = uk.patch(model, edits_for(model))
+    kept = tensors(handle)
+    with handle.choosing([handle.edits.ids[1]]), pytest.raises(ValueError, match="leave it first"):
+        handle.swap(handle.edits.select(handle.edits.ids[:1]))
+    assert all(torch.equal(a, b) for a, b in zip(kept, tensors(handle), strict=True))
 
 
 def test_swap_refuses_another_architecture_and_a_patch_that_is_gone():

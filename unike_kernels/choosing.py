@@ -1,11 +1,28 @@
 """A module's backend: chosen when the module is made, and anew only where its tensors move; never by a call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import backends
+
+
+@contextmanager
+def to_keep() -> Iterator[None]:
+    """Inside, tensors are made without gradients, exactly and to be written to later, whatever the caller's modes.
+
+    What is made in inference mode refuses to be changed outside of it; what autocast makes is of half precision.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class ChoosesBackend(nn.Module):
@@ -31,6 +48,7 @@ class ChoosesBackend(nn.Module):
         """What a call of an operator is given: "auto" where a GPU has two kinds of kernels; else what was chosen."""
         return "auto" if self.asked == "auto" and self.backend == "triton" else self.backend
 
+    @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         done = super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
         self._choose_again()

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from .attaching import detach
 from .cases import cases_from_ptr
+from .choosing import to_keep
 from .edits import Edits
 from .explain import CaseReport, report
 from .models import get_module
-from .planning import items_of, plan_swap
+from .planning import Items, items_of, plan_swap
 from .projections import Projections
 from .records import PatchRecord, records
 from .tracker import CONTINUATIONS
@@ -84,9 +85,22 @@ class PatchHandle:
         """Replaces the edits inside the same storage, so compiled and captured graphs stay valid.
 
         ValueError, and nothing changed, when they do not fit the capacities given to `patch`, or when their encoders,
-        config, layers or base differ. KV caches of before are refused at their next use.
+        config, layers or base differ, and inside `choosing`. KV caches of before are refused at their next use.
         """
-        items = plan_swap(self._holder(), self.record, edits)
+        holder, record = self._holder(), self.record
+        if record.runtime.tracker.chosen is not None:
+            raise ValueError("swap inside `choosing`, whose edits were chosen among those of before: leave it first")
+        with to_keep():
+            items = plan_swap(holder, record, edits)
+            try:
+                self._load(edits, items)
+            except BaseException:  # out of memory, or interrupted: some layers may hold the new edits
+                self._load(record.edits, plan_swap(holder, record, record.edits))
+                raise
+        record.edits = edits
+        record.runtime.tracker.renew()
+
+    def _load(self, edits: Edits, items: dict[int, Items]) -> None:
         for layer in self.record.layers:
             if layer.neurons is not None:
                 layer.neurons.load(edits.layers[layer.index])
@@ -95,8 +109,6 @@ class PatchHandle:
                 layer.shift.load(items[layer.index], attention, Projections(layer.sites))
             if layer.router is not None and edits.calibration is not None:
                 layer.router.load(edits.layers[layer.index].h_sem, edits.calibration)
-        self.record.edits = edits
-        self.record.runtime.tracker.renew()
 
     def refresh(self) -> None:
         """Computes again what is kept of the base: after an adapter was merged, switched or loaded.
@@ -106,9 +118,10 @@ class PatchHandle:
         holder, record = self._holder(), self.record
         for layer in record.layers:
             if layer.shift is not None:
-                items = items_of(holder, layer.sites, self.edits, layer.index, record.config)
-                attention = get_module(holder, layer.sites.attention)
-                layer.shift.load(items, attention, Projections(layer.sites))
+                with to_keep():
+                    items = items_of(holder, layer.sites, self.edits, layer.index, record.config)
+                    attention = get_module(holder, layer.sites.attention)
+                    layer.shift.load(items, attention, Projections(layer.sites))
         record.runtime.tracker.renew()
 
     # ------------------------------------------------------------------------------------------------- its cases

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .choosing import ChoosesBackend
+from .choosing import ChoosesBackend, to_keep
 from .indexing import KeptIndex
 from .reference import compute_dtype
 from .triton_kernels import MAX_K
@@ -81,11 +81,11 @@ class ExternalMemory(ChoosesBackend):
         """The norm of the rows as stored, so that rounding to the working dtype does not tilt a cosine."""
         self.sem_norm.copy_(torch.linalg.vector_norm(self.sem.to(self.sem_norm.dtype), dim=-1))
 
+    @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ExternalMemory":
         super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
         self.sem_norm = self.sem_norm.to(compute_dtype(self.sem))
-        with torch.no_grad():
-            self._measure()
+        self._measure()
         return self
 
     def search(self, q: Tensor, k: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import cpu_kernels, folding, ops, reference
 from .cases import Cases, LayerDecision, all_missing, may_ask
-from .choosing import ChoosesBackend
+from .choosing import ChoosesBackend, to_keep
 from .config import ShiftConfig
-from .edits import LayerEdits
+from .edits import LayerEdits, LayerShared
 from .memory import ExternalMemory
 from .models import LayerSites
 from .projections import Projections
@@ -192,7 +192,7 @@ class KnowledgeShift(ChoosesBackend):
         self.memory.load(*items)
         self.precompute(attention, projections)
 
-    @torch.no_grad()
+    @to_keep()
     def precompute(self, attention: nn.Module, projections: Projections) -> None:
         """Applies an affine encoder to all items, or folds it with a plain output projection, in place where it can."""
         config, found = self.config, dict[str, Tensor | None]()
@@ -339,12 +339,12 @@ class KnowledgeShift(ChoosesBackend):
             self._note(scores, indices, alpha, cases)
         return h
 
-    def check_encoder(self, encoder: tuple[tuple[Tensor, Tensor], ...]) -> None:
-        """Raises ValueError unless `encoder` is the one in use: it is built into the patch."""
-        if len(encoder) != self.depth:
-            raise ValueError(f"layer {self.layer} has an encoder of {self.depth} maps, but got one of {len(encoder)}")
-        for (weight, bias), (new_weight, new_bias) in zip(self.encoder, encoder, strict=True):
-            if not (torch.equal(weight, new_weight.to(weight)) and torch.equal(bias, new_bias.to(bias))):
+    def check_encoder(self, shared: LayerShared, before: LayerShared) -> None:
+        """Raises ValueError unless the encoder in `shared` is that of the edits before: it is built into the patch."""
+        if (maps := len(shared.encoder)) != self.depth:
+            raise ValueError(f"layer {self.layer} has an encoder of {self.depth} maps, but got one of {maps}")
+        for (like, _), old, new in zip(self.encoder, before.encoder, shared.encoder, strict=True):
+            if not all(torch.equal(a.to(like), b.to(like)) for a, b in zip(old, new, strict=True)):
                 raise ValueError(f"layer {self.layer} has another encoder than these edits; patch again instead")
 
     @property

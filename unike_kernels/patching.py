@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .attaching import attach, detach
+from .choosing import to_keep
 from .edits import Edits
 from .handle import PatchHandle
 from .models import Decoder
@@ -46,17 +47,18 @@ def patch(
     runs on a patched model at a time. A model compiled before (or after) follows patch, swap, `disabled` and unpatch;
     after an adapter was merged or switched, `handle.refresh()`.
     """
-    decoder, record = plan(
-        model,
-        edits,
-        name=name,
-        backend=backend,
-        mode=mode,
-        routing=routing,
-        layers=layers,
-        sites=sites,
-        capacities=Capacities(max_groups, max_neurons, max_items),
-    )
+    with to_keep():
+        decoder, record = plan(
+            model,
+            edits,
+            name=name,
+            backend=backend,
+            mode=mode,
+            routing=routing,
+            layers=layers,
+            sites=sites,
+            capacities=Capacities(max_groups, max_neurons, max_items),
+        )
     attach(model, decoder, record)
     return PatchHandle(model, record)
 

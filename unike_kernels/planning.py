@@ -105,7 +105,7 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
         if layer.router is not None and edits.calibration is not None:
             layer.router.check(len(edits), edits.calibration)
         if layer.shift is not None:
-            layer.shift.check_encoder(shared.encoder)
+            layer.shift.check_encoder(shared, record.edits.shared[layer.index])
             items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config)
             layer.shift.memory.check(len(items[layer.index][0]))
     return items

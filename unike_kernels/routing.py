@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .choosing import ChoosesBackend
+from .choosing import ChoosesBackend, to_keep
 from .config import RoutingConfig
 from .edits import Calibration
 from .reference_routing import SAME_QUESTION
@@ -55,14 +55,12 @@ class Router(ChoosesBackend):
         super().__init__()
         self.config = config
         d = like.shape[-1]
+        exact: dict[str, tuple[int, ...]] = {"keys": (max_groups, d), "cases": (max_cases, d), "center": (d,)}
+        exact |= {"wording": (max_wording, d), "asking": (max_asking, d), "asks": (max_groups, max_asking)}
         # fp32 whatever the model computes in: the threshold lies in the third digit of a cosine
-        self.register_buffer("keys", torch.zeros(max_groups, d, device=like.device), persistent=False)
-        self.register_buffer("cases", torch.zeros(max_cases, d, device=like.device), persistent=False)
-        self.register_buffer("center", torch.zeros(d, device=like.device), persistent=False)
-        self.register_buffer("wording", torch.zeros(max_wording, d, device=like.device), persistent=False)
-        self.register_buffer("asking", torch.zeros(max_asking, d, device=like.device), persistent=False)
-        self.register_buffer("asks", torch.zeros(max_groups, max_asking, device=like.device), persistent=False)
-        self.register_buffer("threshold", torch.zeros((), device=like.device), persistent=False)
+        for name, shape in {**exact, "threshold": ()}.items():
+            zeros = torch.zeros(shape, dtype=torch.float32, device=like.device)
+            self.register_buffer(name, zeros, persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
         self._crowds: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # of which tensors, as they were: crowding
@@ -132,6 +130,7 @@ class Router(ChoosesBackend):
         """The directions that were learned of a calibration's cases, and matter here."""
         return {"wording": calibration.wording, "asking": calibration.asking if self.config.asking else None}
 
+    @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Router":
         exact = {
             name: getattr(self, name) for name in ("keys", "cases", "center", "wording", "asking", "asks", "threshold")
