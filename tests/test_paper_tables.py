@@ -233,8 +233,9 @@ def test_claims_from_saved_results(tmp_path):
     assert lacking.theirs == pytest.approx((97.4 + 92.8 - 69.2 - 67.4) / 2)
     assert dict(lacking.controls)["UniKE, shuffled memory"].value == 10.0
     assert one("latent-IKE alone is reliable", "").verdict == "does not hold"
-    assert one("a truthful zeta helps", "").verdict == "undecided"  # half a point, errors of 0.7
+    assert one("a truthful zeta helps", "no zeta").verdict == "undecided"  # half a point, errors of 0.7
     assert one("a random zeta hurts", "").ours.value == 9.5
+    assert one("a truthful zeta helps", "random zeta").ours.value == 10.0
     assert one("adaptive alpha beats a fixed one", "best of 5 fixed (1)").ours.value == pytest.approx(90 - 60.5)
     for kind in ("generality", "locality"):  # 40 items against one: 39 / 200 of 100 points
         assert one("more items help", kind).ours == claims.Difference(pytest.approx(19.5), 0.0)
@@ -244,6 +245,9 @@ def test_claims_from_saved_results(tmp_path):
     text = claims.table(list(told.values()))
     assert "| latent-IKE alone is reliable |" in text and "does not hold" in text
     assert all(c.ours is None for c in claims.claims(tmp_path, 1))
+    captions = {(c.text, c.compared): c for c in claims.claims(tmp_path, 0, "caption")}
+    assert any(c.ours is not None for (text, _), c in captions.items() if text == "UniKE is above all baselines")
+    assert captions["more items help", "generality, 40 items - 1"].ours is None  # a figure's, of names alone
 
 
 def test_an_ablations_rows_are_compared_edit_by_edit():
@@ -278,9 +282,12 @@ def test_the_report_holds_every_table_and_figure(tmp_path):
         assert part in text
     assert "| 98.8 98.4 94.8 98.3 96.7 | 98.0 97.4 92.8 98.7 88.8 |" in text  # Table 1, UniKE
     assert paper.SEQUENTIAL["caption", 20]["MEND"] in text and paper.CROSS_TASK["FT"] in text
-    assert "IKE: n/a, the base model does not follow demonstrations." in text and "Not measured yet: KE." in text
+    assert "IKE: n/a, the base model does not follow demonstrations." in text and "Not measured: KE." in text
     assert "| IKE | n/a | n/a |" in text and "| KE | - | - |" in text
-    assert "met: routed UniKE's mean is above every other row's measured so far (98.0; next, UniKE: 88.0)" in text
+    assert (
+        "met: routed UniKE's mean is above every other row's measured so far (98.0; next, UniKE: 88.0; difference +10.0"
+        in text
+    )
     cost = "routing costs under three points of generality (-10.0: T-Gen -10.0, M-Gen -10.0)"
     assert f"met: {cost}, and changes T-Loc +10.0, M-Loc +10.0" in text
     assert "| base | 10.0 | 10.0 | 10.0 | 100.0 | 100.0 | 46.0 |" in text
@@ -302,7 +309,13 @@ def test_what_routing_costs_by_hand():
 def test_the_best_row_is_named_by_hand():
     routed, other = (Found(metrics=dict.fromkeys((*KINDS, "mean"), m)) for m in (96.8, 97.2))
     told = paper_tables.best({"SERAC": other, "IKE": Found(reason="no"), "UniKE, routed": routed})
-    assert told == "- **missed**: routed UniKE's mean is above every other row's (96.8; next, SERAC: 97.2)"
+    missed = (
+        "- **missed**: routed UniKE's mean is above every other row's (96.8; next, SERAC: 97.2; difference -0.4 ± 0.0)"
+    )
+    assert told == missed
+    unsure = replace(other, errors=dict.fromkeys(KINDS, 1.0))
+    told = paper_tables.best({"SERAC": unsure, "UniKE, routed": routed})
+    assert told.endswith("difference -0.4 ± 1.0, level: within 2 standard errors)")
 
 
 def test_a_quick_report_says_so(tmp_path):
@@ -395,7 +408,7 @@ def test_the_command_fills_draws_and_reports(tmp_path, monkeypatch):
         run.app, ["--table", "1", "--figure", "4c", "--seeds", "0", "--draws", "0", "--edits", "4"]
     )
     assert result.exit_code == 0, result.output
-    assert "Not measured yet" not in result.output and "FT" in result.output
+    assert "Not measured" not in result.output and "FT" in result.output
     assert {p.name for p in tmp_path.iterdir()} == {"README.md", "figure-4c.png", "protocols-seed0.json"}
 
 

@@ -7,49 +7,13 @@ from pathlib import Path
 from bench.quality import paper
 from bench.quality.baselines import METHODS
 from bench.quality.cells import Found, Store
+from bench.quality.differences import Difference, difference
 from bench.quality.paper_tables import ablation_row, ablations
 from bench.quality.rows import ALPHAS, ITEMS
 from bench.quality.tables import markdown
-from unike_kernels.evaluation.metrics import clustered_error
 
 GENERALITY, LOCALITY, ALL = ("t_gen", "m_gen"), ("t_loc", "m_loc"), ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 WHOLE = {GENERALITY: "generality", LOCALITY: "locality", ALL: "mean of five", ("rel",): "Rel"}
-SURE = 2.0  # standard errors from zero that count as a direction
-
-
-@dataclass(frozen=True)
-class Difference:
-    """In points, with its standard error (nan where it cannot be estimated)."""
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.1f}" + ("" if self.error != self.error else f" ± {self.error:.1f}")
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where it is more than two standard errors from zero, otherwise 0."""
-        if not abs(self.value) > SURE * self.error:
-            return 0
-        return 1 if self.value > 0 else -1
-
-
-def difference(a: Found | None, b: Found | None, kinds: Sequence[str]) -> Difference | None:
-    """a minus b, of the mean of these metrics; None where one was not measured.
-
-    Of the same edits: from each edit's own difference, clustered by concept. Otherwise the two errors add up as
-    independent ones, each that of fully correlated metrics, which is the largest it can be.
-    """
-    if a is None or b is None or a.reason or b.reason:
-        return None
-    value = sum(a.metrics[k] - b.metrics[k] for k in kinds) / len(kinds)
-    if a.labels and a.labels == b.labels:
-        rows = zip(*(zip(a.values[k], b.values[k], strict=True) for k in kinds), strict=True)
-        each = [sum(x - y for x, y in row) / len(kinds) for row in rows]
-        return Difference(value, clustered_error(each, [concept for _, concept in a.labels]))
-    errors = [sum(f.errors.get(k, 0.0) for k in kinds) / len(kinds) for f in (a, b)]
-    return Difference(value, (errors[0] ** 2 + errors[1] ** 2) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -76,29 +40,30 @@ class Claim:
         return {1: "holds", -1: "does not hold", 0: "undecided"}[sign]
 
 
-def claims(folder: Path, base: int) -> list[Claim]:
-    """All claims on one base model: names (E-VQA's place); the paper's differences are MiniGPT-4's on E-VQA."""
-    saved = [r for r in ablations(folder) if r["seed"] == base and r["task"] == "name"]
+def claims(folder: Path, base: int, task: str = "name") -> list[Claim]:
+    """All claims on one base model and task; the paper's differences are MiniGPT-4's, names in E-VQA's place."""
+    saved = [r for r in ablations(folder) if r["seed"] == base and r["task"] == task]
     store = Store(folder)
 
     def part(name: str) -> Found | None:
         return ablation_row(saved[0], name) if saved else None
 
     def cell(name: str, protocol: str = "one-step", k: int = 1, like: Found | None = None) -> Found | None:
-        return store.found(base, protocol, k, "name", name, like)
+        return store.found(base, protocol, k, task, name, like)
 
-    return [*_parts(part), *_directions(part, cell), *_items(cell), *_baselines(cell), *_sequential(cell)]
+    found = [*_parts(part, task), *_directions(part, cell), *_items(cell)]
+    return [*found, *_baselines(cell, task), *_sequential(cell, task)]
 
 
 Get = Callable[..., Found | None]
 
 
-def _paper(row: str, other: str, kinds: Sequence[str]) -> float:
-    a, b = (paper.five(paper.ABLATION["name"][n]) for n in (row, other))
+def _paper(task: str, row: str, other: str, kinds: Sequence[str]) -> float:
+    a, b = (paper.five(paper.ABLATION[task][n]) for n in (row, other))
     return sum(a[k] - b[k] for k in kinds) / len(kinds)
 
 
-def _parts(part: Get) -> list[Claim]:
+def _parts(part: Get, task: str) -> list[Claim]:
     """Of the method's parts."""
     full, intrinsic, latent, both = map(part, ("UniKE", "intrinsic only", "latent-IKE only", "intrinsic + latent-IKE"))
     memories = ("UniKE, h_know = 0", "UniKE, shuffled memory", "UniKE, h_neg memory")
@@ -107,12 +72,12 @@ def _parts(part: Get) -> list[Claim]:
             "intrinsic editing alone lacks generality",
             "generality, UniKE - intrinsic only",
             difference(full, intrinsic, GENERALITY),
-            _paper("UniKE", "intrinsic only", GENERALITY),
+            _paper(task, "UniKE", "intrinsic only", GENERALITY),
             controls=tuple((n, difference(part(n), intrinsic, GENERALITY)) for n in memories),
         ),
         Claim(
             "latent-IKE alone is reliable",
-            "Rel, latent-IKE only - base",
+            "Rel, latent-IKE only - base (reliable: at least 50)",
             difference(latent, part("base"), ("rel",)),
             None,
             50.0,  # half of the edits at least: the paper's row reaches 94.6
@@ -125,7 +90,7 @@ def _parts(part: Get) -> list[Claim]:
                     "combining both helps both",
                     f"{WHOLE[kinds]}, intrinsic + latent-IKE - {name}",
                     difference(both, other, kinds),
-                    _paper("intrinsic + latent-IKE", name, kinds),
+                    _paper(task, "intrinsic + latent-IKE", name, kinds),
                 )
             )
     return out
@@ -160,6 +125,8 @@ def _directions(part: Get, cell: Get) -> list[Claim]:
             controls=(("random zeta - no zeta", random),),
         )
     )
+    chance = difference(full, part("UniKE, random zeta"), ALL)
+    out.append(Claim("a truthful zeta helps", f"{WHOLE[ALL]}, UniKE - random zeta", chance))
     out.append(Claim("a random zeta hurts", f"{WHOLE[ALL]}, no zeta - random", _minus(random)))
     semantic = difference(cell("UniKE, no zeta"), cell("UniKE, semantic zeta"), ALL)  # of one figure: the same edits
     out.append(Claim("a semantic zeta hurts", f"{WHOLE[ALL]}, no zeta - semantic", semantic))
@@ -179,7 +146,7 @@ def _items(cell: Get) -> list[Claim]:
     ]
 
 
-def _baselines(cell: Get) -> list[Claim]:
+def _baselines(cell: Get, task: str) -> list[Claim]:
     """Of everything that it is compared with."""
     rows = {name: f for name in METHODS if (f := cell(name)) is not None and not f.reason}
     out = []
@@ -189,7 +156,7 @@ def _baselines(cell: Get) -> list[Claim]:
             out.append(Claim("UniKE is above all baselines", compared, None))
             continue
         best = max(rows, key=lambda n: rows[n].metrics["mean"])
-        theirs = {n: paper.five(r)["mean"] for n, r in paper.ONE_STEP["MiniGPT-4"]["name"].items()}
+        theirs = {n: paper.five(r)["mean"] for n, r in paper.ONE_STEP["MiniGPT-4"][task].items()}
         gap = theirs.pop("UniKE") - max(theirs.values())
         compared = f"{compared} of {len(rows)} ({best})"
         out.append(
@@ -203,13 +170,13 @@ def _baselines(cell: Get) -> list[Claim]:
     return out
 
 
-def _sequential(cell: Get) -> list[Claim]:
+def _sequential(cell: Get, task: str) -> list[Claim]:
     """Of editing in sequence: the decline against the paper's own."""
-    one = paper.five(paper.ONE_STEP["MiniGPT-4"]["name"]["UniKE"])["mean"]
+    one = paper.five(paper.ONE_STEP["MiniGPT-4"][task]["UniKE"])["mean"]
     out = []
     for ours in ("UniKE", "UniKE, routed"):
         for k in (10, 20):
-            theirs = paper.five(paper.SEQUENTIAL["name", k]["UniKE"])["mean"] - one
+            theirs = paper.five(paper.SEQUENTIAL[task, k]["UniKE"])["mean"] - one
             change = difference(cell(ours, "sequential", k), cell(ours), ALL)
             compared = f"{WHOLE[ALL]}, {ours}, K = {k} - one step (mild: no worse than the paper's)"
             out.append(Claim("sequential editing declines mildly", compared, change, theirs, theirs))

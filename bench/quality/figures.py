@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality.cells import Found, Store
-from bench.quality.claims import GENERALITY, LOCALITY, difference
+from bench.quality.claims import GENERALITY, LOCALITY
+from bench.quality.differences import difference
 from bench.quality.rows import ALPHAS, FIGURES, ITEMS
 from bench.quality.tables import HEADS, KINDS
 

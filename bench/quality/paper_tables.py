@@ -8,6 +8,7 @@ from typing import Any
 from bench.quality import paper
 from bench.quality.baselines import METHODS
 from bench.quality.cells import STACKED, UNIKE, Found, Store, each
+from bench.quality.differences import SURE, difference
 from bench.quality.rows import ROWS
 from bench.quality.tables import HEADS, KINDS, markdown, number
 
@@ -45,10 +46,10 @@ def base_row(found: Sequence[Found | None]) -> Found | None:
 
 
 def notes(named: dict[str, Found | None]) -> list[str]:
-    """Why rows are n/a, and which were not measured yet."""
+    """Why rows are n/a, and which were not measured."""
     out = [f"{name}: n/a, {f.reason}." for name, f in named.items() if f is not None and f.reason]
     missing = [name for name, f in named.items() if f is None]
-    return out + ([f"Not measured yet: {', '.join(missing)}."] if missing else [])
+    return out + ([f"Not measured: {', '.join(missing)}."] if missing else [])
 
 
 def table_1(store: Store) -> str:
@@ -72,7 +73,7 @@ def table_1(store: Store) -> str:
 
 
 def best(named: dict[str, Found | None]) -> str:
-    """Whether routed UniKE's mean of the five metrics is above every other row's."""
+    """Whether routed UniKE's mean of the five metrics is above every other row's, and whether clearly."""
     means = {name: f.metrics["mean"] for name, f in named.items() if f is not None and not f.reason}
     ours = means.pop("UniKE, routed", None)
     if ours is None or not means:
@@ -80,7 +81,10 @@ def best(named: dict[str, Found | None]) -> str:
     name = max(means, key=lambda n: means[n])
     met = "met" if ours > means[name] else "**missed**"
     rows = "every other row's" + (" measured so far" if any(f is None for f in named.values()) else "")
-    return f"- {met}: routed UniKE's mean is above {rows} ({ours:.1f}; next, {name}: {means[name]:.1f})"
+    apart = difference(named["UniKE, routed"], named[name], KINDS)
+    sure = "" if apart is None or apart.sign else f", level: within {SURE:g} standard errors"
+    gap = "" if apart is None else f"; difference {apart}{sure}"
+    return f"- {met}: routed UniKE's mean is above {rows} ({ours:.1f}; next, {name}: {means[name]:.1f}{gap})"
 
 
 def cost(named: dict[str, Found | None]) -> str:

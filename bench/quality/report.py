@@ -11,6 +11,7 @@ from bench.commit import commit
 from bench.quality import claims, figures, paper, paper_tables, speed, tables
 from bench.quality.ablation import write
 from bench.quality.cells import Store
+from bench.quality.differences import SURE
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = RESULTS / "quick"
@@ -20,6 +21,15 @@ TABLES = {
     2: ("Table 2: sequential editing", paper_tables.table_2),
     3: ("Table 3: cross-task editing", paper_tables.table_3),
 }
+
+
+LEGEND = """Rel: the edit itself. T-Gen: asked in other words. M-Gen: another artist's drawing. T-Loc, M-Loc: other
+text, other pictures. Locality A: the share of answer tokens that stay as they were; B: the trained baselines'
+stricter one, the order of the likeliest tokens at every position. "UniKE" is the paper's method, always on; routed,
+an edit acts only on cases like its own. Missed route: its own edit did not act; wrong route: another did; M-Loc
+claimed: any edit acted on a question that is none's. Intrinsic: the extra neurons alone; latent-IKE: the memory
+alone, whose item has a key (h_sem) and a value (h_pos; h_neg for the wrong answer); h_know: what attending to the
+memory gives. "-dirty" after a commit: with changes that were not committed."""
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
@@ -66,7 +76,12 @@ def write_report(folder: Path = RESULTS) -> Path:
     parts += _paper(folder)
     ablations = paper_tables.ablations(folder)
     if ablations:
-        parts += ["# Ablation with all controls", f"Made by `{COMMAND} --rows ablation`."]
+        parts += [
+            "# Ablation with all controls",
+            f"Made by `{COMMAND} --rows ablation`, captions with `--task caption`. h_know = 0: the shift stays, what "
+            "it shifts towards is zero. Shuffled memory: every key has another item's value. Stacked: so many edits on "
+            "the model at once.",
+        ]
     for result in ablations:
         parts += [tables.report(result), taken(result["environment"])]
     notes = folder / "notes.md"
@@ -95,18 +110,25 @@ def _paper(folder: Path) -> list[str]:
     for name in figures.NAMES:
         path = folder / f"figure-{name}.png"
         if path.exists():
-            parts += [f"### Figure {name}", f"`{COMMAND} --figure {name}{quick}`", paper.FIGURES[name]]
+            said = f"{paper.FIGURES[name]} What ours say of it stands under the paper's claims, below."
+            parts += [
+                f"### Figure {name}",
+                f"`{COMMAND} --figure {name}{quick}`",
+                said if name != "5a" else paper.FIGURES[name],
+            ]
             parts.append(f"![Figure {name}]({path.name})")
             if name == "4a":
                 parts.append(_in_context(store))
-    found = {base: claims.claims(folder, base) for base in _models(folder)}
-    for base, told in found.items():
-        if any(c.ours is not None for c in told):
-            parts += [f"### The paper's claims on base model {base}", claims.table(told)]
+    for base in _models(folder):
+        for task, named in paper_tables.TASKS.items():
+            told = claims.claims(folder, base, task) if task in paper.ABLATION else []
+            told = [c for c in told if task == "name" or c.ours is not None]  # figures are of names alone
+            if any(c.ours is not None for c in told):
+                parts += [f"### The paper's claims on base model {base}: {named}", claims.table(told)]
     if any(part.startswith("### The paper's claims") for part in parts):
         parts.append(
             f"Differences in points with standard errors, positive where the claim says so; a direction counts from "
-            f"{claims.SURE:g} standard errors. The paper's are MiniGPT-4's on E-VQA. A claim whose controls, from "
+            f"{SURE:g} standard errors. The paper's are MiniGPT-4's, on E-VQA and E-IC. A claim whose controls, from "
             "which the part it credits was taken away, gain as much has another cause. Rows of the same edits are "
             "compared edit by edit where their values were saved; otherwise the errors add up as if independent, which "
             "is too large."
@@ -123,6 +145,7 @@ def _paper(folder: Path) -> list[str]:
         "exact match of greedy generation. Edits are names or captions of pictures that the base model does not know; "
         'drawings by other artists are the other pictures. The paper\'s columns are "Rel T-Gen M-Gen T-Loc M-Loc" of '
         "its own models, 1,000 times as large, on its own data: directions and gaps compare, levels do not.",
+        LEGEND,
     ]
     if rows:
         head.append(taken(*(row["taken"] for row in rows)))

@@ -155,7 +155,8 @@ def report(result: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            f"## Base model {result['seed']}: {result['edits']} one-step edits, {result['seconds']:.0f} s",
+            f"## Base model {result['seed']}: {result['edits']} one-step edits of {result.get('task', 'name')}s, "
+            f"{result['seconds']:.0f} s",
             "In percent; standard errors clustered by concept; controls in italics; locality A unless B is named.",
             five_metrics(result),
             "Locality A by part; alpha averaged over layers; how often an edit acted on a probe, in percent.",
