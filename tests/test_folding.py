@@ -97,6 +97,31 @@ def test_a_projection_that_changed_is_folded_again_on_refresh():
         torch.testing.assert_close(called, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["a forward of its own", "a hook on all modules"])
+def test_a_projection_that_others_stand_around_is_called(how):
+    """What they make of its output, here twice of it, is part of what is known."""
+    model, inputs, edits = patched("projected", "case")
+    projection = model.model.layers[1].self_attn.o_proj
+
+    def twice(module, args, output):
+        return 2 * output if module is projection else None
+
+    if how == "a forward of its own":
+        projection.forward = lambda x: 2 * torch.nn.functional.linear(x, projection.weight)
+    hook = torch.nn.modules.module.register_module_forward_hook(twice) if how == "a hook on all modules" else None
+    with torch.no_grad():
+        try:
+            with uk.patch(model, edits, backend="reference"):
+                found = model(**inputs).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        vars(projection).pop("forward", None)
+        projection.weight.mul_(2)
+        with uk.patch(model, edits, backend="reference"):
+            torch.testing.assert_close(found, model(**inputs).logits)
+
+
 def test_gradients_take_the_encoder_itself_and_an_activation_leaves_nothing_to_fold():
     model, inputs, edits = patched("projected", "token")
     with uk.patch(model, edits, backend="triton") as handle:

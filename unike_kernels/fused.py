@@ -17,6 +17,7 @@ from .forwards import HookedForward
 from .hooks import FfnInputHook, FfnOutputHook, Runtime, first
 from .models import LayerSites, get_module
 from .modules import ExtraNeurons
+from .projections import hooks_on_all, replacement
 
 FEW_ROWS = 64  # up to here an FFN is bound by reading its weights, and one pass over all of them pays
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -88,21 +89,10 @@ def why_watched(activation: Any) -> str | None:
     return _replaced(activation) if isinstance(activation, nn.Module) else None
 
 
-def _hooks_on_all() -> bool:
-    shared = torch.nn.modules.module
-    return bool(shared._global_forward_hooks or shared._global_forward_pre_hooks)
-
-
 def _replaced(module: nn.Module) -> str | None:
-    if _replacement(module) is None:
+    if replacement(module) is None:
         return None
     return "already has a forward of its own (another fused patch, or a wrapper)"
-
-
-def _replacement(module: nn.Module) -> Any:
-    """What stands in for the module's own forward, below the hooks of other patches."""
-    there = vars(module).get("forward")
-    return there.inner if isinstance(there, HookedForward) else there
 
 
 @torch.no_grad()
@@ -161,14 +151,14 @@ class FusedFfn:
             return False
         if x.numel() > FEW_ROWS * x.shape[-1] or self.runtime.cases(x).selected is not None:
             return False
-        if torch.is_autocast_enabled(x.device.type) or _hooks_on_all():
+        if torch.is_autocast_enabled(x.device.type) or hooks_on_all():
             return False
         here = (parent._modules.get(name.rpartition(".")[2]) for parent, name in self.places)
         same = all(a is b for a, b in zip(here, self.linears, strict=True))
         if not same or any(why_not_plain(linear) is not None for linear in self.linears):
             return False
         own = [None] * 3 if self.gated else [forward for _, forward in self.forwards]
-        if any(_replacement(linear) is not f for linear, f in zip(self.linears, own, strict=True)):
+        if any(replacement(linear) is not f for linear, f in zip(self.linears, own, strict=True)):
             return False
         if why_watched(activation_of(self.places[-1][0], self.gated)[1]) is not None:
             return False

@@ -5,11 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forwards import HookedForward
 from .models import LayerSites
 
 
 class OwnHook:
     """Base of the hooks that a patch itself puts on a projection: they are no reason to call rather than read it."""
+
+
+def replacement(module: nn.Module) -> Any:
+    """What stands in for a module's own forward, below the hooks of patches; None: nothing does."""
+    there = vars(module).get("forward")
+    return there.inner if isinstance(there, HookedForward) else there
+
+
+def hooks_on_all() -> bool:
+    """Whether torch calls hooks around every module."""
+    shared = torch.nn.modules.module
+    return bool(shared._global_forward_hooks or shared._global_forward_pre_hooks)
 
 
 class Projections:
@@ -74,6 +87,8 @@ class Projections:
         if type(out) is not nn.Linear or out._forward_hooks or hasattr(out, "_hf_hook"):
             return None
         if any(not isinstance(hook, OwnHook) for hook in out._forward_pre_hooks.values()):
+            return None
+        if replacement(out) is not None or hooks_on_all():
             return None
         weight = out.weight
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta" or weight.dtype.itemsize < 2:
