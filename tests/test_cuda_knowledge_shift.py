@@ -189,6 +189,17 @@ def test_triton_takes_what_it_refuses(change, reason):
     assert KERNEL not in counted and counted[name] == 1
 
 
+def test_more_cases_than_a_grid_has_room_for():
+    parts, at = inputs(1, heads=1, kv_heads=1, hd=8, hv=8), torch.zeros(1, dtype=torch.long, device=DEVICE)
+    for cases, alpha, reason in (
+        (65_519, None, None),
+        (65_520, None, "there are 65520 cases whose alpha is to be computed, and it takes at most 65519"),
+        (65_520, torch.ones(1, device=DEVICE), None),
+    ):
+        given = (*parts, ids(cases, 2), alpha, at, at.expand(cases), None, None, [])
+        assert refusal("knowledge_shift", (*given, *[None] * 9)) == reason
+
+
 def test_a_head_too_wide_for_a_device_without_clusters_is_refused_by_its_name():
     parts = inputs(1, heads=1, kv_heads=1, hd=1032, hv=1032)
     given = (*parts, ids(1, 5), None, None, None, None, None, [])

@@ -123,3 +123,19 @@ def test_the_gpu_check_allows_what_is_counted_here(monkeypatch):
     for routed, changes, most in FORMS.values():
         base = ROUTED if routed else ALWAYS
         assert sum(added(replace(base, shift=replace(base.shift, **changes)), monkeypatch).values()) <= most
+
+
+def test_a_grid_that_no_gpu_takes_is_refused_by_its_size():
+    def hidden_grads():
+        pass
+
+    started = []
+    with launching.recording(lambda kernel, grid, args, constants: started.append(grid)):
+        launching.launch(hidden_grads, (70_000, 65_535), torch.zeros(1))
+        for grid in ((2, 65_536), (2, 3, 65_536)):
+            before = launching.LAUNCHES.copy()
+            with pytest.raises(ValueError, match="hidden_grads needs 2 x .*65536 programs, and a GPU takes 65535"):
+                launching.launch(hidden_grads, grid, torch.zeros(1))
+            assert before == launching.LAUNCHES
+        launching.launch(hidden_grads, (0, 65_536), torch.zeros(1))
+    assert started == [(70_000, 65_535)]

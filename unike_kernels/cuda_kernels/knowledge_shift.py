@@ -16,6 +16,7 @@ from .launching import address, launch, name_of
 KERNEL = "knowledge_shift_cluster"
 MOST_TOKENS = 16  # more fill the device without clusters
 MOST_ITEMS = 128
+MOST_CASES = 2**16 - 1 - MOST_TOKENS  # to decide: a grid has a block or cluster for each, and for each token
 MOST_COLUMNS = 1024  # of one block
 MOST_CELLS = 2048  # columns x query heads of one block
 MOST_ROWS = 4  # query heads of one block: with 8, a thread takes 200 registers
@@ -35,12 +36,14 @@ tuning.ROWS += [
 
 def refusal(args: Sequence[Any]) -> str | None:
     """Why the kernel cannot take the operator's arguments; None: it can."""
-    h_input, q, item_keys, item_values, indices, alpha, _, _, weight, _, encoder = args[:11]
+    h_input, q, item_keys, item_values, indices, alpha, _, case_tokens, weight, _, encoder = args[:11]
     heads = 1 if q.dim() == 2 else q.shape[1]
     if h_input.shape[0] > MOST_TOKENS:
         return f"there are {h_input.shape[0]} tokens, and it takes at most {MOST_TOKENS}"
     if indices.shape[1] > MOST_ITEMS:
         return f"there are {indices.shape[1]} items per token, and it takes at most {MOST_ITEMS}"
+    if alpha is None and case_tokens is not None and indices.shape[0] > MOST_CASES:
+        return f"there are {indices.shape[0]} cases whose alpha is to be computed, and it takes at most {MOST_CASES}"
     if weight is not None:
         return "there is an output projection, and it projects nothing"
     if alpha is None and any(t is not None for t in args[17:19]):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LAUNCHES: Counter[str] = Counter()  # kernel name -> how often it was started, in this process
+MOST_PROGRAMS = 2**16 - 1  # along the second and third axis of a grid, on every GPU
 _recorder: Callable[..., None] | None = None
 
 
@@ -18,9 +19,18 @@ def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants) on the device of the first tensor. Nothing is started for an empty grid."""
+    """kernel[grid](*args, **constants) on the device of the first tensor. Nothing is started for an empty grid.
+
+    ValueError where the grid is larger than a GPU takes.
+    """
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        size = " x ".join(map(str, grid))
+        raise ValueError(
+            f"{kernel.__name__} needs {size} programs, and a GPU takes {MOST_PROGRAMS} along all axes but the first: "
+            "pass fewer tokens at a time"
+        )
     first = next(arg for arg in args if isinstance(arg, Tensor))
     LAUNCHES[kernel.__name__] += 1
     if _recorder is not None:
