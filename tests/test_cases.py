@@ -217,6 +217,19 @@ def test_label_at_position_0_is_an_error():
         model(**inputs, labels=labels)
 
 
+def test_labels_behind_padding_are_an_error():
+    """As a collator makes that pads to a multiple of some length, of prompts without any text of their own."""
+    model, inputs, handle = patched("llama", ALWAYS, rows=(8, 5))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    with pytest.raises(ValueError, match=r"labels of rows \[1\] start at position 0 or behind padding"):
+        model(**inputs, labels=labels)
+    labels[1, 3] = -100  # its first token
+    model(**inputs, labels=labels)
+    assert handle.record.runtime.tracker.current.case_tokens.tolist() == [3, 11]
+
+
 def test_labels_of_another_shape_are_an_error_naming_both():
     model, inputs, _ = patched("blip2", ALWAYS, rows=(6, 6))
     with pytest.raises(ValueError, match=r"labels are \(2, 6\), but the decoder sees \(2, 10\) tokens"):

@@ -222,18 +222,22 @@ def cases_from_ptr(case_ptr: Tensor) -> tuple[Tensor, Tensor]:
     return torch.repeat_interleave(case, lengths), torch.where(lengths > 0, case_ptr[1:] - 1, -1)
 
 
-def case_tokens_from_labels(labels: Tensor, fallback: Tensor) -> Tensor:
+def case_tokens_from_labels(labels: Tensor, fallback: Tensor, seen: Tensor | None = None) -> Tensor:
     """[B] position of the token before the first label that is not -100; `fallback` [B] where a row has no label.
 
-    Raises ValueError where the first label stands at position 0: nothing before it could be the case token.
+    seen: [B, length] bool, False for padding. Raises ValueError where the first label stands at position 0, or behind
+    padding: nothing before it could be the case token.
     """
     wanted = labels != -100
     first = wanted.int().argmax(dim=1)
     some = wanted.any(dim=1)
-    if may_ask() and bool((some & (first == 0)).any()):
-        rows = (some & (first == 0)).nonzero().flatten().tolist()
+    alone = first == 0
+    if seen is not None:
+        alone = alone | ~seen.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0]
+    if may_ask() and bool((some & alone).any()):
+        rows = (some & alone).nonzero().flatten().tolist()
         raise ValueError(
-            f"labels of rows {rows} start at position 0, so no token before them can be the case token; "
+            f"labels of rows {rows} start at position 0 or behind padding, so no token can be the case token; "
             "set the prompt's labels to -100, or name the cases with handle.set_cases"
         )
     return torch.where(some, first - 1, fallback)

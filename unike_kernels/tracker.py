@@ -175,9 +175,9 @@ class CaseTracker:
                     f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
                     "name the cases with handle.set_cases"
                 )
-            last = case_tokens_from_labels(labels.to(device), last)
-        elif given.get("use_cache") is False and cache is None:
-            self._watch_growth(batch, length)
+            last = case_tokens_from_labels(labels.to(device), last, token_to_case.view(batch, length) >= 0)
+        elif cache is None and (given.get("use_cache") is False or not self.several_logits):
+            self._watch_growth(given.get("input_ids"), (batch, length), given.get("use_cache") is False)
         elif self.several_logits and not past:
             self._watch_guesses()
         rows = torch.arange(batch, device=device) * length + last
