@@ -623,6 +623,32 @@ def test_generation_without_a_cache_warns_and_is_right_with_named_positions(conf
     assert torch.equal(beams, model.generate(**inputs, **GREEDY, num_beams=2))
 
 
+def test_a_loop_that_gives_no_cache_warns_and_prompts_of_rising_length_do_not():
+    model, inputs, handle = patched("llama", ROUTED)
+    ids = row_of(inputs, 0)["input_ids"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in (4, 5, 6, 7):
+            model(text_inputs([length], seed=length)["input_ids"])
+    with torch.no_grad(), pytest.warns(UserWarning, match="every pass is a new case"):
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert copy.deepcopy(handle.record.runtime.tracker)._growth[0] is None
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen3"])
+def test_a_cache_that_is_given_and_not_given_back_keeps_the_decision(name):
+    model, inputs, _ = patched(name, ROUTED)
+    one, token = row_of(inputs, 0), {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 8).long()}
+    logits = []
+    with torch.no_grad():
+        for use_cache in (True, False):
+            cache = DynamicCache(config=model.config)
+            model(**one, past_key_values=cache, use_cache=use_cache)
+            logits.append(model(**token, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+
+
 # ------------------------------------------------------------------------------------------------- packed batches
 
 

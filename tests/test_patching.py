@@ -360,6 +360,15 @@ def test_copy_after_a_pass_that_stopped_half_way():
     handle.remove()
 
 
+def test_copy_made_while_a_prompt_goes_on_does_not_go_on():
+    model = make_model("llama")
+    with uk.patch(model, edits_for(model)).continuing("new"):
+        twin = copy.deepcopy(model)
+    cache = twin(**text_inputs([4])).past_key_values
+    with pytest.raises(ValueError, match="whose case was already decided"):
+        twin(**text_inputs([2]), past_key_values=cache)
+
+
 def test_copy_of_a_part_takes_its_patch_along():
     model = make_model("blip2")
     inputs = text_inputs([5, 3])

@@ -324,7 +324,7 @@ class EndHook:
         if not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
             return
         tracker = runtime.tracker
-        tracker.end(output)
+        tracker.end(output, args, kwargs)
         if tracker.current is None or not torch.is_grad_enabled() or is_compiling():
             return
         hidden = output if isinstance(output, Tensor) else output[0]

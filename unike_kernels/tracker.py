@@ -49,7 +49,7 @@ class CaseTracker:
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
         self.step: Cases | None = None  # of the last decoding step that native code may serve
-        self._growth = (0, 0, 0)  # batch, length and growing passes so far without a KV cache
+        self._growth: tuple[Any, tuple[int, int], int] = (None, (0, 0), 0)  # see _watch_growth
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,7 +61,9 @@ class CaseTracker:
             "labels": None,
             "several_logits": False,
             "chosen": None,
+            "continuation": "refuse",
             "step": None,
+            "_growth": (None, (0, 0), 0),
         }
         return {**self.__dict__, **of_this_process, "legacy": None}
 
@@ -106,8 +108,8 @@ class CaseTracker:
         self.labels = self.current = None
         self._forget(_cache(self._given(args, kwargs)))
 
-    def end(self, output: Any) -> None:
-        """After the decoder: leaves the decisions on the KV cache."""
+    def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
         if self.current is None:
             return
         state = self.current.state
@@ -121,6 +123,9 @@ class CaseTracker:
         cache = next((found for found in caches if found is not None), None)
         if isinstance(output, tuple):
             cache = output[1] if len(output) > 1 else None
+        if cache is None:
+            given = _cache(self._given(args, kwargs))
+            cache = None if isinstance(given, tuple) else given  # with use_cache=False it is filled all the same
         if isinstance(cache, tuple):
             if cache and isinstance(cache[0], tuple):
                 self.legacy[cache[0][0]] = state
@@ -278,17 +283,23 @@ class CaseTracker:
             raise ValueError(f"{what.format(len(rows))}, but this pass has {size}")
         return rows.repeat_interleave(beams, dim=0)
 
-    def _watch_growth(self, batch: int, length: int) -> None:
-        """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's."""
-        if torch.compiler.is_compiling():
+    def _watch_growth(self, ids: Any, shape: tuple[int, int], asked: bool) -> None:
+        """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's.
+
+        asked: use_cache=False says that they are such passes; otherwise the tokens `ids` [B, length], if at hand, do.
+        """
+        if self._warned or torch.compiler.is_compiling():
             return
-        before_batch, before_length, grown = self._growth
-        grown = grown + 1 if (batch, length) == (before_batch, before_length + 1) else 0
-        self._growth = (batch, length, grown)
-        if grown == 2 and not self._warned:
+        before, (batch, length), grown = self._growth
+        grows = shape == (batch, length + 1)
+        if grows and not asked:
+            known = isinstance(ids, Tensor) and isinstance(before, Tensor) and ids.device == before.device
+            grows = known and may_ask() and torch.equal(ids[:, :-1], before)
+        self._growth = (ids, shape, grown + 1 if grows else 0)
+        if self._growth[2] == 2:
             self._warned = True
             warnings.warn(
-                "this looks like generation with use_cache=False: every pass is a new case, whose case token is the "
+                "this looks like generation without a KV cache: every pass is a new case, whose case token is the "
                 "newest token. Name the prompts' ends with handle.set_cases(case_positions=...), or use a KV cache",
                 stacklevel=2,
             )
