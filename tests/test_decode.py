@@ -166,6 +166,25 @@ def test_what_others_keep_of_an_ffn_is_not_written_to(name):
     assert len(kept) == 1 and torch.equal(*kept[0])
 
 
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_what_hooks_on_all_modules_keep_is_not_written_to(name):
+    model, inputs, _ = patched(name, ALWAYS)
+    last, kept = next(m for n, m in model.named_modules() if n.endswith(("layers.2.fc2", "layers.2.mlp.down_proj"))), []
+
+    def keep(module, args, out):
+        if module is last:
+            kept.append((out, out.clone()))
+
+    with torch.no_grad():
+        step = decode_step(model, inputs)
+        hook = torch.nn.modules.module.register_module_forward_hook(keep)
+        try:
+            step()
+        finally:
+            hook.remove()
+    assert len(kept) == 1 and torch.equal(*kept[0])
+
+
 class Stepping:
     """Static decoding as a server does it: one cache, one token buffer, one captured step."""
 

@@ -16,6 +16,8 @@ from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import OwnHook, Projections
 from .tracker import CaseTracker
 
+_ON_ALL = torch.nn.modules.module._global_forward_hooks  # of every module in the process
+
 
 class Runtime:
     """What all hooks of one patch share: whether it is on, and the cases of the current pass."""
@@ -290,6 +292,8 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 
 class BeginHook:
     """Forward pre-hook on the decoder: finds the cases of the pass."""
+    if _ON_ALL:  # a profiler or the like may have kept what the module's last part made
+        return False
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
