@@ -751,6 +751,37 @@ def test_explain_when_there_is_nothing_to_explain():
         handle.explain(**inputs_for(model, [5, 3]))
 
 
+class Around(nn.Module):
+    """What an adapter does: another module in the place of the one that it calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("site", ["self_attn", "fc1", "fc2"])
+def test_a_site_that_was_replaced_says_so(site):
+    """As dynamic quantisation does: the new module has no hooks, and the edits would be lost in silence."""
+    model = make_model("opt")
+    inputs = inputs_for(model, [5, 3])
+    handle = uk.patch(model, edits_for(model))
+    expected = model(**inputs).logits
+    layer = model.model.decoder.layers[3]
+    there = getattr(layer, site)
+    setattr(layer, site, Around(there))
+    assert torch.equal(model(**inputs).logits, expected)
+    setattr(layer, site, getattr(make_model("opt").model.decoder.layers[3], site))
+    with pytest.raises(RuntimeError, match=rf"layers.3.{site} was replaced after patch 'default'"):
+        model(**inputs)
+    with handle.disabled():
+        model(**inputs)
+    setattr(layer, site, there)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_layer_outside_its_decoder_says_so():
     model = make_model("llama")
     uk.patch(model, edits_for(model))

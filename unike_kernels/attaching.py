@@ -80,6 +80,7 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
         hook.remove()
     record.hooks.clear()
     record.runtime.forwards.clear()
+    record.runtime.hooked.clear()
     for fused in record.fused:
         fused.leave()
     record.fused.clear()
@@ -114,6 +115,7 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
     if layer.router is not None or layer.shift is not None:
         attention = get_module(holder, sites.attention)
         _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
+        runtime.hooked.append((sites.attention, attention))
         site = AttentionSite(runtime, layer.router, layer.shift, Projections(sites))
         there = [hook for hook in hooks_before(attention) if isinstance(hook, AttentionInputHook)]
         if there:
@@ -129,6 +131,7 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
         # Below an adapter that wraps the module: it calls its base layer, and may leave without notice.
         first, last = (base_layer(get_module(holder, name)) for name in (sites.ffn_input, sites.ffn_output))
         _add(last, record.name, {"neurons": layer.neurons})
+        runtime.hooked += [(sites.ffn_input, first), (sites.ffn_output, last)]
         source, fuse = None, record.mode == "fuse"
         if first is not last:
             source = FfnInputHook(runtime)

@@ -27,6 +27,7 @@ class Runtime:
         self.tracker = tracker
         self.sites: list[AttentionSite] = []  # of the edited layers
         self.forwards: list[HookedForward] = []  # that hold hooks of this patch
+        self.hooked: list[tuple[str, nn.Module]] = []  # the sites' modules, by their names below the decoder
         self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
         self.again = False  # it goes on with what the step before found
         self.places: list[tuple[dict[str, Any], HookedForward]] | None = None  # where each of the forwards stands
@@ -39,6 +40,19 @@ class Runtime:
                 "with handle.set_cases and run the decoder once"
             )
         return self.tracker.current.to(like.device)
+
+    def refuse_replaced(self, decoder: nn.Module) -> None:
+        """Raises RuntimeError where a site's module was replaced by one without it: its edits would be lost unseen."""
+        for name, module in self.hooked:
+            there: nn.Module | None = decoder
+            for part in name.split("."):
+                there = None if there is None else there._modules.get(part)
+            if there is module or any(module in around.modules() for around in (there, decoder) if around is not None):
+                continue  # at most an adapter has come around it
+            raise RuntimeError(
+                f"{name} was replaced after patch {self.tracker.name!r} was made, so its edits do not act: remove the "
+                "patch (unpatch) and patch again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "native": None, "places": None}
@@ -278,6 +292,8 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
         return False
     if own_product(module):
         return True
+    if _ON_ALL:  # a profiler or the like may have kept what the module's last part made
+        return False
     if output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return False
     for around in (module, *module._modules.values()):
@@ -292,8 +308,6 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 
 class BeginHook:
     """Forward pre-hook on the decoder: finds the cases of the pass."""
-    if _ON_ALL:  # a profiler or the like may have kept what the module's last part made
-        return False
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -312,8 +326,12 @@ class BeginHook:
             tracker.skip(args, kwargs)
             return
         runtime.again = tracker.begin(args, kwargs)
-        if tracker.current is not None and tracker.current.native:
-            runtime.native = tracker.current
+        current = tracker.current
+        if current is not None:
+            if current.native:
+                runtime.native = current
+            elif not current.decided and not is_compiling():
+                runtime.refuse_replaced(module)
 
 
 class EndHook:
