@@ -344,6 +344,11 @@ def test_compiled_decoding_with_a_static_cache(config):
         with pytest.raises(Exception, match="before the edits of this patch changed"):
             compiled(input_ids=torch.tensor([[5]]), past_key_values=cache)
         torch.testing.assert_close(decode(compiled, 0)[0], decode(model, 0)[0])
+        _, cache = decode(compiled, 0)
+        handle.remove()
+        uk.patch(model, handle.edits)
+        with pytest.raises(Exception, match="before the edits of this patch changed"):
+            compiled(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
 def test_gradients_of_a_compiled_model():

@@ -87,6 +87,7 @@ def detach(model: nn.Module, holder: nn.Module, record: PatchRecord) -> None:
     for left in record.runtime.sites:
         left.leave()
     record.runtime.sites.clear()
+    record.runtime.tracker.renew()  # compiled code asks no more of a KV cache than whether its decisions are live
     for site in list(holder.modules()):  # not by name: an adapter may have wrapped a site since
         container = site._modules.get(CONTAINER)
         if isinstance(container, nn.ModuleDict) and record.name in container:
@@ -114,8 +115,8 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
     runtime, sites = record.runtime, layer.sites
     if layer.router is not None or layer.shift is not None:
         attention = get_module(holder, sites.attention)
-        _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
         runtime.hooked.append((sites.attention, attention))
+        _add(attention, record.name, {"router": layer.router, "shift": layer.shift})
         site = AttentionSite(runtime, layer.router, layer.shift, Projections(sites))
         there = [hook for hook in hooks_before(attention) if isinstance(hook, AttentionInputHook)]
         if there:
@@ -130,8 +131,8 @@ def _attach_layer(holder: nn.Module, record: PatchRecord, layer: LayerPatch) -> 
     if layer.neurons is not None:
         # Below an adapter that wraps the module: it calls its base layer, and may leave without notice.
         first, last = (base_layer(get_module(holder, name)) for name in (sites.ffn_input, sites.ffn_output))
-        _add(last, record.name, {"neurons": layer.neurons})
         runtime.hooked += [(sites.ffn_input, first), (sites.ffn_output, last)]
+        _add(last, record.name, {"neurons": layer.neurons})
         source, fuse = None, record.mode == "fuse"
         if first is not last:
             source = FfnInputHook(runtime)
