@@ -13,6 +13,8 @@ import unike_kernels as uk
 from tests.models_tiny import MODELS, ROUTED, edits_for, inputs_for, make_model
 from tests.test_patching import snapshot
 from unike_kernels import ops
+from unike_kernels.fused import refuse_unless_plain
+from unike_kernels.models import find_decoder
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -187,6 +189,12 @@ def test_what_is_not_plain_is_refused_by_name(name, spoil):
         uk.patch(model, edits, mode="fuse")
     assert snapshot(model) == before
     uk.patch(model, edits)  # attach takes it
+
+
+def test_a_default_device_does_not_matter():
+    model = make_model("llama")
+    with torch.device("meta"):
+        refuse_unless_plain(model, find_decoder(model).layers[2], 2)
 
 
 def test_another_formula_is_refused():

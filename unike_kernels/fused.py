@@ -99,8 +99,8 @@ def _replaced(module: nn.Module) -> str | None:
 def _is_gated_ffn(parent: nn.Module, linears: list[nn.Module], act: str) -> bool:
     """Whether the parent computes what the operator would, tried on two rows."""
     gate, up, down = linears
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, gate.in_features, generator=generator).to(gate.weight)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, gate.in_features, generator=generator, device="cpu").to(gate.weight)
     expected = reference.ffn(x, gate.weight, gate.bias, down.weight, down.bias, act=act, w_up=up.weight, b_up=up.bias)
     found = type(parent).forward(parent, x)
     # Three roundings cost bfloat16 about 0.5 % of the norm; 64 eps of it would be half of the result.
