@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import accelerate
 import pytest
@@ -112,6 +113,24 @@ def test_an_edit_acts_once_whatever_becomes_of_the_forwards(how):
         handle.remove()
         assert torch.equal(model(**inputs).logits, base)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("how", [replaced, put_around])
+def test_labels_that_a_replaced_forward_hides_are_warned_of_and_seen_again(how):
+    model = make_model("llama")
+    inputs = inputs_for(model, (6, 6))
+    tracker = uk.patch(model, edits_for(model, ROUTED, prompts=inputs)).record.runtime.tracker
+    labels = inputs["input_ids"].masked_fill(torch.arange(6) < 4, -100)
+    model(**inputs, labels=labels)
+    how(model)
+    with warnings.catch_warnings(record=True) as caught:
+        model(**inputs, labels=labels)
+    warned = any("the forward of LlamaForCausalLM was replaced" in str(w.message) for w in caught)
+    assert warned == (how is replaced)
+    for _ in range(2):
+        assert tracker.current.case_tokens.tolist() == [3, 9] or warned
+        warned = False
+        model(**inputs, labels=labels)
 
 
 def test_a_model_that_accelerate_unwraps_is_still_edited():

@@ -157,8 +157,9 @@ def _add(site: nn.Module, name: str, children: dict[str, Any]) -> None:
 def _hook_around(module: nn.Module, record: PatchRecord) -> None:
     """On a module around the decoder: its labels tell where the prompts end."""
     tracker = record.runtime.tracker
-    record.hooks.append(hook_before(module, LabelsHook(tracker, module), watched=True))
-    record.hooks.append(hook_after(module, LabelsDoneHook(tracker), watched=True))
+    labels = LabelsHook(tracker, module)
+    record.hooks.append(hook_before(module, labels, watched=True))
+    record.hooks.append(hook_after(module, LabelsDoneHook(labels), watched=True))
     if "_reorder_cache" not in module.__dict__:  # tuple caches, transformers < 4.48
         reorder = inspect.getattr_static(type(module), "_reorder_cache", None)
         if not isinstance(reorder, staticmethod):

@@ -4,6 +4,7 @@ Hooks are objects, not closures, so that a patched model pickles and deep-copies
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -319,6 +320,9 @@ class BeginHook:
                 runtime.places = [(vars(forward.module), forward) for forward in runtime.forwards]
             for own, forward in runtime.places:
                 if own.get("forward") is not forward:
+                    for hook in forward.before:
+                        if isinstance(hook, LabelsHook):
+                            hook.warn_if_missed(forward.module)
                     forward.give_way()
         runtime.native = None
         tracker = runtime.tracker
@@ -372,10 +376,12 @@ class LabelsHook:
 
     def __init__(self, tracker: CaseTracker, module: nn.Module) -> None:
         self.tracker = tracker
+        self.inside = False  # between this hook and the LabelsDoneHook after the module
         names = tuple(inspect.signature(module.forward).parameters)
         self.position = names.index("labels") if "labels" in names else None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.inside = True
         labels = kwargs.get("labels")
         if labels is None and self.position is not None and self.position < len(args):
             labels = args[self.position]
@@ -385,14 +391,24 @@ class LabelsHook:
         if isinstance(wanted, int) and wanted > 1:
             self.tracker.several_logits = True
 
+    def warn_if_missed(self, module: nn.Module) -> None:
+        """While the decoder runs: warns where what took the place of the module's forward did not call this hook."""
+        if not self.inside:
+            warnings.warn(
+                f"the forward of {type(module).__name__} was replaced after the patch was made: labels of this pass, "
+                "if it has any, were not seen, so its last token is taken for the prompt's end. Later passes see them",
+                stacklevel=3,
+            )
+
 
 class LabelsDoneHook:
     """Forward hook around the decoder, called even where the pass failed: what it kept is not the next pass's."""
 
-    def __init__(self, tracker: CaseTracker) -> None:
-        self.tracker = tracker
+    def __init__(self, before: LabelsHook) -> None:
+        self.before, self.tracker = before, before.tracker
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.before.inside = False
         self.tracker.labels, self.tracker.several_logits = None, False
 
 
