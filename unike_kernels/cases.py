@@ -252,12 +252,13 @@ def attended(mask: object, length: int, past: int = 0) -> Tensor | None:
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+    dims = mask.dim() if isinstance(mask, Tensor) else 0
+    if not isinstance(mask, Tensor) or dims not in (2, 4):
         return None
-    start = min(past, mask.shape[-1] - length)  # a mask may have no columns for what a sliding window has dropped
+    start = min(past, mask.size(-1) - length)  # a mask may have no columns for what a sliding window has dropped
     if start < 0:
         return None
-    if mask.dim() == 2:
+    if dims == 2:
         return mask[:, start : start + length] != 0
     row = mask[:, 0, -1, start : start + length]  # the last query sees every key that is no padding
     return row if row.dtype == torch.bool else row == 0

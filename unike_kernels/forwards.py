@@ -36,8 +36,6 @@ class HookedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if args and args[0] is module:  # accelerate's unwrap_model binds what it unwraps to the model once more
-            args = args[1:]
         for hook in self.before:
             changed = hook(module, args, kwargs)
             if changed is not None:
@@ -88,6 +86,8 @@ class WatchedForward(HookedForward):
     """The same for a module whose `after` hooks hear of its failures: they are called with None as the output."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate's unwrap_model binds what it unwraps to the model once more
+            args = args[1:]
         if is_compiling():
             return HookedForward.__call__(self, *args, **kwargs)
         try:

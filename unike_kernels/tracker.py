@@ -207,15 +207,17 @@ class CaseTracker:
         kept = getattr(cache, CACHE_ATTRIBUTE, None)
         if kept is None or kept.get(self.name) is not step.state or step.state.version is not self.version:
             return False
-        rows, past = step.state.size, self._past(cache)
-        if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched() or not past:
+        rows = step.state.size
+        if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched():
             return False
-        mask = given.get("attention_mask")
+        past, mask = self._past(cache), given.get("attention_mask")
+        if not past:
+            return False
         if not isinstance(mask, Tensor) or mask.dim() == 4:
             return True
         if mask.dim() != 2 or len(mask) != rows or not mask.is_cpu or not may_ask():
             return False
-        return bool((mask[:, min(past, mask.shape[1] - 1)] != 0).all())
+        return bool((mask[:, min(past, mask.size(1) - 1)] != 0).all())
 
     def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
         """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
