@@ -620,7 +620,7 @@ def test_what_a_patch_makes_does_not_hang_on_the_modes_of_its_caller(mode):
     handle.swap(edits)
     model(**inputs).logits.sum().backward()
     with MODES[mode]():
-        model.half().float()
+        model.half()
     handle.swap(other)
     handle.refresh()
 
