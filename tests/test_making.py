@@ -70,12 +70,12 @@ def same(a, b):
 def test_the_same_command_again_makes_nothing_and_changes_nothing(edit, tmp_path, monkeypatch):
     first = edit()
     assert first.exit_code == 0, first.output
-    assert "2 edits made, 0 requests were there" in first.output
+    assert "edits made: 2\n" in first.output
     shutil.copytree(tmp_path / "out", tmp_path / "before")
     monkeypatch.setattr(making, "load", None)  # the model is not even loaded
     again = edit()
     assert again.exit_code == 0, again.output
-    assert "0 edits made, 2 requests were there" in again.output
+    assert "edits made: 0; requests whose edit was there, or that a later one replaces: 2" in again.output
     assert same(tmp_path / "out", tmp_path / "before")
 
 
@@ -85,7 +85,9 @@ def test_new_requests_join_the_edits_that_are_there(edit, tmp_path, routed):
     assert edit(option).exit_code == 0
     before = uk.Edits.from_pretrained(tmp_path / "out")
     result = edit(option, requests="three.json")
-    assert "1 edits made, 2 requests were there" in result.output, result.output
+    assert "edits made: 1; requests whose edit was there, or that a later one replaces: 2" in result.output, (
+        result.output
+    )
     assert "memory and encoders as saved in" in result.output
     after = uk.Edits.from_pretrained(tmp_path / "out")
     assert after.ids == ["r0", "r1", "r2"]
@@ -110,7 +112,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(edit, tmp_path, monk
     assert uk.Edits.from_pretrained(tmp_path / "out").ids == ["r0", "r1"]  # what was made is kept
     monkeypatch.setattr(making.Editor, "edit", train)
     result = edit(requests="three.json")
-    assert "1 edits made" in result.output, result.output
+    assert "edits made: 1;" in result.output, result.output
     assert same(tmp_path / "out", tmp_path / "whole")
 
 

@@ -76,7 +76,9 @@ def run(job: Job, say: Callable[[str], None]) -> Edits:
         edits = _made(editor, left, there, job)
     assert edits is not None  # there are requests, so they are made or there
 
-    say(f"\n{len(left)} edits made, {len(requests) - len(left)} requests were there or are replaced by later ones")
+    others = len(requests) - len(left)
+    told = f"; requests whose edit was there, or that a later one replaces: {others}" if others else ""
+    say(f"\nedits made: {len(left)}{told}")
     if left:
         say(edits.select([r.id for r in left]).summary(limit=SHOWN))
     if probes:
