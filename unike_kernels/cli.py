@@ -91,8 +91,9 @@ def edit(
 ) -> None:
     """Makes edits of a model and saves them as they are made; the same command goes on when stopped.
 
-    Pictures are paths beside the file that names them. A request with the picture and prompt of an edit that is there
-    replaces it.
+    Pictures are paths from the folder of the file that names them.
+
+    A request with the picture and prompt of an edit that is there replaces it.
 
     Example: unike-kernels edit Salesforce/blip2-opt-2.7b requests.json my-edits --triplets train.json --cache cache
     """
