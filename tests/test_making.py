@@ -159,27 +159,26 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(edit, tmp_path, m
     assert same(tmp_path / "out", tmp_path / "other")
 
 
-def test_edits_of_another_memory_are_refused_and_stay(edit, ready, tmp_path):
+OTHER = {
+    "memory": ({"triplets": "fewer.json"}, (), "holds edits with another memory or other encoders"),
+    "beta": ({}, ("--config", "beta.json"), "cannot join (there, here): neurons.beta: 0.1 and 0.9"),
+    "routing": ({}, ("--routed",), "cannot join (there, here): routing.mode: always and routed"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_edits_made_otherwise_are_refused_and_stay(edit, ready, tmp_path, what):
+    files, options, told = OTHER[what]
     assert edit().exit_code == 0
     shutil.copytree(tmp_path / "out", tmp_path / "before")
     known = json.loads((ready / "triplets.json").read_text())
     (ready / "fewer.json").write_text(json.dumps(known[:-1]))
-    result = edit(requests="three.json", triplets="fewer.json")
-    assert result.exit_code == 1
-    assert "holds edits with another memory or other encoders" in result.output
-    assert same(tmp_path / "out", tmp_path / "before")
-
-
-def test_edits_of_other_settings_are_refused_and_stay(edit, ready, tmp_path):
-    assert edit().exit_code == 0
-    shutil.copytree(tmp_path / "out", tmp_path / "before")
     config = json.loads((ready / "config.json").read_text())
-    config["neurons"]["beta"] = 0.9
-    (ready / "beta.json").write_text(json.dumps(config))
-    result = edit("--config", str(ready / "beta.json"), requests="three.json")
+    (ready / "beta.json").write_text(json.dumps(config | {"neurons": config["neurons"] | {"beta": 0.9}}))
+    options = [str(ready / o) if o.endswith(".json") else o for o in options]
+    result = edit(*options, requests="three.json", **files)
     assert result.exit_code == 1
-    assert "cannot join (there, here): neurons.beta: 0.1 and 0.9" in result.output
-    assert "routing.mode: always and routed" in edit("--routed", requests="three.json").output
+    assert told in result.output
     assert same(tmp_path / "out", tmp_path / "before")
 
 

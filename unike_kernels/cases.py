@@ -55,29 +55,29 @@ class CaseState:
     alike: list[int] | None = field(default=None, init=False, repr=False)  # equal numbers: decided alike
 
     def at(self, rows: "Tensor | int") -> "CaseState":
-        """The state of the cases `rows` [R], or of every case so often; itself where that changes nothing.
+        """The state of the cases `rows` ([R] int64, or [C] bool), or of every case `rows` times; itself if all stay.
 
         A beam search chooses rows anew for every token, but within a case, whose beams were decided alike.
         """
         if isinstance(rows, int):
-            rows = torch.arange(self.size).repeat_interleave(rows)
-        elif rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        if len(rows) == self.size and may_ask():
+            picked = torch.arange(self.size).repeat_interleave(rows)
+        else:
+            picked = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        if len(picked) == self.size and may_ask():
             if self.alike is None:
                 self.alike = self._alike()
-            if all(self.alike[i] == self.alike[row] for i, row in enumerate(rows.tolist())):
+            if all(self.alike[i] == self.alike[row] for i, row in enumerate(picked.tolist())):
                 return self
-        chosen = rows
 
         def taken(t: Tensor) -> Tensor:
-            return t[chosen.to(t.device)]
+            return t[picked.to(t.device)]
 
         layers = {i: LayerDecision(taken(d.indices), taken(d.scores), taken(d.alpha)) for i, d in self.layers.items()}
         selected, scores = (None if t is None else taken(t) for t in (self.selected, self.route_scores))
-        return CaseState(self.version, len(rows), selected, scores, self.chosen, layers)
+        return CaseState(self.version, len(picked), selected, scores, self.chosen, layers)
 
     def _alike(self) -> list[int]:
+        """[C] a number for each case, the same for those of which all decisions are equal."""
         parts = [t for d in self.layers.values() for t in (d.indices, d.scores, d.alpha[:, None])]
         parts += [t for t in (self.selected, self.route_scores) if t is not None]
         if not parts:

@@ -1,28 +1,12 @@
 """A module's backend: chosen when the module is made, and anew only where its tensors move; never by a call."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import backends
-
-
-@contextmanager
-def to_keep() -> Iterator[None]:
-    """Inside, tensors are made without gradients, exactly and to be written to later, whatever the caller's modes.
-
-    What is made in inference mode refuses to be changed outside of it; what autocast makes is of half precision.
-    """
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                modes.enter_context(torch.autocast(kind, enabled=False))
-        yield
+from .keeping import to_keep
 
 
 class ChoosesBackend(nn.Module):

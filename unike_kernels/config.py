@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -219,20 +220,12 @@ class UnikeConfig:
 
         How edits are made (encoders' and neurons' training) is not among them; routing's limits are where both route.
         """
-        parts: list[tuple[str, Any, Any]] = [("shift", self.shift, other.shift)]
+        names = [f"shift.{f.name}" for f in fields(ShiftConfig)]
         if self.routing.mode == other.routing.mode == "routed":
-            parts.append(("routing", self.routing, other.routing))
-        settings = {
-            f"{name}.{key}": (value, asdict(theirs)[key])
-            for name, ours, theirs in parts
-            for key, value in asdict(ours).items()
-        }
-        settings |= {
-            "routing.mode": (self.routing.mode, other.routing.mode),
-            "encoders.activation": (self.encoders.activation, other.encoders.activation),
-            "neurons.beta": (self.neurons.beta, other.neurons.beta),
-        }
-        return [f"{name}: {ours} and {theirs}" for name, (ours, theirs) in settings.items() if ours != theirs]
+            names += [f"routing.{f.name}" for f in fields(RoutingConfig)]
+        names += ["routing.mode", "encoders.activation", "neurons.beta"]
+        found = [(name, operator.attrgetter(name)(self), operator.attrgetter(name)(other)) for name in names]
+        return [f"{name}: {ours} and {theirs}" for name, ours, theirs in found if ours != theirs]
 
     def dumps(self) -> str:
         """The config as a JSON text with sorted keys."""

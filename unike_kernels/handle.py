@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .attaching import detach
 from .cases import cases_from_ptr
-from .choosing import to_keep
 from .edits import Edits
 from .explain import CaseReport, report
+from .keeping import to_keep
 from .models import get_module
 from .planning import Items, items_of, plan_swap
 from .projections import Projections

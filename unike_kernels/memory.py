@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .choosing import ChoosesBackend, to_keep
+from .choosing import ChoosesBackend
 from .indexing import KeptIndex
+from .keeping import to_keep
 from .reference import compute_dtype
 from .triton_kernels import MAX_K
 

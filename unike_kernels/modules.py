@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_kernels, folding, ops, reference
 from .cases import Cases, LayerDecision, all_missing, may_ask
-from .choosing import ChoosesBackend, to_keep
+from .choosing import ChoosesBackend
 from .config import ShiftConfig
 from .edits import LayerEdits, LayerShared
+from .keeping import to_keep
 from .memory import ExternalMemory
 from .models import LayerSites
 from .projections import Projections
@@ -31,7 +31,7 @@ __all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
 
 
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    return F.linear(x[rows], weight, bias)
+    return nn.functional.linear(x[rows], weight, bias)
 
 
 class ExtraNeurons(ChoosesBackend):

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from .attaching import attach, detach
-from .choosing import to_keep
 from .edits import Edits
 from .handle import PatchHandle
+from .keeping import to_keep
 from .models import Decoder
 from .planning import Capacities, fingerprint, plan
 from .records import records

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .choosing import ChoosesBackend, to_keep
+from .choosing import ChoosesBackend
 from .config import RoutingConfig
 from .edits import Calibration
+from .keeping import to_keep
 from .reference_routing import SAME_QUESTION
 
 CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks

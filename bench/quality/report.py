@@ -110,12 +110,10 @@ def _paper(folder: Path) -> list[str]:
     for name in figures.NAMES:
         path = folder / f"figure-{name}.png"
         if path.exists():
-            said = f"{paper.FIGURES[name]} What ours say of it stands under the paper's claims, below."
-            parts += [
-                f"### Figure {name}",
-                f"`{COMMAND} --figure {name}{quick}`",
-                said if name != "5a" else paper.FIGURES[name],
-            ]
+            said = paper.FIGURES[name]
+            if name != "5a":  # t-SNE: a picture, no number
+                said += " What ours say of it stands under the paper's claims, below."
+            parts += [f"### Figure {name}", f"`{COMMAND} --figure {name}{quick}`", said]
             parts.append(f"![Figure {name}]({path.name})")
             if name == "4a":
                 parts.append(_in_context(store))

@@ -252,6 +252,22 @@ class Editor:
             options: dict[str, Any] = {"max_neurons": max_neurons, "backend": self.backend}
             return patch(self.model, edits, name=EDITOR_PATCH, routing="always", **options)
 
+    def continued(self, onto: Edits) -> Edits:
+        """`onto` with this editor's config and calibration.
+
+        ValueError where layers, memory, encoders or a setting that acts on the model differ: edits that were trained
+        under one would be put under another.
+        """
+        wrong = onto.config.differences(self.config)
+        if wrong:
+            raise ValueError(f"`onto` was made with other settings (its own, this editor's): {'; '.join(wrong)}")
+        empty, onto = self._empty(), onto.to("cpu", torch.float32)
+        ours, theirs = ({n: t for n, t in e.named_tensors().items() if n.startswith("shared.")} for e in (empty, onto))
+        same = ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+        if not same or onto.base.mismatches(empty.base):
+            raise ValueError("`onto` was made with other layers, another memory or other encoders than this editor's")
+        return replace(empty, entries=onto.entries, layers=onto.layers)
+
     def _batches(self, requests: Sequence[Request], independent: bool) -> Iterator[list[Request]]:
         """What is trained together: one by one in order, or batches that all have a picture or all have none."""
         size = self.config.neurons.batch_size if independent else 1
@@ -382,22 +398,6 @@ class Editor:
                     same[i] = digest, t["target"]
             self._seen = cases, way, asking(plain, self.prompts, same)
         return Calibration(self.layers[0], states.layers[self.layers[0]].h_sem.mean(dim=0), *self._seen)
-
-    def continued(self, onto: Edits) -> Edits:
-        """`onto` with this editor's config and calibration.
-
-        ValueError where layers, memory, encoders or a setting that acts on the model differ: edits that were trained
-        under one would be put under another.
-        """
-        wrong = onto.config.differences(self.config)
-        if wrong:
-            raise ValueError(f"`onto` was made with other settings (its own, this editor's): {'; '.join(wrong)}")
-        empty, onto = self._empty(), onto.to("cpu", torch.float32)
-        ours, theirs = ({n: t for n, t in e.named_tensors().items() if n.startswith("shared.")} for e in (empty, onto))
-        same = ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
-        if not same or onto.base.mismatches(empty.base):
-            raise ValueError("`onto` was made with other layers, another memory or other encoders than this editor's")
-        return replace(empty, entries=onto.entries, layers=onto.layers)
 
     def _need_states(self) -> TripletStates:
         if self.states is None:

@@ -76,9 +76,10 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
     for r in requests:
         key = asked(r)
         made = hashlib.sha256(repr((*key, r["target"])).encode()).hexdigest()[:12]
-        if not (made if r.get("id") is None else str(r["id"])):
+        name = made if r.get("id") is None else str(r["id"])
+        if not name:
             raise ValueError(f"the request of prompt {r['prompt']!r} has an empty id")
-        new = Request(made if r.get("id") is None else str(r["id"]), r["prompt"], r["target"], r.get("image"), key[0])
+        new = Request(name, r["prompt"], r["target"], r.get("image"), key[0])
         if key in latest:
             replaced.append((new.id, latest.pop(key).id))
         latest[key] = new

@@ -152,10 +152,13 @@ def _check_pictures(read: Sequence[datasets.Dataset], train: Sequence[datasets.D
 
 
 def _learned_from(job: Job) -> tuple[str, ...]:
-    """Kinds of training questions: locality calibrates routing; rephrasings, and other pictures where they are there
-    (they are, where M-Gen is measured), tell a router what it has to look past."""
-    more = [kind for kind in ("t_gen", "m_gen") if kind in job.metrics or kind == "t_gen"]
-    return (*LOCAL, *more) if job.routing == "routed" else LOCAL
+    """Kinds of the training records' probes that are learned from: those of locality calibrate routing.
+
+    Rephrasings, and other pictures, tell a router what it has to look past; pictures only where M-Gen needs them too.
+    """
+    if job.routing == "always":
+        return LOCAL
+    return (*LOCAL, "t_gen", "m_gen") if "m_gen" in job.metrics else (*LOCAL, "t_gen")
 
 
 def _blank(dataset: datasets.Dataset) -> list[Record]:
