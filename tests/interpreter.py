@@ -94,6 +94,8 @@ def repair() -> None:
     for ordered in "OU":
         for short, op in compare.items():
             _compare(builder, handle, f"create_fcmp{ordered}{short}", op, narrow, value, tl.int1)
+    for name in ("EQ", "NE", "SLT", "SGT", "SLE", "SGE", "ULT", "UGT", "ULE", "UGE"):
+        _compare(builder, handle, f"create_icmp{name}", compare[name[-2:]], narrow, value, tl.int1)
 
     # The compare-and-swap of tl.sort and tl.topk: one element at a time in Python, hundreds of times slower.
     apply_impl = interpreter.ReduceOps.apply_impl
@@ -116,8 +118,10 @@ def _compare(builder: Any, handle: Any, name: str, op: Any, narrow: Any, value: 
     before = getattr(builder, name)
 
     def compared(self: Any, left: Any, right: Any) -> Any:
-        # Always booleans: the interpreter gives them the operands' dtype, and a scalar one becomes floats when spread.
-        return handle(op(value(left), value(right)) if narrow(left) else before(self, left, right).data, boolean)
+        # Always booleans: the interpreter gives them the operands' dtype. A scalar one becomes floats when spread, and
+        # 3.9 refuses integers as masks.
+        told = op(value(left), value(right)) if narrow(left) else before(self, left, right).data
+        return handle(told.astype(bool), boolean)
 
     setattr(builder, name, compared)
 
