@@ -338,6 +338,36 @@ def test_packed_prefill_in_csr_form(name, config):
         model(input_ids=prompts[0][None])
 
 
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("fill", [None, 0, 1, 9])
+def test_padding_is_no_restart_of_positions(name, fill, config):
+    """Padding on either side and within a row, at whatever position the caller puts it."""
+    model, inputs, _ = patched(name, config)
+    rows = [row_of(inputs, i)["input_ids"][0] for i in range(3)]
+    with torch.no_grad():
+        expected = [model(input_ids=row[None]).logits[0, -1] for row in rows]
+        for at in ("left", "right", "within"):
+            ids, mask = torch.zeros(3, 10, dtype=torch.long), torch.zeros(3, 10, dtype=torch.long)
+            for i, row in enumerate(rows):
+                n = len(row)
+                where = {"left": range(10 - n, 10), "right": range(n), "within": [0, *range(11 - n, 10)]}[at]
+                ids[i, list(where)], mask[i, list(where)] = row, 1
+            position = mask.cumsum(1) - 1
+            position = position.clamp(min=0) if fill is None else position.masked_fill(mask == 0, fill)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=position).logits
+            last = (mask * torch.arange(10)).amax(1)
+            torch.testing.assert_close(logits[torch.arange(3), last], torch.stack(expected), **CLOSE)
+
+
+def test_a_packed_row_is_refused_under_every_mask():
+    model, inputs, _ = patched("llama", ROUTED)
+    ids, position = torch.arange(3, 9)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    hidden = torch.tensor([[0, 1, 1, 0, 1, 1]])  # the first token of both sequences
+    for mask in (None, torch.ones(1, 6, dtype=torch.long), hidden):
+        with pytest.raises(ValueError, match=r"position_ids start again inside rows \[0\]"):
+            model(input_ids=ids, attention_mask=mask, position_ids=position)
+
+
 def test_named_cases_are_decided_anew_in_every_pass():
     model, inputs, handle = patched("llama", ROUTED)
     ids = row_of(inputs, 0)["input_ids"]

@@ -89,6 +89,31 @@ def test_one_routed_edit_is_as_reliable_as_one_that_always_acts(editor, edited):
         assert rel == [100.0, 100.0]
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_prompts_of_unequal_length_are_generated_as_the_processor_pads_them(editor, edited, beams, capfd):
+    """BLIP-2's processor puts the picture's tokens before the padding, and positions go back to 1 within the row."""
+    items, edits, _ = edited
+    processor, options = editor.collator.processor, {"max_new_tokens": 8, "num_beams": beams}
+    asked = [{"images": world.picture(r["image"]), "text": r[src]} for r, src in zip(items, 4 * ["src", "rephrase"])]
+    inputs = processor(
+        images=[a["images"] for a in asked], text=[a["text"] for a in asked], return_tensors="pt", padding=True
+    )
+    held = inputs["attention_mask"]
+    assert bool((held.diff(dim=1) < 0).any())  # padding that is not at the start
+
+    def answers(inputs):
+        return [t.split("Answer:")[1].strip() for t in processor.batch_decode(
+            editor.model.generate(**inputs, **options), skip_special_tokens=True)]  # fmt: skip
+
+    with uk.patch(editor.model, edits):
+        capfd.readouterr()
+        together = answers(inputs)
+        assert "deprecated" not in capfd.readouterr().err
+        alone = [answers(processor(**a, return_tensors="pt"))[0] for a in asked]
+    assert together == alone
+    assert together[::2] == [r["alt"] for r in items[::2]]  # the edits' own questions
+
+
 def test_removing_an_edit_restores_the_base_exactly(editor, edited):
     items, edits, _ = edited
     asked = [Sample(r["src"], None, world.picture(r["image"])) for r in items]

@@ -4,7 +4,9 @@ import copy
 import io
 import pickle
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -66,6 +68,57 @@ def test_edits_act_and_leave_no_trace(name, config):
     uk.unpatch(model)  # a clean model: nothing to do
     handle.remove()
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_made_while_disabled_is_on(copied):
+    model = make_model("llama")
+    inputs = inputs_for(model, [5, 3])
+    handle = uk.patch(model, edits_for(model, ALWAYS))
+    edited = model(**inputs).logits
+    with handle.disabled():
+        other = copied(model)
+    assert torch.equal(other(**inputs).logits, edited) and torch.equal(model(**inputs).logits, edited)
+
+
+@pytest.mark.parametrize("torchs", [False, True], ids=["own hooks", "torch's hooks"])
+def test_a_second_thread_is_refused_and_the_first_goes_on(torchs):
+    model = make_model("llama")
+    inputs = inputs_for(model, [5, 3])
+    if torchs:
+        model.model.register_forward_pre_hook(lambda *_: None)
+    uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
+    uk.patch(model, edits_for(model, ALWAYS), name="other")
+    expected, told = model(**inputs).logits, []
+
+    def meanwhile():
+        try:
+            model(**inputs)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    def within(*_):
+        gone.remove()
+        second = threading.Thread(target=meanwhile)
+        second.start()
+        second.join()
+
+    for _ in range(2):
+        gone = model.model.layers[-2].register_forward_pre_hook(within)
+        assert torch.equal(model(**inputs).logits, expected)
+        meanwhile()  # after it: nothing to refuse
+    assert len(told) == 2 and all("another thread is within a pass of this model" in t for t in told)
+
+    def failing(*_):
+        raise KeyError("mine")
+
+    for _ in range(2):  # a pass that failed is over
+        gone = model.model.layers[-1].register_forward_pre_hook(failing)
+        with pytest.raises(KeyError, match="mine"):
+            model(**inputs)
+        gone.remove()
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(lambda: model(**inputs).logits).result(), expected)
 
 
 def test_with_undoes_on_an_exception():

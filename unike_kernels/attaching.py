@@ -63,8 +63,8 @@ def attach(model: nn.Module, decoder: Decoder, record: PatchRecord) -> None:
         for i in range(len(path)):
             _hook_around(get_module(model, ".".join(path[:i])), record)
         keep = record.hooks.append  # one by one: what is registered must be known if the next one fails
-        keep(hook_before(holder, BeginHook(record.runtime)))
-        keep(hook_after(holder, EndHook(record.runtime)))
+        keep(hook_before(holder, BeginHook(record.runtime), watched=True))
+        keep(hook_after(holder, EndHook(record.runtime), watched=True))
         own = {id(hook.forward): hook.forward for hook in record.hooks if isinstance(hook, HookHandle)}
         record.runtime.forwards = list(own.values())
         keep(holder.register_state_dict_pre_hook(SaveWarning(record)))

@@ -286,13 +286,23 @@ def refuse_packed(position_ids: object, mask: object, length: int, past: int) ->
     """Raises where positions start again inside a row: that row holds several sequences, whose cases must be named."""
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or not may_ask():
         return
-    before, after = position_ids[:, :-1], position_ids[:, 1:]
     real = attended(mask, length, past)
     real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
-    # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position, and
-    # falls at most from 1 to the 0 of the first token.
-    starts = (after < before) | ((after == before) & (after == 0))  # a sequence of one token stays at 0
-    again = torch.where(real[:, 1:] & real[:, :-1], starts, (after < before) & (before > 1))
+    position_ids, real = torch.broadcast_tensors(position_ids, real)
+    column = torch.arange(length, device=position_ids.device).expand_as(position_ids)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        # What such a mask hides is padding, at whatever position, and may lie within a row: BLIP-2's processor puts
+        # the picture before text that is padded on its left. Each token is compared with the last one before it.
+        last = torch.where(real, column, 0).cummax(dim=1).values[:, :-1]
+        before, after = position_ids.gather(1, last), position_ids[:, 1:]
+        again = real[:, 1:] & real.gather(1, last)
+        again &= (after < before) | ((after == before) & (after == 0))  # a sequence of one token stays at 0
+    else:
+        # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position,
+        # and falls at most from 1 to the 0 of the first token.
+        before, after, seen = position_ids[:, :-1], position_ids[:, 1:], real[:, :-1]
+        starts = (after < before) | ((after == before) & (after == 0))
+        again = torch.where(seen, starts & real[:, 1:], (after < before) & (before > 1))
     if bool(again.any()):
         raise ValueError(
             f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "

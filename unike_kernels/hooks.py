@@ -4,6 +4,7 @@ Hooks are objects, not closures, so that a patched model pickles and deep-copies
 """
 
 import inspect
+import threading
 import warnings
 from typing import Any
 
@@ -32,6 +33,7 @@ class Runtime:
         self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
         self.again = False  # it goes on with what the step before found
         self.places: list[tuple[dict[str, Any], HookedForward]] | None = None  # where each of the forwards stands
+        self.thread: dict[str, int] = {}  # that of the pass that runs now
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -56,7 +58,8 @@ class Runtime:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "native": None, "places": None}
+        # On, though the copy was made inside `disabled`: nothing could switch it on later.
+        return {**self.__dict__, "enabled": True, "native": None, "places": None, "thread": {}}
 
 
 def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -316,6 +319,12 @@ class BeginHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         runtime = self.runtime
         if not is_compiling():
+            mine = threading.get_ident()
+            if runtime.thread.setdefault("of", mine) != mine:
+                raise RuntimeError(
+                    f"another thread is within a pass of this model, and patch {runtime.tracker.name!r} keeps what "
+                    "belongs to one pass: run one at a time (a lock around model and generate), or a copy per thread"
+                )
             if runtime.places is None:
                 runtime.places = [(vars(forward.module), forward) for forward in runtime.forwards]
             for own, forward in runtime.places:
@@ -339,15 +348,22 @@ class BeginHook:
 
 
 class EndHook:
-    """Forward hook on the decoder: leaves the decisions on the KV cache, and the cases for a recomputation."""
+    """Forward hook on the decoder: leaves the decisions on the KV cache, and the cases for a recomputation.
+
+    Called even where the decoder failed: the pass is over.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         runtime = self.runtime
+        if not is_compiling():
+            if runtime.thread.get("of") != threading.get_ident():
+                return  # refused: the other thread's pass goes on
+            runtime.thread.clear()
         runtime.native = None
-        if not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
+        if output is None or not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
             return
         tracker = runtime.tracker
         tracker.end(output, args, kwargs)

@@ -118,9 +118,9 @@ class CaseTracker:
             state.known = now if state.known is None else now | state.known.to(now.device)
             self.slots = self._settled(self.slots)
             return
-        # No name is assigned within an expression: torch 2.11's compiler cannot read one.
-        caches = [getattr(output, name, None) for name in CACHE_NAMES]
-        cache = next((found for found in caches if found is not None), None)
+        cache = getattr(output, CACHE_NAMES[0], None)
+        if cache is None:  # asked for its old name only then: transformers 5.24 warns of that
+            cache = getattr(output, CACHE_NAMES[1], None)
         if isinstance(output, tuple):
             cache = output[1] if len(output) > 1 else None
         if cache is None:
