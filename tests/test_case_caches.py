@@ -370,6 +370,9 @@ def test_generation_without_a_cache_warns_and_is_right_with_named_positions(conf
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
+        with pytest.raises(ValueError, match=r"named for 3 rows, but this pass has 6; .*repeat_interleave\(beams\)"):
+            model.generate(**inputs, **GREEDY, use_cache=False, num_beams=2)
+        handle.set_cases(case_positions=torch.tensor([6] * 6))
         beams = model.generate(**inputs, **GREEDY, use_cache=False, num_beams=2)
     handle.set_cases()
     assert torch.equal(beams, model.generate(**inputs, **GREEDY, num_beams=2))

@@ -1,7 +1,9 @@
 """Case tokens, and what is decided at them: in padded, packed, teacher-forced and beam-searched passes."""
 
+import contextlib
 import copy
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -232,6 +234,7 @@ class Packed:
         self.model, self.handle, self.slots = model, handle, slots
         self.cache = DynamicCache()
         self.owner, self.position = torch.zeros(0).long(), torch.zeros(0).long()
+        self.free = set()
 
     def step(self, work):
         """work: {slot: (token ids, whether its prompt ends here)}; returns the logits of each slot's tokens."""
@@ -245,6 +248,7 @@ class Packed:
         for slot, (_, prompt) in work.items():
             if prompt:
                 case_tokens[slot] = int((owner == slot).nonzero().max())
+        case_tokens[list(self.free)] = -2
         self.handle.set_cases(owner, case_tokens)
         ids = torch.tensor([i for ids, _ in work.values() for i in ids])[None]
         out = self.model(
@@ -286,6 +290,60 @@ def test_packed_rows_with_mixed_steps_equal_separate_runs(name, config):
         assert len(seen[request]) >= 3
         for ours, theirs in zip(seen[request], alone[request], strict=False):
             torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_slots_grow_shrink_and_are_freed(chosen):
+    model, inputs, handle = patched("llama", ROUTED)
+    prompts = [row_of(inputs, i)["input_ids"][0].tolist() for i in range(3)]
+    ids = [handle.edits.ids[0], None, handle.edits.ids[1]]
+
+    def choosing(requests):
+        return handle.choosing([ids[r] for r in requests]) if chosen else contextlib.nullcontext()
+
+    with torch.no_grad():
+        alone = []
+        for r, prompt in enumerate(prompts):
+            with choosing([r]):
+                cache = model(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
+            alone.append(model(input_ids=torch.tensor([[11]]), past_key_values=cache).logits[0])
+        engine = Packed(model, handle, slots=2)
+        with choosing([0, 1]):
+            engine.step({0: (prompts[0], True), 1: (prompts[1], True)})
+        engine.slots = 3
+        with pytest.raises(ValueError, match=r"cases \[2\] have no case token in this pass and were never decided"):
+            handle.set_cases(torch.tensor([2]), torch.tensor([-1, -1, -1]))
+        with choosing([0, 1, 2]):
+            said = engine.step({0: ([11], False), 2: (prompts[2], True)})
+        torch.testing.assert_close(said[0], alone[0], **CLOSE)
+        said = engine.step({1: ([11], False), 2: ([11], False)})
+        torch.testing.assert_close(torch.cat([said[1], said[2]]), torch.cat(alone[1:]), **CLOSE)
+        engine.free, engine.slots = {0}, 2
+        engine.step({1: ([12], False)})
+        engine.free = set()
+        for slots in ((0,), (0, 1)):  # of one request that is over, and of one whose slot is not there any more
+            with pytest.raises(ValueError, match=r"cases \[0\] have no case token .* one that was freed"):
+                handle.set_cases(torch.tensor(slots), torch.tensor([-1, -1]))
+        engine.slots = 3
+        engine.step({1: ([13], False)})
+        with pytest.raises(ValueError, match=r"cases \[2\] have no case token"):
+            engine.step({2: ([12], False)})
+    handle.swap(handle.edits)
+    with pytest.raises(ValueError, match=r"cases \[1\] .* were decided before the edits changed: prefill them again"):
+        handle.set_cases(torch.tensor([1]), torch.tensor([-1, -1, -1]))
+
+
+def test_the_last_chunk_of_a_packed_prompt_decides():
+    model, inputs, handle = patched("llama", CONFIGS["causal"])
+    prompt = row_of(inputs, 0)["input_ids"][0].tolist()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        decided = decisions(handle)
+        engine = Packed(model, handle, slots=1)
+        engine.step({0: (prompt[:3], True)})
+        said = engine.step({0: (prompt[3:], True)})[0][-1]
+    torch.testing.assert_close(said, expected, **CLOSE)
+    assert_same_decisions(decisions(handle), decided)
 
 
 NOTHING = {
@@ -400,13 +458,14 @@ def test_sites_take_tokens_without_a_batch_dimension():
 NAMED_WRONGLY = {
     "one of two": (([0, 0], None), {}, "takes both"),
     "case too large": (([0, 1], [1]), {}, r"token_to_case must be in \[-1, 1\) for 1 case tokens, but spans \[0, 1\]"),
-    "row too large": (([0, 0], [2]), {}, r"case_tokens must be in \[-1, 2\) for 2 tokens, but spans \[2, 2\]"),
+    "row too large": (([0, 0], [2]), {}, r"case_tokens must be in \[-2, 2\) for 2 tokens, but spans \[2, 2\]"),
     "of another case": (([0, 1], [1, 0]), {}, r"case tokens \[1, 0\] of cases \[0, 1\] belong to cases \[1, 0\]"),
     "never decided": (([0, 1], [0, -1]), {}, r"cases \[1\] have no case token in this pass and were never decided"),
     "two ways": (([0], [0]), {"case_ptr": [0, 1]}, "in one way at a time, but got token_to_case and case_ptr"),
     "ptr falls": ((), {"case_ptr": [0, 3, 2]}, r"never fall, but got \[0, 3, 2\]"),
     "ptr starts late": ((), {"case_ptr": [1, 3]}, r"start at 0 and never fall, but got \[1, 3\]"),
     "negative position": ((), {"case_positions": [-1]}, r"0 or more, but got \[-1\]"),
+    "floats": (([0.0], [0]), {}, r"token_to_case must be a tensor of integers, but is a tensor of torch.float32"),
 }
 
 
@@ -451,6 +510,7 @@ def test_edits_chosen_per_request(name, base):
         with handle.choosing([ids[2], None, [ids[0], ids[3]], None]):
             chosen = model(**inputs).logits
             reports = handle.explain(**inputs)
+        with handle.choosing([ids[2], None, [ids[0], ids[3]], None], repeat=2):
             tokens = model.generate(**inputs, **GREEDY, num_beams=2)
         assert torch.equal(chosen[[1, 3]], plain[[1, 3]])
         assert torch.equal(tokens[[1, 3]], plain_tokens[[1, 3]])
@@ -465,12 +525,25 @@ def test_edits_chosen_per_request(name, base):
 
 def test_choosing_names_what_is_wrong():
     model, inputs, handle = patched("llama", ALWAYS)
-    message = "no edits other on this model; there are: edit-0-0, edit-0-1"
+    message = "no edit has the id 'other'; there are 2: 'edit-0-0', 'edit-0-1'"
     with pytest.raises(ValueError, match=message), handle.choosing(["other"]):
         pass
-    with handle.choosing([None, None]), pytest.raises(ValueError, match="chosen for 2 cases, but this pass has 3"):
-        model(**inputs)
+    for wrong in ([], "edit-0-0", None, [3, None, None]):
+        message = re.escape(f"for the base, but got {wrong!r}")
+        with pytest.raises(ValueError, match=message), handle.choosing(wrong):
+            pass
+    with pytest.raises(ValueError, match="repeat must be 1 or more, but is 0"), handle.choosing([None], repeat=0):
+        pass
+    for ids, repeat in ((["edit-0-0"], 1), ([None, "edit-0-0"], 1), ([None], 2)):  # 3 rows: no one else's edits
+        message = rf"chosen for {len(ids) * repeat} rows, but this pass has 3; of beams.*choosing\(ids, repeat=...\)"
+        with handle.choosing(ids, repeat=repeat), pytest.raises(ValueError, match=message):
+            model(**inputs)
     model(**inputs)
+    handle.remove()
+    for use in (lambda: handle.choosing([None]).__enter__(), handle.set_cases, lambda: handle.explain(**inputs)):
+        with pytest.raises(ValueError, match="patch 'default' is no longer on the model"):
+            use()
+    assert repr(handle) == "<patch 'default' of 2 edits, no longer on LlamaForCausalLM>"
 
 
 def test_chosen_slots_stay_chosen():

@@ -94,7 +94,8 @@ def test_prompts_of_unequal_length_are_generated_as_the_processor_pads_them(edit
     """BLIP-2's processor puts the picture's tokens before the padding, and positions go back to 1 within the row."""
     items, edits, _ = edited
     processor, options = editor.collator.processor, {"max_new_tokens": 8, "num_beams": beams}
-    asked = [{"images": world.picture(r["image"]), "text": r[src]} for r, src in zip(items, 4 * ["src", "rephrase"])]
+    asked = [(r["image"], r["rephrase" if i % 2 else "src"]) for i, r in enumerate(items)]
+    asked = [{"images": world.picture(image), "text": text} for image, text in asked]
     inputs = processor(
         images=[a["images"] for a in asked], text=[a["text"] for a in asked], return_tensors="pt", padding=True
     )

@@ -198,6 +198,21 @@ def test_it_follows_what_becomes_of_the_model(how, calls, monkeypatch):
         assert torch.equal(found, before)
 
 
+def test_steps_follow_a_model_that_goes_to_shared_memory_while_it_decodes(calls):
+    model, inputs, _ = patched("llama", rows=(5, 3, 4))
+    said = []
+    with torch.no_grad():
+        for shared in (False, True):
+            cache = model(**inputs, use_cache=True).past_key_values
+            logits = []
+            for step in range(4):
+                if shared and step == 2:
+                    model.share_memory()  # as torch.multiprocessing does: the storage stays, its bytes lie elsewhere
+                logits.append(model(input_ids=torch.full((3, 1), 7), past_key_values=cache).logits)
+            said.append(torch.stack(logits))
+    assert torch.equal(*said) and calls and all(done for _, done in calls)
+
+
 def replace_values(edits):
     layers = {i: replace(layer, values=-layer.values) for i, layer in edits.layers.items()}
     return replace(edits, layers=layers)

@@ -1,6 +1,7 @@
 """A patch beside what else people put on a model: adapters, offloading, quantisation, compilation, checkpointing."""
 
 import copy
+import pickle
 import warnings
 
 import accelerate
@@ -8,13 +9,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import unike_kernels as uk
-from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, row_of
+from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, row_of, text_inputs
 from tests.test_patching import snapshot
 from unike_kernels.models import base_layer, find_decoder
 from unike_kernels.projections import empty_like_site
+from unike_kernels.tracker import TRACES_FOLLOWERS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CONFIGS = pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
@@ -340,15 +342,61 @@ def test_compiled_decoding_with_a_static_cache(config):
         made = backend.graphs
         _, cache = decode(compiled, 0)
         assert backend.graphs == made  # another sequence, the same graph
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        copied, of_copy = copy.deepcopy((model, cache))
         handle.swap(handle.edits)
-        with pytest.raises(Exception, match="before the edits of this patch changed"):
-            compiled(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        for stale in (cache, *copies, copy.deepcopy(copies[0])):
+            with pytest.raises(Exception, match="before the edits of this patch changed"):
+                compiled(input_ids=torch.tensor([[5]]), past_key_values=stale)
+        assert copied(input_ids=torch.tensor([[5]]), past_key_values=of_copy).logits.isfinite().all()
+        own = pickle.loads(pickle.dumps(copied))  # another process may have it without the first model
+        uk.PatchHandle.of(own).swap(handle.edits)
+        assert uk.PatchHandle.of(copied).record.runtime.tracker.version.live
         torch.testing.assert_close(decode(compiled, 0)[0], decode(model, 0)[0])
         _, cache = decode(compiled, 0)
         handle.remove()
         uk.patch(model, handle.edits)
         with pytest.raises(Exception, match="before the edits of this patch changed"):
             compiled(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_compiled_chunks_of_a_prompt_decide_as_eager_ones(side):
+    """Right-padded prompts end in an earlier chunk than their batch: what that decided stays."""
+    model = make_model("llama", layers=3, dtype=torch.float64)
+    inputs = text_inputs((9, 5, 7), side=side)
+    handle = uk.patch(model, edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1, 2)))
+    compiled, states = torch.compile(model, fullgraph=True, backend="eager"), []
+    for run in (model, compiled):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), handle.continuing("new"):
+            for start, end in ((0, 5), (5, 7), (7, 9)):
+                mask = inputs["attention_mask"][:, :end]
+                run(input_ids=inputs["input_ids"][:, start:end], attention_mask=mask, past_key_values=cache)
+        states.append(handle.record.runtime.tracker.kept(cache))
+    assert torch.equal(states[0].selected, states[1].selected)
+    for layer, decided in states[0].layers.items():
+        torch.testing.assert_close(states[1].layers[layer].alpha, decided.alpha, **CLOSE)
+        assert torch.equal(states[1].layers[layer].indices, decided.indices)
+
+
+@pytest.mark.skipif(not TRACES_FOLLOWERS, reason="this torch's compiler cannot trace them")
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1], torch.tensor([True, False, True])], ids=["order", "list", "mask"])
+def test_rows_of_a_cache_that_a_compiled_pass_filled_are_followed(rows):
+    model = make_model("llama", layers=3, dtype=torch.float64)
+    inputs = text_inputs((5, 5, 5))
+    handle = uk.patch(model, edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1, 2)))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        cache, alone = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        compiled(**inputs, past_key_values=cache)
+        cache.batch_select_indices(rows)
+        taken = {k: v[rows] for k, v in inputs.items()}
+        model(**taken, past_key_values=alone)
+        token = torch.full((len(taken["input_ids"]), 1), 7)
+        said = [model(input_ids=token, past_key_values=c).logits for c in (cache, alone)]
+    torch.testing.assert_close(*said, **CLOSE)
+    assert len(set(map(tuple, handle.record.runtime.tracker.current.state.selected.tolist()))) > 1 or rows == [1, 1]
 
 
 def test_gradients_of_a_compiled_model():

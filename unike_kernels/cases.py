@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,18 +19,42 @@ class Version:
     """One state of a patch's storage: decisions made under another one point at other edits and items.
 
     Compared by `token`, which survives copies and pickles; `live` falls when the storage changes, for compiled code
-    (which would be compiled again for every new token).
+    (which would be compiled again for every new token). The copy of a KV cache therefore holds the same object; that
+    of a model has a twin, since its storage changes apart.
     """
 
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
-        self.live = True
+    def __init__(self, token: str | None = None, live: bool = True) -> None:
+        self.token = token or secrets.token_hex(8)
+        self.live = live
+        if token is None:
+            _versions[self.token] = self
+
+    def twin(self) -> "Version":
+        """The version of a copied model, whose KV caches may have been copied, or pickled, along with it."""
+        twin = Version(self.token, self.live)
+        _versions.setdefault(self.token, twin)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Version":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _version, (self.token, self.live)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Version) and self.token == other.token
 
     def __hash__(self) -> int:
         return hash(self.token)
+
+
+_versions: WeakValueDictionary[str, Version] = WeakValueDictionary()  # of this process, by token
+
+
+def _version(token: str, live: bool) -> Version:
+    """What a pickle holds: this process's own version, where it has it."""
+    found = _versions.get(token)
+    return Version(token, live) if found is None else found
 
 
 @dataclass
@@ -75,6 +100,22 @@ class CaseState:
         layers = {i: LayerDecision(taken(d.indices), taken(d.scores), taken(d.alpha)) for i, d in self.layers.items()}
         selected, scores = (None if t is None else taken(t) for t in (self.selected, self.route_scores))
         return CaseState(self.version, len(picked), selected, scores, self.chosen, layers)
+
+    def resized(self, size: int) -> "CaseState":
+        """The state of the first `size` cases; further ones are not decided. Its tensors are new ones."""
+
+        def taken(t: Tensor, fill: float) -> Tensor:
+            kept = t[:size]
+            return torch.cat([kept, kept.new_full((size - len(kept), *t.shape[1:]), fill)])
+
+        layers = {
+            i: LayerDecision(taken(d.indices, -1), taken(d.scores, -torch.inf), taken(d.alpha, 0.0))
+            for i, d in self.layers.items()
+        }
+        selected = None if self.selected is None else taken(self.selected, -1)
+        scores = None if self.route_scores is None else taken(self.route_scores, -torch.inf)
+        known = None if self.known is None else taken(self.known, False)
+        return CaseState(self.version, size, selected, scores, self.chosen, layers, known)
 
     def _alike(self) -> list[int]:
         """[C] a number for each case, the same for those of which all decisions are equal."""
@@ -288,19 +329,19 @@ def refuse_packed(position_ids: object, mask: object, length: int, past: int) ->
         return
     real = attended(mask, length, past)
     real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
-    position_ids, real = torch.broadcast_tensors(position_ids, real)
-    column = torch.arange(length, device=position_ids.device).expand_as(position_ids)
+    at, real = torch.broadcast_tensors(position_ids, real)
+    column = torch.arange(length, device=at.device).expand_as(at)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         # What such a mask hides is padding, at whatever position, and may lie within a row: BLIP-2's processor puts
         # the picture before text that is padded on its left. Each token is compared with the last one before it.
         last = torch.where(real, column, 0).cummax(dim=1).values[:, :-1]
-        before, after = position_ids.gather(1, last), position_ids[:, 1:]
+        before, after = at.gather(1, last), at[:, 1:]
         again = real[:, 1:] & real.gather(1, last)
         again &= (after < before) | ((after == before) & (after == 0))  # a sequence of one token stays at 0
     else:
         # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position,
         # and falls at most from 1 to the 0 of the first token.
-        before, after, seen = position_ids[:, :-1], position_ids[:, 1:], real[:, :-1]
+        before, after, seen = at[:, :-1], at[:, 1:], real[:, :-1]
         starts = (after < before) | ((after == before) & (after == 0))
         again = torch.where(seen, starts & real[:, 1:], (after < before) & (before > 1))
     if bool(again.any()):

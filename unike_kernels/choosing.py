@@ -17,6 +17,7 @@ class ChoosesBackend(nn.Module):
 
     asked: str
     backend: str
+    moves = 0  # of such modules in this process: how often tensors may have come to lie elsewhere
 
     def choose(self, asked: str) -> None:
         """Takes the backend for the tensors as they are. ValueError where one that is named cannot run."""
@@ -34,7 +35,8 @@ class ChoosesBackend(nn.Module):
 
     @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        done = super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
+        done = super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda(), .share_memory()
+        ChoosesBackend.moves += 1
         self._choose_again()
         return done
 

@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 CACHE_ATTRIBUTE = "_unike_cases"  # {patch name: CaseState} on a KV cache object
@@ -21,8 +22,10 @@ class FollowedRows:
         cache = self.cache()
         if cache is None:
             raise ReferenceError(f"{self.method}: this is a shallow copy of a KV cache that is gone; use copy.deepcopy")
-        done = getattr(type(cache), self.method)(cache, *args, **kwargs)
         rows: Tensor | int = (*args, *kwargs.values())[0]
+        if not isinstance(rows, int):
+            rows = torch.as_tensor(rows)  # transformers' caches take lists too
+        done = getattr(type(cache), self.method)(cache, *args, **kwargs)
         storages, states = getattr(cache, STORAGE_ATTRIBUTE, {}), {}
         for name, before in getattr(cache, CACHE_ATTRIBUTE, {}).items():
             states[name] = state = before.at(rows)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attaching import detach
 from .cases import cases_from_ptr
 from .edits import Edits
+from .edits_schema import listed, short
 from .explain import CaseReport, report
 from .keeping import to_keep
 from .models import get_module
@@ -62,6 +63,10 @@ class PatchHandle:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+    def __repr__(self) -> str:
+        there = "on" if any(record is self.record for _, record in records(self.model)) else "no longer on"
+        return f"<patch {self.record.name!r} of {len(self.edits)} edits, {there} {type(self.model).__name__}>"
 
     def remove(self) -> None:
         """Takes this patch off the model; a second call does nothing."""
@@ -141,14 +146,27 @@ class PatchHandle:
         pass decided and that goes on. Or, for packed cases that end at their case token, the CSR form case_ptr [C + 1].
         Of padded batches: case_positions [B] int64, the position of each row's case token, where it is not the last
         attended one: sequences that already hold their answer, grow in generate(use_cache=False), or start with
-        guessed tokens (assisted generation, prompt lookup: together with `continuing("keep")`).
+        guessed tokens (assisted generation, prompt lookup: together with `continuing("keep")`). B counts the rows of
+        the pass: beams, each.
+
+        Slots: a case keeps its number, and what was decided for it, from one set_cases to the next; more slots are new
+        ones, fewer drop the last. A slot that goes to another request is decided anew where a case token is named for
+        it; -2 in the place of -1 says until then that it is free, so that its tokens are refused rather than answered
+        with the last request's edits. Of a prompt in chunks name every chunk's last token: the last one's decision
+        stays. `swap` ends what was decided, and so do set_cases() and naming cases in another way.
         """
+        self._holder()
         tracker = self.record.runtime.tracker
         given = [n for n, t in (("token_to_case", token_to_case), ("case_ptr", case_ptr)) if t is not None]
         given += ["case_positions"] * (case_positions is not None)
         if len(given) > 1:
             raise ValueError(f"cases are named in one way at a time, but got {' and '.join(given)}")
-        if case_positions is not None and (case_positions.dim() != 1 or int(case_positions.min()) < 0):
+        tensors = {"token_to_case": token_to_case, "case_tokens": case_tokens, "case_ptr": case_ptr}
+        for name, t in {**tensors, "case_positions": case_positions}.items():
+            if t is not None and (not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool):
+                kind = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+                raise ValueError(f"{name} must be a tensor of integers, but is {kind}")
+        if case_positions is not None and (case_positions.dim() != 1 or not bool((case_positions >= 0).all())):
             raise ValueError(f"case_positions must be [B] and 0 or more, but got {case_positions.tolist()}")
         if case_ptr is not None:
             token_to_case, case_tokens = cases_from_ptr(case_ptr)
@@ -156,16 +174,28 @@ class PatchHandle:
         tracker.positions = None if case_positions is None else case_positions.long()
 
     @contextlib.contextmanager
-    def choosing(self, edit_ids: Sequence[str | None | Sequence[str]]) -> Iterator[None]:
+    def choosing(self, edit_ids: Sequence[str | None | Sequence[str]], *, repeat: int = 1) -> Iterator[None]:
         """Inside, the cases of every prompt are served with the edits named here, whatever the routing would say.
 
-        edit_ids: one entry per case: an id, several ids, or None for the base model's answer, bit for bit.
+        edit_ids: one entry per prompt: an id, several ids, or None for the base model's answer, bit for bit.
+        repeat: rows of each prompt, one after the other: `num_beams`, or `num_return_sequences`, of generate.
+        A pass of another number of rows raises ValueError.
         """
+        self._holder()
+        wrong = not isinstance(edit_ids, Sequence) or isinstance(edit_ids, str) or not edit_ids
+        if wrong or not all(e is None or isinstance(e, str | Sequence) for e in edit_ids):
+            raise ValueError(
+                "choosing takes a list with an entry for each prompt, an id, several ids, or None for the base, but "
+                f"got {short(edit_ids)}"
+            )
+        if repeat < 1:
+            raise ValueError(f"repeat must be 1 or more, but is {repeat}")
         rows = [[] if e is None else [e] if isinstance(e, str) else list(dict.fromkeys(e)) for e in edit_ids]
         known = {name: i for i, name in enumerate(self.edits.ids)}
-        unknown = sorted({e for row in rows for e in row if e not in known})
+        unknown = dict.fromkeys(e for row in rows for e in row if e not in known)
         if unknown:
-            raise ValueError(f"no edits {', '.join(unknown)} on this model; there are: {', '.join(known) or 'none'}")
+            raise ValueError(f"no edit has the id {listed(unknown)}; there are {len(known)}: {listed(known)}")
+        rows = [row for row in rows for _ in range(repeat)]
         width = max([1, *map(len, rows)])
         chosen = torch.tensor([[known[e] for e in row] + [-1] * (width - len(row)) for row in rows])
         tracker = self.record.runtime.tracker
@@ -200,6 +230,7 @@ class PatchHandle:
 
         inputs: what the model's forward takes (a prompt, not a prompt with its answer, unless cases are named).
         """
+        self._holder()
         with torch.no_grad():
             self.model(**inputs)
         cases = self.record.runtime.tracker.current

@@ -25,11 +25,14 @@ from .cases import (
     padded_cases,
     refuse_packed,
 )
+from .choosing import ChoosesBackend
 from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
+TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them; 2.6 cannot
 CONTINUATIONS = ("refuse", "keep", "new")
+FREE = -2  # in the place of a case token: the slot's decisions are forgotten
 
 
 class CaseTracker:
@@ -49,6 +52,7 @@ class CaseTracker:
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
         self.step: Cases | None = None  # of the last decoding step that native code may serve
+        self._moves = 0  # of modules, as it began: what it keeps of their tensors holds until the next
         self._growth: tuple[Any, tuple[int, int], int] = (None, (0, 0), 0)  # see _watch_growth
         self._warned = False
 
@@ -68,7 +72,7 @@ class CaseTracker:
         return {**self.__dict__, **of_this_process, "legacy": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, version=state["version"].twin())
         self.legacy = WeakIdKeyDictionary()
 
     def renew(self) -> None:
@@ -135,7 +139,7 @@ class CaseTracker:
             if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
                 storages = getattr(cache, STORAGE_ATTRIBUTE, {})
                 setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
-            if not self.current.decided and not torch.compiler.is_compiling():
+            if not self.current.decided and (TRACES_FOLLOWERS or not torch.compiler.is_compiling()):
                 follow_rows(cache)
             setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
 
@@ -186,12 +190,15 @@ class CaseTracker:
         elif self.several_logits and not past:
             self._watch_guesses()
         rows = torch.arange(batch, device=device) * length + last
-        if past and self.positions is None and may_ask():
+        if past and self.positions is None:
             seen, before = attended(mask, length, past), self.kept(cache)
-            if seen is not None and before is not None and not bool(seen.any(dim=1).all()):
-                # Prompts that ended in an earlier chunk: here is nothing but their padding.
-                state = replace(self._checked(before, batch), layers=dict(before.layers))
-                return Cases(token_to_case, torch.where(seen.any(dim=1).to(device), rows, -1), state)
+            if seen is not None and before is not None:
+                # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
+                # whether there are any, so it takes each for one that might be.
+                some, alike = seen.any(dim=1), before.size == batch and before.chosen == (self.chosen is not None)
+                if not bool(some.all()) if may_ask() else alike and not self._stale(before):
+                    state = replace(self._checked(before, batch), layers=dict(before.layers))
+                    return Cases(token_to_case, torch.where(some.to(device), rows, -1), state)
         return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
     def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
@@ -202,6 +209,8 @@ class CaseTracker:
         cache = given.get(CACHE_NAMES[0])
         if cache is None:
             cache = given.get(CACHE_NAMES[1])
+        if self._moves != ChoosesBackend.moves:
+            return False
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
             return False
         kept = getattr(cache, CACHE_ATTRIBUTE, None)
@@ -233,7 +242,7 @@ class CaseTracker:
         found = Cases(token_to_case, nowhere, state, decided=True, native=native)
         plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
         if native and length == 1 and plain:
-            self.step = found  # in which every row has its token
+            self.step, self._moves = found, ChoosesBackend.moves  # in which every row has its token
         return found
 
     def _named(self, shape: torch.Size, device: torch.device) -> Cases:
@@ -250,7 +259,7 @@ class CaseTracker:
         state = named.state
         if named.fresh:  # a state of its own for every pass: the same cases may be asked again
             named.state = CaseState(self.version, state.size)
-        elif not state.version.live or (not torch.compiler.is_compiling() and state.version != self.version):
+        elif self._stale(state):
             raise ValueError(
                 "cases that an earlier pass decided go on, but the edits changed since: prefill them again"
             )
@@ -266,24 +275,26 @@ class CaseTracker:
             )
         if self.chosen is None:
             return
-        chosen = self._repeated(self.chosen, state.size, "edits were chosen for {} cases").to(device)
+        if len(self.chosen) != state.size:
+            raise ValueError(
+                f"edits were chosen for {len(self.chosen)} rows, but this pass has {state.size}; of beams, or several "
+                "answers to a prompt, say how many: choosing(ids, repeat=...)"
+            )
+        chosen = self.chosen.to(device)
         state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
         state.chosen, state.route_scores = True, None
 
     def _named_positions(self, batch: int, length: int) -> Tensor:
         assert self.positions is not None
-        at = self._repeated(self.positions, batch, "case positions were named for {} rows")
+        at = self.positions
+        if len(at) != batch:
+            raise ValueError(
+                f"case positions were named for {len(at)} rows, but this pass has {batch}; of beams, or several "
+                "answers to a prompt, name every row's: case_positions.repeat_interleave(beams)"
+            )
         if may_ask() and int(at.max()) >= length:
             raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
         return at
-
-    @staticmethod
-    def _repeated(rows: Tensor, size: int, what: str) -> Tensor:
-        """rows, each as often as a beam search repeats its prompt."""
-        beams, rest = divmod(size, max(1, len(rows)))
-        if rest or not beams:
-            raise ValueError(f"{what.format(len(rows))}, but this pass has {size}")
-        return rows.repeat_interleave(beams, dim=0)
 
     def _watch_growth(self, ids: Any, shape: tuple[int, int], asked: bool) -> None:
         """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's.
@@ -348,14 +359,19 @@ class CaseTracker:
 
     def _checked(self, state: CaseState, batch: int) -> CaseState:
         """The state that a KV cache brought, if it is of these edits and of so many rows."""
-        same = state.version is self.version or state.version == self.version
-        if not state.version.live or (not torch.compiler.is_compiling() and not same):
+        if self._stale(state):
             raise ValueError(
                 "the KV cache was prefilled before the edits of this patch changed; prefill it again after a swap"
             )
         if state.size != batch:
             raise ValueError(f"the KV cache was prefilled with {state.size} cases, but this pass has {batch} rows")
         return state
+
+    def _stale(self, state: CaseState) -> bool:
+        """Whether these decisions are of edits of before. Compiled code asks no token: it would be compiled anew."""
+        if torch.compiler.is_compiling():
+            return not state.version.live
+        return state.version is not self.version and state.version != self.version
 
     def _past(self, cache: Any) -> int:
         """Tokens that a KV cache holds; -1 stands for a number on the device that may not be read now."""
@@ -387,7 +403,7 @@ class CaseTracker:
         """Cases by hand, for every pass until named again; (None, None) returns to finding them automatically.
 
         token_to_case: [T] int64, -1 for tokens of no case; case_tokens: [C] int64 rows into the T tokens, -1 for a
-        case that an earlier pass decided (its slot's decisions are kept).
+        case that an earlier pass decided (its slot's decisions are kept), -2 for a slot that is free.
         """
         if token_to_case is None or case_tokens is None:
             if token_to_case is not None or case_tokens is not None:
@@ -397,8 +413,9 @@ class CaseTracker:
         token_to_case, case_tokens = token_to_case.long().reshape(-1), case_tokens.long().reshape(-1)
         tokens, size = token_to_case.numel(), case_tokens.numel()
         _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
-        _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens")
-        new = case_tokens >= 0
+        _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens", lowest=FREE)
+        new, kept = case_tokens >= 0, case_tokens != FREE
+        case_tokens = case_tokens.clamp(min=-1)
         owner = token_to_case[case_tokens[new]]
         if not torch.equal(owner, new.nonzero().flatten().to(owner)):
             raise ValueError(
@@ -406,17 +423,28 @@ class CaseTracker:
                 f"cases {owner.tolist()}"
             )
         before = None if self.explicit is None else self.explicit.state
-        if before is not None and (before.size != size or before.version != self.version or before.known is None):
+        stale = before is not None and before.version != self.version
+        if before is not None and (stale or before.known is None):
             before = None
-        known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device)
+        if before is not None and before.size != size:
+            before = before.resized(size)
+        known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device) & kept
         used = torch.zeros_like(new).index_fill(0, token_to_case[token_to_case >= 0], True)
         if bool((used & ~new & ~known).any()):
             missing = (used & ~new & ~known).nonzero().flatten().tolist()
-            raise ValueError(f"cases {missing} have no case token in this pass and were never decided before")
+            raise ValueError(
+                f"cases {missing} have no case token in this pass and "
+                + (
+                    "were decided before the edits changed: prefill them again"
+                    if stale
+                    else "were never decided: a new "
+                    "slot, one that was freed, or what was decided was forgotten by set_cases()"
+                )
+            )
         if before is None or bool(new.all()):
             self.explicit = Cases(token_to_case, case_tokens, CaseState(self.version, size), fresh=True)
         else:
-            state = replace(before, layers=dict(before.layers))
+            state = replace(before, layers=dict(before.layers), known=known)
             self.explicit = Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
 
 
@@ -425,8 +453,8 @@ def _cache(given: dict[str, Any]) -> Any:
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
-def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
-    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < size:
+def _check_range(name: str, index: Tensor, size: int, what: str, lowest: int = -1) -> None:
+    if index.numel() and not lowest <= int(index.min()) <= int(index.max()) < size:
         raise ValueError(
-            f"{name} must be in [-1, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
+            f"{name} must be in [{lowest}, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
         )
