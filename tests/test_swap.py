@@ -44,6 +44,10 @@ SWAP_REFUSED = {
     "edits": ({"n_edits": 5, "neurons": 1}, r"room for 4 edits \(max_groups at patch time\), but got 5"),
     "neurons": ({"neurons": 4}, r"room for 9 neurons \(max_neurons at patch time\), but got 12"),
     "items": ({"more_items": 3}, r"room for 10 items \(max_items at patch time\), but got 12"),
+    "everything": (
+        {"n_edits": 6, "neurons": 4, "more_items": 3},
+        r"^room for 4 edits .*, but got 6; room for 9 neurons .*, but got 24; room for 10 items .*, but got 15$",
+    ),
     "layers": ({"layers": (1, 2)}, r"edits of layers \[1, 2, 3, 4\], not of \[1, 2\]"),
     "encoders": ({"shared_seed": 7}, "layer 1 has another encoder"),
     "depth": ({"encoder_maps": 1}, "layer 1 has an encoder of 2 maps, but got one of 1"),

@@ -83,11 +83,11 @@ class ExtraNeurons(ChoosesBackend):
 
     def check(self, edits: LayerEdits) -> None:
         """Raises ValueError when the edits do not fit into the storage."""
-        groups, neurons = len(edits.group_ptr) - 1, len(edits.keys)
-        if groups > self.max_groups:
-            raise ValueError(f"room for {self.max_groups} edits (max_groups at patch time), but got {groups}")
-        if neurons > len(self.keys):
-            raise ValueError(f"room for {len(self.keys)} neurons (max_neurons at patch time), but got {neurons}")
+        room = {"edits (max_groups": self.max_groups, "neurons (max_neurons": len(self.keys)}
+        found = zip(room.items(), (len(edits.group_ptr) - 1, len(edits.keys)), strict=True)
+        wrong = [f"room for {most} {what} at patch time), but got {n}" for (what, most), n in found if n > most]
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
     @torch.no_grad()
     def load(self, edits: LayerEdits) -> None:

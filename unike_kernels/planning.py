@@ -1,8 +1,9 @@
 """Everything about a patch that can be refused or computed before the model changes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,20 +96,37 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
     _check_same_config(record, effective_config(edits, record.routing))
     if record.config.routing.mode == "routed":
         _check_routed(edits, record.layers[0].index)
+    _check_room(record, edits)
     items = {}
     for layer in record.layers:
-        own, shared = edits.layers[layer.index], edits.shared[layer.index]
-        if layer.neurons is not None:
-            layer.neurons.check(own)
-        elif len(own.keys):
-            raise ValueError(f"room for 0 neurons (max_neurons at patch time), but got {len(own.keys)}")
-        if layer.router is not None and edits.calibration is not None:
-            layer.router.check(len(edits), edits.calibration)
         if layer.shift is not None:
-            layer.shift.check_encoder(shared, record.edits.shared[layer.index])
+            layer.shift.check_encoder(edits.shared[layer.index], record.edits.shared[layer.index])
             items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config)
-            layer.shift.memory.check(len(items[layer.index][0]))
     return items
+
+
+def _check_room(record: PatchRecord, edits: Edits) -> None:
+    """Raises ValueError with everything that is too small, so that one patch anew is enough."""
+    wrong = dict[str, None]()  # layers say the same
+    for layer in record.layers:
+        own, shared = edits.layers[layer.index], edits.shared[layer.index]
+        checks: list[Callable[[], None]] = []
+        if layer.neurons is not None:
+            checks.append(partial(layer.neurons.check, own))
+        elif len(own.keys):
+            wrong[f"room for 0 neurons (max_neurons at patch time), but got {len(own.keys)}"] = None
+        if layer.router is not None and edits.calibration is not None:
+            checks.append(partial(layer.router.check, len(edits), edits.calibration))
+        if layer.shift is not None:
+            items = len(shared.h_sem) + (len(own.h_sem) if record.config.shift.own_item else 0)
+            checks.append(partial(layer.shift.memory.check, items))
+        for check in checks:
+            try:
+                check()
+            except ValueError as error:
+                wrong.update(dict.fromkeys(str(error).split("; ")))
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def fingerprint(model: nn.Module, decoder: Decoder, layers: Sequence[int]) -> BaseFingerprint:
