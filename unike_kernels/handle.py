@@ -65,7 +65,7 @@ class PatchHandle:
         self.remove()
 
     def __repr__(self) -> str:
-        there = "on" if any(record is self.record for _, record in records(self.model)) else "no longer on"
+        there = "on" if self.record.hooks else "no longer on"
         return f"<patch {self.record.name!r} of {len(self.edits)} edits, {there} {type(self.model).__name__}>"
 
     def remove(self) -> None:
@@ -155,7 +155,7 @@ class PatchHandle:
         with the last request's edits. Of a prompt in chunks name every chunk's last token: the last one's decision
         stays. `swap` ends what was decided, and so do set_cases() and naming cases in another way.
         """
-        self._holder()
+        self._check_there()
         tracker = self.record.runtime.tracker
         given = [n for n, t in (("token_to_case", token_to_case), ("case_ptr", case_ptr)) if t is not None]
         given += ["case_positions"] * (case_positions is not None)
@@ -181,7 +181,7 @@ class PatchHandle:
         repeat: rows of each prompt, one after the other: `num_beams`, or `num_return_sequences`, of generate.
         A pass of another number of rows raises ValueError.
         """
-        self._holder()
+        self._check_there()
         wrong = not isinstance(edit_ids, Sequence) or isinstance(edit_ids, str) or not edit_ids
         if wrong or not all(e is None or isinstance(e, str | Sequence) for e in edit_ids):
             raise ValueError(
@@ -230,7 +230,7 @@ class PatchHandle:
 
         inputs: what the model's forward takes (a prompt, not a prompt with its answer, unless cases are named).
         """
-        self._holder()
+        self._check_there()
         with torch.no_grad():
             self.model(**inputs)
         cases = self.record.runtime.tracker.current
@@ -239,7 +239,10 @@ class PatchHandle:
         return report(cases, self.edits)
 
     def _holder(self) -> nn.Module:
-        for holder, record in records(self.model):
-            if record is self.record:
-                return holder
-        raise ValueError(f"patch {self.record.name!r} is no longer on the model")
+        self._check_there()
+        return next(holder for holder, record in records(self.model) if record is self.record)
+
+    def _check_there(self) -> None:
+        """Raises ValueError once the patch was removed; without a walk over the model, which 600 modules make long."""
+        if not self.record.hooks:
+            raise ValueError(f"patch {self.record.name!r} is no longer on the model")
