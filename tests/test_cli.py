@@ -107,7 +107,10 @@ def job(tmp_path):
         return image
 
     request = {"id": "one", "prompt": record["src"], "target": record["alt"], "image": named(record["image"])}
-    known = [{**t, "image": named(t["image"]), "prediction": "a duck"} for t in records.triplets()[:80:8]]
+    known = [
+        {"prompt": t["prompt"], "target": t["target"], "image": named(t["image"]), "prediction": "a duck"}
+        for t in records.triplets()[:80:8]
+    ]
     (root / "requests.json").write_text(json.dumps([request]))
     (root / "triplets.json").write_text(json.dumps(known))
     return tmp_path, root

@@ -467,6 +467,12 @@ def test_onto_must_be_this_editors(editors):
         ({"prompt": "what", "target": "moon", "id": ""}, "the request of prompt 'what' has an empty id"),
         ({"prompt": "what " * 64, "target": "moon", "id": 1}, "request '1' is 67 tokens long, but .* positions for 64"),
         ("what", "request 1 must be a dict, but is 'what'"),
+        (
+            {"prompt": "what", "target": "moon", "imge": "cat.png"},
+            "request 1 has an unknown key 'imge'; known: id, prompt, target, image",
+        ),
+        ({"prompt": "what \ud800", "target": "moon"}, r"request 1: prompt holds '\\ud800', which is half a character"),
+        ({"prompt": "what", "target": "moon", "id": [1]}, r"the id of request 1 must be .* but is \[1\]"),
     ],
 )
 def test_bad_requests_are_named_before_anything_is_trained(request_, message, editors, monkeypatch):
@@ -486,6 +492,23 @@ def test_a_bad_picture_of_a_request_is_named_before_anything_is_trained(editors,
     for image in (tmp_path / "cut.png", "mistyped.png"):
         with pytest.raises((OSError, ValueError), match="request 'e1': "):
             editors("blip2").edit([good, {**bad, "image": image}], **QUIET)
+
+
+def test_an_unknown_key_is_refused_wherever_dicts_are_taken(editors, monkeypatch):
+    """A misspelt "image" would make an edit, a memory item or a probe of text alone."""
+    monkeypatch.setattr(editor_module, "Extraction", None)
+    monkeypatch.setattr(editor_module, "tap_rows", None)
+    editor = editors("blip2")
+    odd = {"prompt": "what", "target": "moon", "picture": "cat.png"}
+    calls = {
+        "triplet 0": lambda: editor.build_memory([odd]),
+        "sample to exclude 0": lambda: editor.build_memory(make_triplets("blip2"), exclude=[odd]),
+        "calibration case 0": lambda: editor.calibrate([odd]),
+        "probe 0": lambda: editor.check(None, [odd | {"kind": "rel"}]),
+    }
+    for what, call in calls.items():
+        with pytest.raises(ValueError, match=f"{what} has an unknown key 'picture'; known: id, prompt, target, image"):
+            call()
 
 
 # Memory, encoders, calibration

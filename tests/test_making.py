@@ -33,7 +33,10 @@ def ready(tmp_path_factory):
     requests = [
         {"id": f"r{n}", "prompt": r["src"], "target": r["alt"], "image": named(r["image"])} for n, r in enumerate(found)
     ]
-    known = [{**t, "image": named(t["image"]), "prediction": "a duck"} for t in records.triplets()[:80:8]]
+    known = [
+        {"prompt": t["prompt"], "target": t["target"], "image": named(t["image"]), "prediction": "a duck"}
+        for t in records.triplets()[:80:8]
+    ]
     probes = [
         {"kind": kind, "prompt": r["prompt"], "target": r["target"], "image": r["image"]}
         for kind, r in zip(("rel", "m_loc"), requests, strict=False)

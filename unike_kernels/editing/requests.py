@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor
 from ..edits import EditEntry, Edits, LayerEdits
 from .inputs import Sample, image_digest
 from .train import Rows
+
+
+_ASKED = ("id", "prompt", "target", "image")
+_LEARNED = (*_ASKED, "prediction", "question")
+# What the dicts of each kind may hold. An unknown key is refused: a misspelt "image" would make an edit of text alone.
+KEYS = {
+    "request": _ASKED,
+    "triplet": _LEARNED,
+    "calibration case": _LEARNED,
+    "probe": (*_ASKED, "kind"),
+    "sample to exclude": (*_LEARNED, "kind"),  # any of the others
+}
 
 
 @dataclass
@@ -41,15 +54,29 @@ def check_samples(samples: Sequence[dict[str, Any]], what: str) -> None:
 
 
 def check_dicts(samples: Sequence[dict[str, Any]], what: str, keys: Sequence[str]) -> None:
-    """ValueError unless it is a list of dicts that all have text under these keys."""
+    """ValueError unless it is a list of dicts that all have text under these keys, and no key that `KEYS` lacks."""
     if isinstance(samples, dict | str):
         raise ValueError(f"{what}s must be a list of dicts, but are a {type(samples).__name__}")
     for n, s in enumerate(samples):
         if not isinstance(s, dict):
             raise ValueError(f"{what} {n} must be a dict, but is {s!r}")
+        unknown = next((key for key in s if key not in KEYS[what]), None)
+        if unknown is not None:
+            raise ValueError(f"{what} {n} has an unknown key {unknown!r}; known: {', '.join(KEYS[what])}")
         for key in keys:
             if not isinstance(s.get(key), str) or not s[key].strip():
                 raise ValueError(f"{what} {n} needs a non-empty string {key!r}, but has {s.get(key)!r}")
+        for key in ("id", "prompt", "target", "prediction", "question"):
+            _check_text(f"{what} {n}", key, s.get(key))
+
+
+def _check_text(owner: str, key: str, value: Any) -> None:
+    """ValueError for half a character: JSON can hold one ("\\ud800"), but no tokenizer takes it."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        half = str(value)[error.start]
+        raise ValueError(f"{owner}: {key} holds {half!r}, which is half a character") from None
 
 
 def check_questions(samples: Sequence[dict[str, Any]], what: str) -> None:
@@ -73,7 +100,9 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
     check_samples(requests, "request")
     latest: dict[tuple[str | None, str], Request] = {}
     replaced = []
-    for r in requests:
+    for n, r in enumerate(requests):
+        if isinstance(r.get("id"), bool) or not isinstance(r.get("id"), str | Integral | None):
+            raise ValueError(f"the id of request {n} must be a string or a whole number, but is {r['id']!r}")
         key = asked(r)
         made = hashlib.sha256(repr((*key, r["target"])).encode()).hexdigest()[:12]
         name = made if r.get("id") is None else str(r["id"])

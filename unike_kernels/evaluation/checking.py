@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..editing.inputs import Collator, Sample
+from ..editing.requests import check_dicts
 from ..edits import Edits
 from ..models import Decoder
 from ..patching import patch
@@ -122,14 +123,9 @@ def check(
 
 
 def check_probes(probes: Sequence[dict[str, Any]]) -> list[Sample]:
-    """The probes as samples; ValueError on one without a kind, a prompt or a target."""
-    return [_sample(n, probe) for n, probe in enumerate(probes)]
-
-
-def _sample(n: int, probe: dict[str, Any]) -> Sample:
-    if probe.get("kind") not in KINDS:
-        raise ValueError(f"probe {n} needs a kind of {', '.join(KINDS)}, but has {probe.get('kind')!r}")
-    for key in ("prompt", "target"):
-        if not isinstance(probe.get(key), str) or not probe[key].strip():
-            raise ValueError(f"probe {n} needs a non-empty string {key!r}, but has {probe.get(key)!r}")
-    return Sample(probe["prompt"], probe["target"], probe.get("image"))
+    """The probes as samples; ValueError on one without a kind, a prompt or a target, or with an unknown key."""
+    check_dicts(probes, "probe", ("prompt", "target"))
+    for n, probe in enumerate(probes):
+        if probe.get("kind") not in KINDS:
+            raise ValueError(f"probe {n} needs a kind of {', '.join(KINDS)}, but has {probe.get('kind')!r}")
+    return [Sample(probe["prompt"], probe["target"], probe.get("image")) for probe in probes]
