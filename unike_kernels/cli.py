@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -261,22 +262,35 @@ def _config(path: Path | None) -> "UnikeConfig | None":
     if path is None:
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds {type(data).__name__}")
-    return UnikeConfig.from_json(data)
+    try:
+        return UnikeConfig.from_json(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What a user can mend (a file, a folder, a model's name, a setting) is told without a traceback; exit status 1."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+    """What a user can mend (a file, a folder, a model's name, a setting) is told without a traceback; exit status 1.
+
+    Warnings are told as lines too, without the place in the source that they come from.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say_aside(f"warning: {message}")
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            _say_aside(str(error))
+            raise typer.Exit(1) from None
+
+
+def _say_aside(text: str) -> None:
+    """To stderr, whatever halves of characters a file's text or name may hold."""
+    typer.echo(text.encode("utf-8", "backslashreplace").decode(), err=True)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ class UnikeConfig:
         if layers is not None and not isinstance(layers, list | tuple):
             raise ValueError(f"layers must be a list of layer numbers or null, but is {layers!r}")
         if data:
-            raise ValueError(f"unknown keys in the config: {', '.join(sorted(data))}")
+            known = ", ".join(f.name for f in fields(cls))
+            raise ValueError(f"unknown keys in the config: {', '.join(sorted(data))}; known: {known}")
         return cls(layers=tuple(layers) if layers is not None else None, **parts)
 
     def differences(self, other: "UnikeConfig") -> list[str]:

@@ -16,10 +16,11 @@ from .. import backends
 from ..config import UnikeConfig
 from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
 from ..evaluation.checking import CheckReport, check
-from ..models import find_decoder, get_module, learned_positions
+from ..models import find_decoder, get_module
 from ..patching import PatchHandle, fingerprint, patch, status
 from ..projections import Projections, empty_like_site
 from .asking import asking
+from .checks import check_inputs, check_triplets
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample, image_digest
@@ -96,6 +97,7 @@ class Editor:
         check_samples(triplets, "triplet")
         check_questions(triplets, "triplet")
         check_dicts(exclude, "sample to exclude", ["prompt"])
+        check_triplets(self.collator, self.decoder, triplets, progress=progress)
         never = {asked(e) for e in exclude}
         triplets = [t for t in triplets if not never or asked(t) not in never]
         if not triplets:
@@ -150,6 +152,7 @@ class Editor:
         check_dicts(cases, "calibration case", ["prompt"])
         check_questions(cases, "calibration case")
         samples = [Sample(c["prompt"], None, c.get("image")) for c in cases]
+        check_inputs(self.collator, self.decoder, samples, lambda n: f"calibration case {n}", progress=progress)
         found = torch.zeros(len(samples), states.cases.shape[1])
         bar = tqdm(total=len(samples), desc="calibration", unit="case", disable=not progress)
         with base_only(self.model), bar:
@@ -179,7 +182,8 @@ class Editor:
         wanted, onto = read_requests(requests, onto)
         self._warn_of_leaks(wanted)
         edits = self._empty() if onto is None else self.continued(onto)
-        self._check_inputs(wanted)
+        samples = [r.sample() for r in wanted]
+        check_inputs(self.collator, self.decoder, samples, lambda n: f"request {wanted[n].id!r}", eos=True)
         independent = self.config.routing.mode == "routed" if independent is None else independent
         with base_only(self.model), tqdm(total=len(wanted), desc="edits", unit="edit", disable=not progress) as bar:
             for chunk in self._batches(wanted, independent):
@@ -347,18 +351,6 @@ class Editor:
             heads = v.repeat_interleave(sites.heads // sites.kv_heads, dim=1)  # grouped-query heads as the layer does
             out.append(projections.output(attention, heads.flatten(1)).float().cpu())
         return torch.cat(out)
-
-    def _check_inputs(self, requests: Sequence[Request]) -> None:
-        """ValueError or OSError, naming the request, where it cannot be read, tokenised or held by the model."""
-        most = learned_positions(self.model, self.decoder)
-        for r in requests:
-            try:
-                length = self.collator.batch([r.sample()], [0]).shape[1]
-            except (OSError, ValueError) as error:
-                kind = OSError if isinstance(error, OSError) else ValueError
-                raise kind(f"request {r.id!r}: {error}") from None
-            if most is not None and length > most:
-                raise ValueError(f"request {r.id!r} is {length} tokens long, but the model has positions for {most}")
 
     def _warn_of_leaks(self, requests: Sequence[Request]) -> None:
         leaked = [r.id for r in requests if (r.digest, r.prompt) in self.remembered]

@@ -76,6 +76,7 @@ class Collator:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.eos = self.tokenizer.eos_token_id
         self.pad = next(i for i in (self.tokenizer.pad_token_id, self.eos, 0) if i is not None)
+        self._decoded: set[Path] = set()  # pictures' files that `check` need not decode again
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +187,47 @@ class Collator:
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    def check(self, sample: Sample) -> None:
+        """ValueError or OSError where a sample's picture cannot be read, or its prompt has no place for it, or more."""
+        self._check_places(sample)
+        for picture in sample.image if isinstance(sample.image, list | tuple) else [sample.image]:
+            file = _file(picture)
+            if file is not None and file not in self._decoded:
+                self._opened(file)
+                self._decoded.add(file)
+
+    def _check_places(self, sample: Sample) -> None:
+        """ValueError where more of the prompt's tokens stand for pictures than there are; a BLIP-2 prompt has none."""
+        pictures = sample.image if isinstance(sample.image, list | tuple) else [sample.image]
+        token = str(getattr(self.processor, "image_token", None) or "")
+        found = sample.prompt.count(token) if token else 0
+        if found and sample.image is None:
+            raise ValueError(f"the prompt holds {token!r}, but there is no picture: {sample.prompt!r}")
+        if found and self._places_pictures:
+            kind = type(self.processor).__name__
+            raise ValueError(f"the prompt holds {token!r}, which the {kind} puts in itself: {sample.prompt!r}")
+        if found > len(pictures):
+            few = "one picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+            raise ValueError(f"the prompt holds {token!r} {found} times, but there is {few}: {sample.prompt!r}")
+
+    def simple(self, sample: Sample) -> bool:
+        """Whether a sample's picture, a file or in PIL's form, takes as many tokens as that of any other such sample.
+
+        Not so where the prompt lacks its token: then only the processor can say what becomes of the picture.
+        """
+        token = str(getattr(self.processor, "image_token", None) or "")
+        placed = self._places_pictures or not token or token in sample.prompt
+        return placed and (_file(sample.image) is not None or hasattr(sample.image, "getbands"))
+
+    def prompt_length(self, sample: Sample) -> int:
+        """Tokens of the prompt, those of its picture included."""
+        return int(self._encode(sample, self.text_model() if sample.image is None else self.model)["input_ids"].numel())
+
+    @property
+    def _places_pictures(self) -> bool:
+        """Whether the processor puts the picture's tokens into the prompt, as that of a BLIP-2 does."""
+        return getattr(self.processor, "num_query_tokens", None) is not None
+
     def _opened(self, image: Any) -> Any:
         """A picture's file as the picture that the processor would be given; anything else as it is.
 
@@ -201,7 +243,7 @@ class Collator:
         try:
             with Image.open(file) as picture:
                 return picture.copy() if getattr(pictures, "do_convert_rgb", False) else picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a damaged file
+        except Exception as error:  # PIL's readers raise almost anything for a damaged file, or one too large for them
             raise OSError(f"{file} cannot be read as a picture: {error}") from None
 
     def _target(self, sample: Sample) -> list[int]:
@@ -209,16 +251,32 @@ class Collator:
 
     def _encode(self, sample: Sample, model: nn.Module) -> dict[str, Tensor]:
         """The features [1, ...] of one prompt, image tokens included."""
+        self._check_places(sample)
         if sample.image is None:
             features = dict(self.tokenizer(sample.prompt, return_tensors="pt"))
         else:
-            picture = self._opened(sample.image)
-            features = dict(self.processor(images=picture, text=sample.prompt, return_tensors="pt"))
+            features = self._with_picture(sample)
         if features["input_ids"].numel() == 0:
             raise ValueError(f"prompt {sample.prompt!r} has no token, so it has no case token")
         if not _takes(model, "token_type_ids"):  # most tokenizers give them, few decoders know them
             features.pop("token_type_ids", None)
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in features.items()}
+
+    def _with_picture(self, sample: Sample) -> dict[str, Tensor]:
+        """What the processor makes of a picture and its prompt; ValueError or OSError for whatever it does not take."""
+        picture, kind = self._opened(sample.image), type(self.processor).__name__
+        try:
+            features = dict(self.processor(images=picture, text=sample.prompt, return_tensors="pt"))
+        except Exception as error:  # of the processor, of PIL, of whatever fetches an address
+            if isinstance(picture, str | Path):
+                text = str(picture) if len(str(picture)) <= 100 else f"{str(picture)[:97]}..."
+                raise OSError(f"there is no picture {text!r}, nor can it be had in another way: {error}") from None
+            raise ValueError(f"the {kind} does not take the picture with prompt {sample.prompt!r}: {error}") from error
+        number = getattr(self.processor, "image_token_id", None)
+        token = None if self._places_pictures or number is None else getattr(self.processor, "image_token", None)
+        if token and not bool((features["input_ids"] == number).any()):
+            raise ValueError(f"the prompt has a picture, but not its token {str(token)!r}: {sample.prompt!r}")
+        return features
 
     @torch.no_grad()
     def generate(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,10 +18,13 @@ from ..edits_io import CONFIG_NAME
 from ..evaluation.checking import CheckReport, check_probes
 from ..evaluation.pictures import resolve
 from ..evaluation.records import LOCAL
+from ..models import same_weights
 from ..patching import fingerprint
+from .checks import check_inputs, check_probe_inputs, check_triplets
 from .editor import Editor
+from .inputs import Sample
 from .loading import load
-from .requests import Request, asked, check_questions, check_samples, read_requests
+from .requests import Request, asked, check_dicts, check_questions, check_samples, read_requests
 
 SAVED_EVERY = 32  # edits that are made one after another: what a stop loses at most
 SHOWN = 20  # edits, and probes answered wrong, that are told one by one
@@ -53,27 +57,35 @@ def run(job: Job, say: Callable[[str], None]) -> Edits:
     a request, an edit or a probe asks are left out of the memory. Whatever can be wrong with files, folders, prompts
     and targets is found before anything is computed. Raises ValueError, OSError and their kinds.
     """
-    requests, known = _read(job.requests), _read(job.triplets)
-    probes = _read(job.probes) if job.probes is not None else []
+    requests, known = _read(job.requests, "request"), _read(job.triplets, "triplet")
+    probes = _read(job.probes, "probe") if job.probes is not None else []
     check_samples(requests, "request")
     check_samples(known, "triplet")
     check_questions(known, "triplet")
-    check_probes(probes)
-    there = _there(job.out)
-    left = _left(requests, there)
-    edits = there
-    if left or probes:
+    questions = check_probes(probes)
+    config, document, there = _config(job), _document(job.out), _there(job.out)
+    _check_settings(config, there, job.out)
+    left, named = _left(requests, there)
+    edits = named
+    if left or probes or _may_be_another(config, there, job.model):
         model, processor = load(job.model, dtype=job.dtype, device=job.device)
-        editor = Editor(model, processor, _config(job))
-        for what, samples in (("request", requests), ("triplet", known), ("probe", probes)):
-            _check_targets(editor, what, samples)
-        _check_base(editor, there, job.out)
+        editor = Editor(model, processor, config)
+        _check_base(editor, there, job.out, joined=bool(left))
+        saved = _saved(editor, known, job) if left else None
+        wanted = [Sample(r["prompt"], r["target"], r["image"]) for r in requests]
+        options: dict[str, Any] = {"progress": job.progress}
+        check_inputs(editor.collator, editor.decoder, wanted, lambda n: f"request {n}", eos=True, **options)
+        check_probe_inputs(editor.collator, editor.decoder, questions)
+        if left and not (saved is not None and saved.exists()):
+            check_triplets(editor.collator, editor.decoder, known, **options)
     if left:
         never = {asked(s) for s in (*requests, *probes)}
         never |= {(e.image, e.prompt) for e in there.entries} if there is not None else set()
-        _learn(editor, known, never, job, say)
+        _learn(editor, known, never, saved, job, say)
         _check_memory(editor, there, job.out)
-        edits = _made(editor, left, there, job)
+        edits = _made(editor, left, named, job, document)
+    elif named is not None and there is not None and named.ids != there.ids:
+        _save(named, job.out, document)
     assert edits is not None  # there are requests, so they are made or there
 
     others = len(requests) - len(left)
@@ -88,16 +100,17 @@ def run(job: Job, say: Callable[[str], None]) -> Edits:
     return edits
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, what: str) -> list[dict[str, Any]]:
     """A JSON list of samples, their pictures as files beside it; all of them are there."""
     try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        samples = json.loads(path.read_text(encoding="utf-8-sig"))  # "-sig": some editors begin a file with a mark
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
         raise ValueError(f"{path} must hold a JSON list of objects")
+    check_dicts(samples, what, ())
     for n, s in enumerate(samples):
-        if s.get("image") is not None and not isinstance(s["image"], str):
+        if s.get("image") is not None and not (isinstance(s["image"], str) and s["image"]):
             raise ValueError(f"{path}: the image of entry {n} must be a path or null, but is {s['image']!r}")
     files = resolve([s["image"] for s in samples if s.get("image")], path.parent)
     return [s | {"image": files[s["image"]] if s.get("image") else None} for s in samples]
@@ -115,14 +128,34 @@ def _there(out: Path) -> Edits | None:
     return Edits.from_pretrained(out) if (out / CONFIG_NAME).exists() else None
 
 
-def _left(requests: Sequence[dict[str, Any]], there: Edits | None) -> list[Request]:
-    """The requests that are still to be made, the newest of each question."""
+def _left(requests: Sequence[dict[str, Any]], there: Edits | None) -> tuple[list[Request], Edits | None]:
+    """The requests that are still to be made, the newest of each question, and the edits there under their new ids.
+
+    An edit that is asked for under another id is not made again: it takes the new one. One that a request will replace
+    gives up its id where another edit is to have it: requests are made in parts, and that one may come first.
+    """
     latest, _ = read_requests(requests, None)
-    held = {(e.id, e.prompt, e.target, e.image) for e in there.entries} if there is not None else set()
-    left = [r for r in latest if (r.id, r.prompt, r.target, r.digest) not in held]
-    if left:
-        read_requests([_plain(r) for r in left], there)  # the same ids as edits that stay?
-    return left
+    if there is None:
+        return latest, None
+    made = {(e.prompt, e.target, e.image): e.id for e in there.entries}
+    left = [r for r in latest if (r.prompt, r.target, r.digest) not in made]
+    ids = {made[key]: r.id for r in latest if (key := (r.prompt, r.target, r.digest)) in made}
+    newer = {(r.digest, r.prompt): r.id for r in left}
+    gone = {e.id: newer[e.image, e.prompt] for e in there.entries if (e.image, e.prompt) in newer}
+    for old, new in gone.items():
+        warnings.warn(f"request {new!r} replaces {old!r}: the same picture and prompt", stacklevel=3)
+    ids = {e.id: ids.get(e.id, e.id) for e in there.entries if e.id not in gone}
+    counts = Counter([*ids.values(), *(r.id for r in left)])
+    twice = sorted(name for name, n in counts.items() if n > 1)
+    if twice:
+        raise ValueError(f"edit ids must be unique, but these come twice: {', '.join(map(repr, twice))}")
+    for old, new in gone.items():
+        name = old
+        while name in counts and (name != old or old != new):
+            name += " (replaced)"
+        counts[name] += 1
+        ids[old] = name
+    return left, replace(there, entries=[replace(e, id=ids[e.id]) for e in there.entries])
 
 
 def _plain(request: Request) -> dict[str, Any]:
@@ -134,22 +167,43 @@ def _config(job: Job) -> UnikeConfig:
     return config if job.routing is None else replace(config, routing=replace(config.routing, mode=job.routing))
 
 
-def _check_targets(editor: Editor, what: str, samples: Sequence[dict[str, Any]]) -> None:
-    for n, sample in enumerate(samples):
-        try:
-            editor.collator.target_ids(sample["prompt"], sample["target"])
-        except ValueError as error:
-            raise ValueError(f"{what} {n}: {error}") from None
-
-
-def _check_base(editor: Editor, there: Edits | None, out: Path) -> None:
-    """ValueError where the folder's edits are of another model, of other layers or settings."""
+def _check_settings(config: UnikeConfig, there: Edits | None, out: Path) -> None:
+    """ValueError where the folder's edits were made under other settings or, as far as they are named, other layers."""
     if there is None:
         return
-    wrong = there.base.mismatches(fingerprint(editor.model, editor.decoder, editor.layers))
+    wrong = there.config.differences(config)
+    if config.layers is not None and sorted(set(config.layers)) != sorted(there.layers):
+        wrong.append(f"layers: {sorted(there.layers)} and {sorted(set(config.layers))}")
+    _refuse(wrong, out)
+
+
+def _may_be_another(config: UnikeConfig, there: Edits | None, model: str) -> bool:
+    """Whether only the loaded model can tell that the folder's edits are its own, and of the layers asked for."""
+    if there is None:
+        return False
+    return there.base.name_or_path != model or (config.layers is None and there.config.layers is not None)
+
+
+def _check_base(editor: Editor, there: Edits | None, out: Path, *, joined: bool) -> None:
+    """ValueError where the folder's edits are of another model or of other layers.
+
+    joined: whether new edits are to join them, which takes the very same weights: states of a model in another dtype
+    are others. Edits that are only asked may be on a base of another precision.
+    """
+    if there is None:
+        return
+    ours = fingerprint(editor.model, editor.decoder, editor.layers)
+    wrong = there.base.mismatches(ours)
     if tuple(there.layers) != editor.layers:
         wrong.append(f"layers: {list(there.layers)} and {list(editor.layers)}")
-    wrong += there.config.differences(editor.config)
+    same = there.base.same_probe(ours) if joined else same_weights(there.base.probe, ours.probe)
+    if not wrong and not same:
+        names = f"of {there.base.name_or_path!r} and of {ours.name_or_path!r}"
+        wrong.append(f"weights: a sampled probe {names} differs (another model, or the same in another dtype)")
+    _refuse(wrong, out)
+
+
+def _refuse(wrong: Sequence[str], out: Path) -> None:
     if wrong:
         raise ValueError(f"{out} holds edits that new ones cannot join (there, here): {'; '.join(wrong)}")
 
@@ -166,23 +220,30 @@ def _check_memory(editor: Editor, there: Edits | None, out: Path) -> None:
         ) from None
 
 
+def _saved(editor: Editor, known: Sequence[dict[str, Any]], job: Job) -> Path | None:
+    """Where the cache keeps what the editor learns from these triplets; None without a cache."""
+    if job.cache is None:
+        return None
+    config, base = editor.config, fingerprint(editor.model, editor.decoder, editor.layers)
+    told: list[Any] = [base.to_json(), editor.collator.fingerprint()]
+    told += [sorted({str(p.dtype) for p in editor.model.parameters()})]  # the probe's digits are too few to tell them
+    told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.neurons)]
+    told += [[asked(t), *(t.get(k) for k in ("target", "prediction", "question"))] for t in known]
+    return job.cache / f"editor-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.safetensors"
+
+
 def _learn(
     editor: Editor,
     known: Sequence[dict[str, Any]],
     never: set[tuple[str | None, str]],
+    saved: Path | None,
     job: Job,
     say: Callable[[str], None],
 ) -> None:
-    """Memory and encoders from the triplets, or as a former run with the same ones left them in the cache.
+    """Memory and encoders from the triplets, or as a former run with the same ones left them in `saved`.
 
     never: what no triplet may ask (digest, prompt), as long as the memory is not there yet.
     """
-    config, base = editor.config, fingerprint(editor.model, editor.decoder, editor.layers)
-    told: list[Any] = [base.to_json(), editor.collator.fingerprint()]
-    told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.neurons)]
-    told += [[asked(t), *(t.get(k) for k in ("target", "prediction", "question"))] for t in known]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-    saved = job.cache / f"editor-{digest}.safetensors" if job.cache is not None else None
     if saved is not None and saved.exists():
         editor.load(saved)
         say(f"memory and encoders as saved in {saved}")
@@ -196,10 +257,9 @@ def _learn(
         editor.save(saved)
 
 
-def _made(editor: Editor, left: Sequence[Request], there: Edits | None, job: Job) -> Edits:
-    """All edits, those of `left` made part by part and saved after each."""
-    edits, document = there, _document(job.out)
-    routed = editor.config.routing.mode == "routed"
+def _made(editor: Editor, left: Sequence[Request], there: Edits | None, job: Job, document: bytes | None) -> Edits:
+    """All edits, those of `left` made part by part and saved after each. document: as `_save` takes it."""
+    edits, routed = there, editor.config.routing.mode == "routed"
     size = editor.config.neurons.batch_size if routed else SAVED_EVERY
     with (
         tqdm(total=len(left), desc="edits", unit="edit", disable=not job.progress) as bar,
@@ -209,13 +269,21 @@ def _made(editor: Editor, left: Sequence[Request], there: Edits | None, job: Job
         for at in range(0, len(left), size):
             part = [_plain(r) for r in left[at : at + size]]
             edits = editor.edit(part, onto=edits, progress=False)
-            if _document(job.out) != document:
-                raise ValueError(f"{job.out} was written to by another process meanwhile: start again, edits are added")
-            edits.save_pretrained(job.out)
-            document = _document(job.out)
+            document = _save(edits, job.out, document)
             bar.update(len(part))
     assert edits is not None  # there was something left
     return edits
+
+
+def _save(edits: Edits, out: Path, document: bytes | None) -> bytes | None:
+    """Saves edits into the folder; ValueError where it no longer holds the document that it held before.
+
+    Returns the document that it holds now.
+    """
+    if _document(out) != document:
+        raise ValueError(f"{out} was written to by another process meanwhile: start again, edits are added")
+    edits.save_pretrained(out)
+    return _document(out)
 
 
 def _document(out: Path) -> bytes | None:

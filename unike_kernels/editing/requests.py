@@ -14,7 +14,6 @@ from ..edits import EditEntry, Edits, LayerEdits
 from .inputs import Sample, image_digest
 from .train import Rows
 
-
 _ASKED = ("id", "prompt", "target", "image")
 _LEARNED = (*_ASKED, "prediction", "question")
 # What the dicts of each kind may hold. An unknown key is refused: a misspelt "image" would make an edit of text alone.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..editing.checks import check_probe_inputs
 from ..editing.inputs import Collator, Sample
 from ..editing.requests import check_dicts
 from ..edits import Edits
@@ -102,6 +103,7 @@ def check(
     bad probe.
     """
     samples = check_probes(probes)
+    check_probe_inputs(collator, decoder, samples)
     scorer = Scorer(collator, decoder, min(edits.layers), samples)
     longest = collator.longest_target(samples) + 1  # one more, so that an answer that goes on is seen to
     answers_before = collator.generate(samples, max_new_tokens=longest)

@@ -173,6 +173,8 @@ def read(path: str | Path, *, name: str | None = None) -> Dataset:
         raise DatasetError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise DatasetError(f"{path}: not JSON: brackets are nested too deep") from None
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"{path}: must hold a JSON list of records, but holds {_short(rows)}")
     entries = tuple(_entry(path, f"{name or path.stem}:{i}", i, row) for i, row in enumerate(rows))
@@ -213,6 +215,8 @@ def _entry(path: Path, record: str, index: int, row: Any) -> Entry:
             wrong(f"key {key!r} must be a string, but is {_short(row[key])}")
         if not row[key].strip():
             wrong(f"key {key!r} is empty")
+        if any("\ud800" <= c <= "\udfff" for c in row[key]):  # no tokenizer takes one
+            wrong(f"key {key!r} holds half a character: {_short(row[key])}")
         found[name] = row[key].strip()
     prediction = row.get("pred", "")
     if not isinstance(prediction, str):

@@ -15,18 +15,20 @@ class MissingPicturesError(FileNotFoundError):
         folders: dict[str, list[str]] = defaultdict(list)
         for name in missing:
             folders[str(PurePosixPath(name).parent)].append(PurePosixPath(name).name)
+        root = root.absolute()
         lines = [f"{len(missing)} of {wanted} pictures are missing under {root}:"]
         largest = sorted(folders.items(), key=lambda item: -len(item[1]))
         for folder, names in largest[:SHOWN]:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  {folder}/: {', '.join(names[:SHOWN])}{more}")
+            where = "" if folder == "." else f"{folder}/: "
+            lines.append(f"  {where}{', '.join(names[:SHOWN])}{more}")
         if len(largest) > SHOWN:
             rest = largest[SHOWN:]
             lines.append(f"  and {sum(len(names) for _, names in rest)} in {len(rest)} other folders")
         if not root.is_dir():
             lines.append(f"{root} is not a folder")
-        elif len(missing) == wanted:
-            lines.append(f"none is there: is {root} the folder that holds {', '.join(sorted(folders)[:2])}?")
+        elif len(missing) == wanted and (named := sorted(folders.keys() - {"."})):
+            lines.append(f"none is there: is {root} the folder that holds {', '.join(named[:2])}?")
         super().__init__("\n".join(lines))
 
 
