@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -84,6 +85,38 @@ def test_inspect_lists_every_edit(tmp_path):
     assert result.exit_code == 0
     assert all(i in result.output for i in edits.ids)
     assert "K = 40" in result.output
+
+
+def test_inspect_of_edits_whose_model_has_no_name(tmp_path):
+    edits = make_edits()
+    edits.base = replace(edits.base, name_or_path=None)
+    edits.save_pretrained(tmp_path / "edits")
+    lines = runner.invoke(app, ["inspect", str(tmp_path / "edits")]).output.splitlines()
+    assert lines[0] == "base: opt, hidden size 8, 6 layers, of a model without a name"
+
+
+def test_the_version_alone():
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"unike-kernels {uk.__version__}\n")
+
+
+def test_help_fits_a_narrow_terminal(monkeypatch):
+    """What options take is named so shortly that their help keeps half of the line, and nothing of it is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("edit", "evaluate"):
+        text = runner.invoke(app, [command, "--help"]).output
+        assert "\u2026" not in text, text
+
+
+def test_a_model_that_is_no_folder_is_told(job, monkeypatch):
+    folder, root = job
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    args = ["edit", "nomodel", str(root / "requests.json"), str(folder / "out")]
+    result = runner.invoke(app, [*args, "--triplets", str(root / "triplets.json")])
+    assert result.exit_code == 1
+    assert f"there is no folder 'nomodel' in {folder}, nor can a hub's model be had: " in result.output
+    assert not (folder / "out").exists()
 
 
 def test_help_shows_an_example():

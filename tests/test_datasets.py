@@ -12,7 +12,7 @@ from tests.test_inputs import trained_tokenizer
 from unike_kernels.editing.inputs import Collator, image_digest
 from unike_kernels.evaluation import datasets
 from unike_kernels.evaluation.metrics import token_accuracy
-from unike_kernels.evaluation.pictures import MissingPicturesError
+from unike_kernels.evaluation.pictures import MissingPicturesError, resolve
 from unike_kernels.evaluation.prompts import STYLES, PromptStyle, prompt_style
 
 DATA = Path(__file__).parent / "data"
@@ -99,12 +99,15 @@ def changed(**keys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[" * 100_000, "not JSON: brackets are nested too deep"),
         ("[{", "not JSON: Expecting property name enclosed in double quotes in line 1, column 3"),
         ("{}", r"must hold a JSON list of records, but holds dict \{\}"),
         ("[]", r"must hold a JSON list of records, but holds list \[\]"),
         ("[3]", "record 0: must be an object, but is int 3"),
         (lambda row: {k: v for k, v in row.items() if k != "m_loc_q"}, "record 1: key 'm_loc_q' is missing"),
         (changed(alt=7), "record 1: key 'alt' must be a string, but is int 7"),
+        (changed(alt="a \ud800"), r"record 1: key 'alt' holds half a character: str 'a \\ud800'"),
+        (changed(port_new=[{"port_q": "\udfff"}]), "record 1: key 'port_new', item 0: 'port_q' holds half a character"),
         (changed(alt=" \n"), "record 1: key 'alt' is empty"),
         (changed(pred=None), "record 1: key 'pred' must be a string, but is NoneType None"),
         (changed(port_new={}), "record 1: key 'port_new' must be a list, but is dict"),
@@ -156,6 +159,13 @@ def test_a_wrong_root_is_told_from_a_gap(tmp_path):
     many = [f"m.{i}/google_{j}.jpg" for i in range(9) for j in range(7)]
     text = str(MissingPicturesError(tmp_path, many, 100))
     assert "63 of 100" in text and "and 2 more" in text and "and 28 in 4 other folders" in text
+
+
+def test_pictures_beside_their_file_are_missing_from_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingPicturesError) as error:
+        resolve(["nofile.png"], ".")
+    assert str(error.value) == f"1 of 1 pictures are missing under {tmp_path}:\n  nofile.png"
 
 
 def test_pictures_of_other_kinds_may_be_missing(tmp_path):

@@ -494,6 +494,38 @@ def test_a_bad_picture_of_a_request_is_named_before_anything_is_trained(editors,
             editors("blip2").edit([good, {**bad, "image": image}], **QUIET)
 
 
+def test_an_editor_prints_what_it_has(editors):
+    assert repr(editors("opt")) == "Editor(OPTForCausalLM, layers [2, 4], 12 memory items, encoders fitted)"
+    fresh = repr(Editor(make_model("opt"), make_processor("opt"), routed()))
+    assert fresh == "Editor(OPTForCausalLM, layers [2, 4], no memory yet, no encoders yet)"
+
+
+def test_inputs_of_triplets_and_cases_are_named_before_anything_is_computed(editors, monkeypatch, tmp_path):
+    monkeypatch.setattr(editor_module, "Extraction", None)
+    monkeypatch.setattr(editor_module, "tap_rows", None)
+    editor, good = editors("blip2"), make_triplets("blip2", 2)
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    cut, long = {**good[1], "image": tmp_path / "cut.png"}, {**good[1], "prompt": "what " * 60}
+    near = {**good[1], "prompt": "what " * 45}  # the answer that is asked of the model would not fit behind it
+    for entry, message in (
+        (cut, r": .*cut\.png cannot be read as a picture"),
+        (long, " is 6. tokens long, but the model has positions for 64"),
+        (near, " is 50 tokens long and may be answered with 24, but the model has positions for 64"),
+        ({**good[1], "prompt": "<image> what ?"}, ": the prompt holds '<image>', which the Blip2Processor puts in"),
+        ({**good[1], "image": "nofile.png"}, ": there is no picture 'nofile.png'"),
+    ):
+        with pytest.raises((OSError, ValueError), match=f"triplet 1{message}"):
+            editor.build_memory([good[0], entry], **QUIET)
+        if entry is not near:
+            with pytest.raises((OSError, ValueError), match="calibration case 1"):
+                editor.calibrate([good[0], entry], **QUIET)
+    with pytest.raises(ValueError, match="the prediction of triplet 1: .* no token for a part of the target 'zebra'"):
+        editor.build_memory([good[0], good[1] | {"prediction": "zebra"}], **QUIET)
+    probe = {"kind": "t_loc", "prompt": "what " * 70, "target": "moon"}
+    with pytest.raises(ValueError, match="probe 0 is 72 tokens long, but the model has positions for 64"):
+        editor.check(None, [probe])
+
+
 def test_an_unknown_key_is_refused_wherever_dicts_are_taken(editors, monkeypatch):
     """A misspelt "image" would make an edit, a memory item or a probe of text alone."""
     monkeypatch.setattr(editor_module, "Extraction", None)

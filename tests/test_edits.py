@@ -162,6 +162,17 @@ def test_results_carry_no_graph():
         assert not any(tensor.requires_grad for tensor in result.named_tensors().values())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dtypes_that_no_file_holds_are_refused(dtype):
+    edits = make_edits(2)
+    told = f"one of torch.float64, torch.float32, torch.bfloat16, torch.float16, but got {dtype}"
+    with pytest.raises(EditsError, match=told):
+        edits.to(dtype=dtype)
+    edits.layers[2].keys = edits.layers[2].keys.to(dtype)
+    with pytest.raises(EditsError, match=rf"layers.2.keys has dtype {dtype}, but must have one of torch.float64"):
+        edits.validate()
+
+
 def test_merge_of_other_edits_stores_the_shared_parts_once():
     a, b, c = make_edits(2, seed=1), make_edits(1, seed=2), make_edits(0, seed=3)
     merged = Edits.merge([a, b, c])
@@ -342,7 +353,10 @@ BROKEN = {
         _tensor("layers", "group_ptr", lambda t: t.float()),
         "torch.float32, but must have torch.int",
     ),
-    "keys of integers": (_tensor("layers", "keys", lambda t: t.long()), "torch.int64, but must have a floating one"),
+    "keys of integers": (
+        _tensor("layers", "keys", lambda t: t.long()),
+        "torch.int64, but must have one of torch.float64, torch.float32",
+    ),
     "mixed dtypes": (
         _tensor("layers", "values", lambda t: t.double()),
         "layers.3.values is torch.float64 on cpu, but layers.2.keys is torch.float32 on cpu",

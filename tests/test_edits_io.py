@@ -856,7 +856,21 @@ def test_hub_is_asked_only_where_no_local_path_is_meant(tmp_path, monkeypatch):
         Edits.from_pretrained("no/edits")
 
 
+@pytest.mark.parametrize("failed", [FileNotFoundError, ValueError, RuntimeError])
+def test_a_hub_that_takes_nothing_is_told(tmp_path, monkeypatch, failed):
+    FakeHub(monkeypatch, tmp_path)
+
+    def refuse(self, repo_id, **options):
+        raise failed("no connection")
+
+    monkeypatch.setattr(FakeHub, "create_repo", refuse)
+    with pytest.raises(EditsError, match="could not be put into someone/edits on the hub: no connection"):
+        make_edits(1).push_to_hub("someone/edits")
+
+
 def test_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(EditsError, match="to put edits into someone/edits on the hub, install huggingface_hub"):
+        make_edits(1).push_to_hub("someone/edits")
     with pytest.raises(EditsFileError, match="someone/edits is no directory; to look for it on the hub, install"):
         Edits.from_pretrained("someone/edits")

@@ -92,6 +92,28 @@ def test_the_model_may_lie_on_another_device(place, tmp_path):
     assert len({r["id"] for r in found}) == 6 and {r["group"] for r in found} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("file", ["vqa_eval.json", "vqa_train.json"])
+@pytest.mark.parametrize("wrong", ["damaged", "long"])
+def test_what_the_model_cannot_take_is_told_before_anything_is_learned(place, tmp_path, monkeypatch, file, wrong):
+    monkeypatch.setattr(Unike, "fit", None)
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    asked = json.loads((MMEDIT / file).read_text())
+    if wrong == "damaged":
+        path = tmp_path / "pictures" / asked[3]["m_loc"]
+        path.write_bytes(path.read_bytes()[:60])
+        asked[3]["m_loc_q"] = "What is this new thing?"  # no other file asks it
+    else:
+        asked[3]["loc"] = "what is this " * 300
+    (tmp_path / file).write_text(json.dumps(asked))
+    option = "--data" if file == "vqa_eval.json" else "--train-data"
+    arguments = command(place, tmp_path / "run", "--images", str(tmp_path / "pictures"))
+    arguments[arguments.index(option) + 1] = str(tmp_path / file)
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    name = f"the {'m_loc' if wrong == 'damaged' else 't_loc'} question of record '{Path(file).stem}:3'"
+    assert f"{name}{':' if wrong == 'damaged' else ' is '}" in result.output
+
+
 def test_a_stopped_command_goes_on_and_ends_as_if_it_had_not_been(place, tmp_path, monkeypatch):
     arguments = ["--protocol", "sequential", "-k", "3", "--routed", "--no-generate"]
     whole = runner.invoke(app, command(place, tmp_path / "whole", *arguments))

@@ -308,6 +308,43 @@ def test_a_damaged_picture_is_named(tmp_path):
             collator.batch([Sample("what", image=tmp_path / "cut.jpg")], [0])
 
 
+@pytest.mark.parametrize("raised", [RuntimeError, Image.DecompressionBombError, NotImplementedError, IndexError])
+def test_whatever_pil_raises_names_the_picture(raised, tmp_path, monkeypatch):
+    """Its readers do not agree on an error: AVIF's raises RuntimeError, DDS's NotImplementedError."""
+
+    def fail(self, *args, **options):
+        raise raised("odd")
+
+    picture(0).save(tmp_path / "odd.png")
+    monkeypatch.setattr(Image.Image, "load", fail)
+    collator = Collator(make_model("blip2"), make_processor("blip2"))
+    for call in (collator.check, lambda sample: collator.batch([sample], [0])):
+        with pytest.raises(OSError, match=r"odd\.png cannot be read as a picture: odd"):
+            call(Sample("what", image=tmp_path / "odd.png"))
+
+
+def test_a_name_that_is_no_file_is_told():
+    collator = Collator(make_model("blip2"), make_processor("blip2"))
+    with pytest.raises(OSError, match="there is no picture 'nofile.png', nor can it be had in another way: "):
+        collator.batch([Sample("what", image="nofile.png")], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "pictures", "message"),
+    [
+        ("blip2", "<image> what ?", 1, "holds '<image>', which the Blip2Processor puts in itself: '<image> what"),
+        ("blip2", "<image> what ?", 0, "holds '<image>', but there is no picture"),
+        ("llava", "<image> what ?", 0, "holds '<image>', but there is no picture"),
+        ("llava", "<image> <image> what ?", 1, "holds '<image>' 2 times, but there is one picture"),
+        ("llava", "what ?", 1, "LlavaProcessor does not take the picture with prompt 'what|not its token '<image>'"),
+    ],
+)
+def test_prompts_hold_a_token_for_each_picture_where_the_processor_puts_none(name, prompt, pictures, message):
+    collator = Collator(make_model(name), make_processor(name))
+    with pytest.raises(ValueError, match=message):
+        collator.batch([Sample(prompt, image=picture(0) if pictures else None)], [0])
+
+
 def test_the_fingerprint_tells_processors_apart():
     model = make_model("blip2")
     processor = make_processor("blip2")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import unike_kernels as uk
@@ -51,8 +52,8 @@ def ready(tmp_path_factory):
 def edit(ready, tmp_path):
     """Runs the command into tmp_path/out with a cache of its own; further options as given."""
 
-    def run(*options, requests="requests.json", triplets="triplets.json", out="out"):
-        args = ["edit", str(ready / "model"), str(ready / requests), str(tmp_path / out)]
+    def run(*options, requests="requests.json", triplets="triplets.json", out="out", model="model"):
+        args = ["edit", str(ready / model), str(ready / requests), str(tmp_path / out)]
         args += ["--triplets", str(ready / triplets), "--config", str(ready / "config.json")]
         return CliRunner().invoke(app, [*args, "--cache", str(tmp_path / "cache"), *options])
 
@@ -123,7 +124,10 @@ def test_a_request_replaces_the_edit_that_asks_the_same(edit, ready, tmp_path):
     assert edit().exit_code == 0
     asked = json.loads((ready / "requests.json").read_text())
     (ready / "other.json").write_text(json.dumps([asked[0] | {"target": "a red duck"}]))
-    assert edit(requests="other.json").exit_code == 0
+    result = edit(requests="other.json")
+    assert result.exit_code == 0, result.output
+    assert "warning: request 'r0' replaces 'r0': the same picture and prompt\n" in result.output
+    assert "making.py" not in result.output
     entries = {e.id: e.target for e in uk.Edits.from_pretrained(tmp_path / "out").entries}
     assert entries == {"r1": asked[1]["target"], "r0": "a red duck"}
 
@@ -169,8 +173,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("what", OTHER)
-def test_edits_made_otherwise_are_refused_and_stay(edit, ready, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "requests"),  # where nothing is left to make, the triplets are not made into a memory
+    [("memory", "three.json"), *((what, f"{n}.json") for what in ("beta", "routing") for n in ("requests", "three"))],
+)
+def test_edits_made_otherwise_are_refused_and_stay(edit, ready, tmp_path, monkeypatch, what, requests):
     files, options, told = OTHER[what]
     assert edit().exit_code == 0
     shutil.copytree(tmp_path / "out", tmp_path / "before")
@@ -179,10 +186,115 @@ def test_edits_made_otherwise_are_refused_and_stay(edit, ready, tmp_path, what):
     config = json.loads((ready / "config.json").read_text())
     (ready / "beta.json").write_text(json.dumps(config | {"neurons": config["neurons"] | {"beta": 0.9}}))
     options = [str(ready / o) if o.endswith(".json") else o for o in options]
-    result = edit(*options, requests="three.json", **files)
+    if not files:
+        monkeypatch.setattr(making, "load", None)  # settings are compared before the model is loaded
+    result = edit(*options, requests=requests, **files)
     assert result.exit_code == 1
     assert told in result.output
     assert same(tmp_path / "out", tmp_path / "before")
+
+
+@pytest.fixture(scope="module")
+def other(ready):
+    """The folder of a model of the same sizes with other weights."""
+    net = emoji.make_model(1)
+    net.save_pretrained(ready / "other")
+    emoji.make_processor().save_pretrained(ready / "other")
+    return ready / "other"
+
+
+@pytest.mark.parametrize("requests", ["requests.json", "three.json"], ids=["nothing left", "one left"])
+def test_edits_of_another_model_are_refused_before_the_memory_is_built(
+    edit, other, tmp_path, monkeypatch, ready, requests
+):
+    assert edit().exit_code == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "before")
+    monkeypatch.setattr(making.Editor, "build_memory", None)
+    monkeypatch.setattr(making.Editor, "check", None)
+    for options in ((), ("--probes", str(ready / "probes.json"))):
+        result = edit(*options, requests=requests, model="other")
+        assert result.exit_code == 1
+        assert f"a sampled probe of '{ready / 'model'}' and of '{other}' differs" in result.output
+    assert same(tmp_path / "out", tmp_path / "before")
+
+
+def test_the_same_model_under_another_name_is_taken(edit, ready, tmp_path):
+    assert edit().exit_code == 0
+    shutil.copytree(ready / "model", ready / "moved", dirs_exist_ok=True)
+    result = edit(model="moved")
+    assert result.exit_code == 0
+    assert "edits made: 0" in result.output
+
+
+def test_a_memory_in_another_dtype_is_another_memory(edit, ready, tmp_path):
+    emoji.make_model(0).bfloat16().save_pretrained(ready / "half")  # so rounded that the probe cannot tell
+    emoji.make_processor().save_pretrained(ready / "half")
+    for dtype in ("bfloat16", "float32"):
+        result = edit("--dtype", dtype, model="half", out=dtype)
+        assert result.exit_code == 0, result.output
+        assert "memory and encoders as saved in" not in result.output
+    half, single = (uk.Edits.from_pretrained(tmp_path / dtype) for dtype in ("bfloat16", "float32"))
+    assert not torch.equal(half.shared[5].h_sem, single.shared[5].h_sem)
+
+
+# Ids
+
+
+def numbered(ready, monkeypatch, order, targets=None):
+    """A file of requests whose ids are their places; edits are made one by one, each saved."""
+    monkeypatch.setattr(making, "SAVED_EVERY", 1)
+    found = json.loads((ready / "three.json").read_text())
+    asked = [
+        found[i] | {"id": str(n), "target": (targets or {}).get(i, found[i]["target"])} for n, i in enumerate(order)
+    ]
+    (ready / "numbered.json").write_text(json.dumps(asked))
+    return "numbered.json"
+
+
+def test_edits_take_the_new_ids_of_their_requests(edit, ready, tmp_path, monkeypatch):
+    assert edit(requests=numbered(ready, monkeypatch, (0, 1))).exit_code == 0
+    before = uk.Edits.from_pretrained(tmp_path / "out")
+    result = edit(requests=numbered(ready, monkeypatch, (2, 0, 1)))
+    assert result.exit_code == 0, result.output
+    assert "edits made: 1; requests whose edit was there, or that a later one replaces: 2" in result.output
+    after = uk.Edits.from_pretrained(tmp_path / "out")
+    assert after.ids == ["1", "2", "0"]
+    kept = after.select(["1", "2"])
+    assert [e.prompt for e in kept.entries] == [e.prompt for e in before.entries]
+    assert all(torch.equal(t, kept.named_tensors()[n]) for n, t in before.named_tensors().items())
+    monkeypatch.setattr(making, "load", None)  # new ids alone: nothing is made, and the folder has them all the same
+    assert edit(requests=numbered(ready, monkeypatch, (0, 2, 1))).exit_code == 0
+    assert uk.Edits.from_pretrained(tmp_path / "out").ids == ["0", "2", "1"]
+
+
+def test_ids_that_change_places_while_edits_are_replaced(edit, ready, tmp_path, monkeypatch):
+    """Each request has the id of an edit that only a later part replaces; stopped in between, none is lost."""
+    assert edit(requests=numbered(ready, monkeypatch, (0, 1, 2))).exit_code == 0
+    before = uk.Edits.from_pretrained(tmp_path / "out")
+    train, calls = making.Editor.edit, []
+
+    def stopped(self, part, **options):
+        calls.append(part)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(self, part, **options)
+
+    monkeypatch.setattr(making.Editor, "edit", stopped)
+    asked = numbered(ready, monkeypatch, (1, 2, 0), dict.fromkeys(range(3), "a red duck"))
+    assert edit(requests=asked).exit_code != 0
+    halfway = uk.Edits.from_pretrained(tmp_path / "out")
+    assert sorted(e.prompt for e in halfway.entries) == sorted(e.prompt for e in before.entries)
+    assert sum(e.target == "a red duck" for e in halfway.entries) == 1
+    monkeypatch.setattr(making.Editor, "edit", train)
+    result = edit(requests=asked)
+    assert result.exit_code == 0, result.output
+    assert "edits made: 2;" in result.output
+    made = {e.id: (e.image, e.target) for e in uk.Edits.from_pretrained(tmp_path / "out").entries}
+    images = [e.image for e in before.entries]
+    assert made == {str(n): (images[i], "a red duck") for n, i in enumerate((1, 2, 0))}
+
+
+# Bad input
 
 
 def test_edits_of_other_layers_are_refused_before_the_memory_is_built(edit, ready, tmp_path, monkeypatch):
@@ -200,6 +312,15 @@ WRONG = {
     "no path": ([{"prompt": "a", "target": "b", "image": 3}], "the image of entry 0 must be a path or null, but is 3"),
     "no picture": ([{"prompt": "a", "target": "b", "image": "x.png"}], "1 of 1 pictures are missing"),
     "nothing": ([], "no requests given"),
+    "unknown key": (
+        [{"prompt": "a", "target": "b", "imge": "x.png"}],
+        "request 0 has an unknown key 'imge'; known: id, prompt, target, image",
+    ),
+    "no name": (
+        [{"prompt": "a", "target": "b", "image": ""}],
+        "the image of entry 0 must be a path or null, but is ''",
+    ),
+    "half a character": ([{"prompt": "a\ud800", "target": "b"}], "request 0: prompt holds '\\ud800'"),
     "one id twice": ([{"prompt": p, "target": "b", "id": "x"} for p in "ac"], "these come twice: 'x'"),
 }
 
@@ -221,6 +342,15 @@ def test_other_bad_input_is_told_before_the_model_is_loaded(edit, ready, tmp_pat
     (ready / "wrong.json").write_text("[{")
     assert "wrong.json is not JSON" in edit(requests="wrong.json").output
     assert "wrong.json is not JSON" in edit("--config", str(ready / "wrong.json")).output
+    (ready / "wrong.json").write_text("[" * 100_000)
+    assert "wrong.json is not JSON" in edit(requests="wrong.json").output
+    assert "wrong.json is not JSON" in edit("--config", str(ready / "wrong.json")).output
+    (ready / "wrong.json").write_text(json.dumps({"neuron": {}}))
+    told = "wrong.json: unknown keys in the config: neuron; known: layers, shift, routing, encoders, neurons"
+    assert told in edit("--config", str(ready / "wrong.json")).output
+    for option, key in (("--triplets", "picture"), ("--probes", "img")):
+        (ready / "wrong.json").write_text(json.dumps([{"prompt": "a", "target": "b", key: "x.png"}]))
+        assert f"{option[2:-1]} 0 has an unknown key '{key}'" in edit(option, str(ready / "wrong.json")).output
     (ready / "wrong.json").write_text(json.dumps([{"prompt": "a", "target": "b", "kind": "reliability"}]))
     assert "probe 0 needs a kind of rel, t_gen" in edit("--probes", str(ready / "wrong.json")).output
     (tmp_path / "out").write_text("a file")
@@ -237,6 +367,28 @@ def test_a_target_without_tokens_is_told_before_the_memory_is_built(edit, monkey
     result = edit()
     assert result.exit_code == 1
     assert "request 0: the tokenizer has no token for the target 'crutch'" in result.output
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "huge", "long"])
+@pytest.mark.parametrize("what", ["request", "triplet", "probe"])
+def test_what_the_model_cannot_take_is_told_before_anything_is_computed(edit, ready, monkeypatch, what, wrong):
+    for name in ("build_memory", "edit", "check"):
+        monkeypatch.setattr(making.Editor, name, None)
+    entries = json.loads((ready / f"{what}s.json").read_text())
+    (ready / "damaged.png").write_bytes((ready / entries[0]["image"]).read_bytes()[:60])
+    Image.new("1", (400, 400)).save(ready / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    change = {"prompt": "what is this " * 100} if wrong == "long" else {"image": f"{wrong}.png"}
+    (ready / "wrong.json").write_text(
+        json.dumps([*entries, {k: v for k, v in entries[0].items() if k != "id"} | change])
+    )
+    file = ready / "wrong.json"
+    result = edit(requests=file) if what == "request" else edit(f"--{what}s", str(file))
+    assert result.exit_code == 1
+    name = f"{what} {len(entries)}"
+    told = f"{name} is " if wrong == "long" else f"{name}: {ready / wrong}.png cannot be read as a picture: "
+    assert told in result.output
+    assert wrong != "long" or "but the model has positions for 96" in result.output
 
 
 def test_an_id_of_an_edit_that_stays_is_refused(edit, ready, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,33 @@ app = typer.Typer(
     no_args_is_help=True,
     help="UniKE knowledge editing: correct what a multimodal model believes, without retraining.",
 )
+
+
+def _file(told: str) -> Any:
+    """An option that takes a file; a short name for what it takes leaves its help room in a narrow terminal."""
+    return typer.Option(metavar="FILE", exists=True, help=told)
+
+
+def _number(told: str, *names: str, min: int | None = None) -> Any:
+    """An option that takes a whole number."""
+    return typer.Option(*names, metavar="N", help=told, min=min)
+
+
+def _told_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"unike-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[  # a flag whose callback does it all
+        bool, typer.Option("--version", callback=_told_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 @app.command()
@@ -53,7 +80,8 @@ def inspect(path: Annotated[str, typer.Argument(help="Folder of saved edits, or 
         edits = Edits.from_pretrained(path)
     base, shift, routing = edits.base, edits.config.shift, edits.config.routing
     alpha = "adaptive" if shift.alpha is None else shift.alpha
-    typer.echo(f"base: {base.family}, hidden size {base.hidden_size}, {base.num_layers} layers, {base.name_or_path}")
+    name = base.name_or_path or "of a model without a name"
+    typer.echo(f"base: {base.family}, hidden size {base.hidden_size}, {base.num_layers} layers, {name}")
     typer.echo(f"shift: {shift.attention}, K = {shift.k}, alpha {alpha}" if shift.enabled else "shift: off")
     limits = f"false-accept rate {routing.false_accept_rate}, margin {routing.margin} over {routing.cohort} cases"
     typer.echo(f"routing: {routing.mode}, {limits}")
@@ -120,31 +148,41 @@ def edit(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="Model folder or name that transformers can load.")],
-    data: Annotated[list[Path], typer.Option(exists=True, help="File of MMEdit or VLKEB; two for cross-task.")],
-    train_data: Annotated[list[Path], typer.Option(exists=True, help="Training file for the memory; repeatable.")],
-    images: Annotated[Path, typer.Option(help="Folder that the files' picture names start from.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on there when stopped.")],
-    protocol: Annotated[str, typer.Option(help="one-step, sequential or cross-task.")] = "one-step",
-    k: Annotated[int | None, typer.Option("-k", min=1, help="Edits on the model together; 10 unless one-step.")] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Model folder or name that transformers can load.")],
+    data: Annotated[list[Path], _file("File of MMEdit or VLKEB; two for cross-task.")],
+    train_data: Annotated[list[Path], _file("Training file for the memory; repeatable.")],
+    images: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the files' picture names start from.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="For the results; the same command goes on there when stopped."),
+    ],
+    protocol: Annotated[str, typer.Option(metavar="NAME", help="one-step, sequential or cross-task.")] = "one-step",
+    k: Annotated[int | None, _number("Edits on the model together; 10 unless one-step.", "-k", min=1)] = None,
     routed: Annotated[bool, typer.Option("--routed/--always", help="Routed edits, or the paper's.")] = False,
     prompts: Annotated[
         str,
         typer.Option(
+            metavar="STYLE",
             help="auto (MMEdit's own, or the chat template where a model has one), raw, short-answer, caption, answer, "
-            "answer-is, chat, or a template with {}."
+            "answer-is, chat, or a template with {}.",
         ),
     ] = "auto",
     metrics: Annotated[
-        str, typer.Option(help="By comma, of rel, t_gen, m_gen, t_loc, m_loc, port; without m_gen, COCO is enough.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="By comma, some of rel, t_gen, m_gen, t_loc, m_loc and port; all by default. Without m_gen, COCO is "
+            "enough.",
+            show_default=False,
+        ),
     ] = "rel,t_gen,m_gen,t_loc,m_loc,port",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many records, drawn by the seed.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of the order; may be given again. Default: 0.")] = None,
-    memory: Annotated[int, typer.Option(min=1, help="Training records for the memory, at most.")] = 2000,
-    config: Annotated[Path | None, typer.Option(exists=True, help="JSON of a UnikeConfig; defaults otherwise.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked together.")] = 16,
+    limit: Annotated[int | None, _number("At most so many records, drawn by the seed.", min=1)] = None,
+    seed: Annotated[list[int] | None, _number("Of the order; may be given again. Default: 0.")] = None,
+    memory: Annotated[int, _number("Training records for the memory, at most.", min=1)] = 2000,
+    config: Annotated[Path | None, _file("JSON of a UnikeConfig; defaults otherwise.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: Annotated[int, _number("Questions asked together.", min=1)] = 16,
     generate: Annotated[bool, typer.Option(help="Also answer freely, for exact match.")] = True,
 ) -> None:
     """Edits a model with UniKE as a benchmark asks, and measures what changed: every sample to a file, then a table.

@@ -41,7 +41,8 @@ _DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }
-_FLOATS = tuple(name for dtype, name in _DTYPES.items() if dtype.is_floating_point)
+FLOATS = tuple(dtype for dtype in _DTYPES if dtype.is_floating_point)  # what edits' tensors may have
+_FLOATS = tuple(_DTYPES[dtype] for dtype in FLOATS)
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -362,11 +363,16 @@ def upload(
     folder: str, repo: str, *, revision: str | None, private: bool | None, token: str | None, message: str
 ) -> str:
     """Put what `write` wrote into a hub repository, in one commit; returns the commit's address."""
-    from huggingface_hub import HfApi
-
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as err:
+        raise EditsError(f"to put edits into {repo} on the hub, install huggingface_hub") from err
     api = HfApi(token=token)
-    api.create_repo(repo, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo, folder_path=folder, revision=revision, commit_message=message, delete_patterns=_ON_HUB
-    )
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, commit_message=message, delete_patterns=_ON_HUB
+        )
+    except Exception as err:  # the hub's own are OSErrors or ValueErrors, those of the network below it of any kind
+        raise EditsError(f"the edits could not be put into {repo} on the hub: {err}") from err
     return str(commit.commit_url)

@@ -8,14 +8,18 @@ from .edits import Edits
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's decision for one case: items as (name, cosine), nearest first, and the strength of the shift."""
+    """One layer's decision for one case: items as (name, cosine), nearest first, and the strength of the shift.
+
+    "memory[i]" is item i of the memory, which the editor made from `editor.triplets[editor.states.kept[i]]`; edits keep
+    no texts of these. "edit x" is the own item of the edit with id x.
+    """
 
     layer: int
     items: tuple[tuple[str, float], ...]
     alpha: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CaseReport:
     """One case: the edits that act on it, as (id, routing score or None where none was routed), then each layer."""
 
@@ -23,9 +27,18 @@ class CaseReport:
     edits: tuple[tuple[str, float | None], ...]
     layers: tuple[LayerReport, ...]
 
+    def _acting(self, most: int | None = None) -> str:
+        """The first edits that act, with their scores."""
+        names = [i if s is None else f"{i} ({s:.3f})" for i, s in self.edits]
+        more = [] if most is None or len(names) <= most else [f"{len(names) - most} more"]
+        return ", ".join([*names[:most], *more]) or "none"
+
+    def __repr__(self) -> str:
+        alphas = ", ".join(f"{layer.alpha:.3f} at layer {layer.layer}" for layer in self.layers) or "none"
+        return f"CaseReport(case {self.case}; edits that act: {self._acting(3)}; alpha: {alphas})"
+
     def __str__(self) -> str:
-        acting = ", ".join(i if s is None else f"{i} ({s:.3f})" for i, s in self.edits) or "none"
-        lines = [f"case {self.case}: edits that act: {acting}"]
+        lines = [f"case {self.case}: edits that act: {self._acting()}"]
         for layer in self.layers:
             items = ", ".join(f"{name} {score:.3f}" for name, score in layer.items[:5]) or "nothing retrieved"
             more = f", and {len(layer.items) - 5} more" if len(layer.items) > 5 else ""

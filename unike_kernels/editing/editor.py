@@ -75,6 +75,11 @@ class Editor:
         self._seen: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # cases, their wording, what they ask
         self.remembered: set[tuple[str | None, str]] = set()  # what the memory's items ask: (picture's digest, prompt)
 
+    def __repr__(self) -> str:
+        items = "no memory yet" if self.states is None else f"{len(self.states.kept)} memory items"
+        fitted = "encoders fitted" if self.fits else "no encoders yet"
+        return f"Editor({type(self.model).__name__}, layers {list(self.layers)}, {items}, {fitted})"
+
     def build_memory(
         self,
         triplets: Sequence[dict[str, Any]],

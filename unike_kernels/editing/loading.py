@@ -1,5 +1,6 @@
 """Models and processors by name, as the command line needs them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[nn.Mo
 
     device: "auto" is a CUDA device where there is one. dtype: "float32", "bfloat16", "float16", or "auto": the
     checkpoint's own, but float32 on a CPU, where half precision is many times slower. ValueError for other words, and
-    for a device that is not there.
+    for a device that is not there; OSError for a name that is no folder and of no model on the hub.
     """
     import transformers
 
@@ -26,7 +27,12 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[nn.Mo
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     kind: Any = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else "auto")
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"there is no folder {name!r} in {Path.cwd()}, nor can a hub's model be had: {error}") from None
     named = [getattr(transformers, n, None) for n in config.architectures or ()]
     classes = [c for c in named if c is not None and hasattr(c, "generate")]
     chosen = (classes or [transformers.AutoModelForImageTextToText])[0]
