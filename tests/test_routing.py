@@ -200,3 +200,7 @@ def test_more_edits_than_one_may_act():
         reports = handle.explain(**inputs)
     assert [[i for i, _ in r.edits] for r in reports] == [edits.ids[:2], edits.ids[2:]]
     assert reports[0].edits[0][1] > reports[0].edits[1][1]
+    told = f"{edits.ids[0]} ({reports[0].edits[0][1]:.3f}), {edits.ids[1]} ({reports[0].edits[1][1]:.3f})"
+    alphas = ", ".join(f"{layer.alpha:.3f} at layer {layer.layer}" for layer in reports[0].layers)
+    assert repr(reports[0]) == f"CaseReport(case 0; edits that act: {told}; alpha: {alphas})"
+    assert str(reports[0]).startswith(f"case 0: edits that act: {told}\n")

