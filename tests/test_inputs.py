@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.editing_tiny import ask, make_processor, make_requests, make_tokenizer, picture
 from tests.models_tiny import IMAGE, MODELS, MULTIMODAL, PAD, make_model
 from unike_kernels.editing.inputs import Collator, Sample, image_digest
+from unike_kernels.editing.requests import read_requests
 from unike_kernels.evaluation.metrics import token_accuracy
 
 TEXTS = ["Question: what is this? Answer: floppy disk", "a red cat\nand a dog", "the floppy cat asks what it is"]
@@ -308,6 +309,18 @@ def test_a_damaged_picture_is_named(tmp_path):
             collator.batch([Sample("what", image=tmp_path / "cut.jpg")], [0])
 
 
+def test_a_picture_that_was_opened_but_not_read_is_named(tmp_path):
+    picture(0).resize((64, 64)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    collator = Collator(make_model("blip2"), make_processor("blip2"))
+    with pytest.raises(OSError, match="the picture cannot be read: image file is truncated"):
+        collator.check(Sample("what", image=Image.open(tmp_path / "cut.jpg")))
+    request = {"prompt": "what", "target": "moon", "image": Image.open(tmp_path / "cut.jpg")}
+    with pytest.raises(OSError, match="the picture of request 0 cannot be read: image file is truncated"):
+        read_requests([request], None)
+
+
 @pytest.mark.parametrize("raised", [RuntimeError, Image.DecompressionBombError, NotImplementedError, IndexError])
 def test_whatever_pil_raises_names_the_picture(raised, tmp_path, monkeypatch):
     """Its readers do not agree on an error: AVIF's raises RuntimeError, DDS's NotImplementedError."""
@@ -325,8 +338,23 @@ def test_whatever_pil_raises_names_the_picture(raised, tmp_path, monkeypatch):
 
 def test_a_name_that_is_no_file_is_told():
     collator = Collator(make_model("blip2"), make_processor("blip2"))
-    with pytest.raises(OSError, match="there is no picture 'nofile.png', nor can it be had in another way: "):
+    with pytest.raises(OSError) as caught:
         collator.batch([Sample("what", image="nofile.png")], [0])
+    assert str(caught.value) == "there is no picture 'nofile.png'"  # not that it is no address, nor encoded
+    with pytest.raises(OSError, match=r"there is no picture 'iVBORw0[^']*\.\.\.': ") as caught:
+        collator.batch([Sample("what", image="iVBORw0KGgo" * 1000)], [0])
+    assert len(str(caught.value)) < 1000  # an encoded picture is not repeated
+
+
+def test_an_address_that_cannot_be_reached_is_told(monkeypatch):
+    collator = Collator(make_model("blip2"), make_processor("blip2"))
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(collator.processor, "image_processor", unreachable)
+    with pytest.raises(OSError, match="there is no picture 'https://nowhere.example/cat.png': "):
+        collator.batch([Sample("what", image="https://nowhere.example/cat.png")], [0])
 
 
 @pytest.mark.parametrize(

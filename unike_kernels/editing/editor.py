@@ -46,7 +46,8 @@ class Editor:
 
     model: a transformers multimodal or language model (or `MiniGPT4`); processor: its processor (or tokenizer);
     prompts are what the model would be asked, template included. Dicts hold the keys that are named and no others, and
-    what the model cannot take (a picture, a prompt too long) is told by entry before anything is computed. The base model stays as it is, whatever happens.
+    what the model cannot take (a picture, a prompt too long) is told by entry before anything is computed. The base
+    model stays as it is, whatever happens.
     backend: of the operators, in training and in `check`: "auto", "triton" or "reference", as `patch` takes it.
     """
 

@@ -195,6 +195,11 @@ class Collator:
             if file is not None and file not in self._decoded:
                 self._opened(file)
                 self._decoded.add(file)
+            elif hasattr(picture, "getbands"):  # PIL's, which may have been opened, but not yet read
+                try:
+                    picture.load()
+                except Exception as error:
+                    raise OSError(f"the picture cannot be read: {error}") from None
 
     def _check_places(self, sample: Sample) -> None:
         """ValueError where more of the prompt's tokens stand for pictures than there are; a BLIP-2 prompt has none."""
@@ -268,9 +273,10 @@ class Collator:
         try:
             features = dict(self.processor(images=picture, text=sample.prompt, return_tensors="pt"))
         except Exception as error:  # of the processor, of PIL, of whatever fetches an address
-            if isinstance(picture, str | Path):
+            if isinstance(picture, str | Path):  # an address, an encoded picture, or a file that is not there
                 text = str(picture) if len(str(picture)) <= 100 else f"{str(picture)[:97]}..."
-                raise OSError(f"there is no picture {text!r}, nor can it be had in another way: {error}") from None
+                cause = f": {error}".replace(str(picture), text) if "://" in text or text.endswith("...") else ""
+                raise OSError(f"there is no picture {text!r}{cause}") from None
             raise ValueError(f"the {kind} does not take the picture with prompt {sample.prompt!r}: {error}") from error
         number = getattr(self.processor, "image_token_id", None)
         token = None if self._places_pictures or number is None else getattr(self.processor, "image_token", None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -102,7 +103,10 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
     for n, r in enumerate(requests):
         if isinstance(r.get("id"), bool) or not isinstance(r.get("id"), str | Integral | None):
             raise ValueError(f"the id of request {n} must be a string or a whole number, but is {r['id']!r}")
-        key = asked(r)
+        try:
+            key = asked(r)
+        except Exception as error:  # of PIL's readers, where a picture was opened, but not yet read
+            raise OSError(f"the picture of request {n} cannot be read: {error}") from None
         made = hashlib.sha256(repr((*key, r["target"])).encode()).hexdigest()[:12]
         name = made if r.get("id") is None else str(r["id"])
         if not name:
@@ -117,8 +121,8 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
         onto = onto.remove(list(gone))
     for newer, older in replaced:
         warnings.warn(f"request {newer!r} replaces {older!r}: the same picture and prompt", stacklevel=3)
-    ids = [r.id for r in latest.values()]
-    twice = sorted({i for i in ids if ids.count(i) > 1} | (set(ids) & set(onto.ids if onto is not None else ())))
+    counts = Counter([*(r.id for r in latest.values()), *(onto.ids if onto is not None else ())])
+    twice = sorted(name for name, n in counts.items() if n > 1)
     if twice:
         raise ValueError(f"edit ids must be unique, but these come twice: {', '.join(map(repr, twice))}")
     return list(latest.values()), onto

@@ -5,7 +5,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
     plans = {seed: protocols.plan(job.protocol, tasks, k=job.group, seed=seed, limit=job.limit) for seed in job.seeds}
     lacking = {r.id: r for seed, plan in plans.items() for r in plan.records if r.id not in runs[seed].done}
     if lacking:
-        _check_inputs(editor, list(lacking.values()), job)
+        _check_inputs(editor, list(lacking.values()), job, free=job.generate)
         _learn(method, known, [r for t in tasks for r in t], job, say)
     examiner = Examiner(editor.collator, batch_size=job.batch_size)
     found = []
@@ -217,26 +217,23 @@ def _learn(method: Unike, known: list[Record], asked: Sequence[Record], job: Job
     if records or probes:
         say(f"left out of training, since they are evaluated: {records} records and {probes} locality questions")
     chosen = random.Random(0).sample(known, min(job.memory, len(known)))
-    _check_inputs(method.editor, chosen, replace(job, generate=False))
+    _check_inputs(method.editor, chosen, job, free=False)
     method.fit(chosen, cache=job.out / MEMORY)
     method.editor.save(saved)
 
 
-def _check_inputs(editor: Editor, records: Sequence[Record], job: Job) -> None:
-    """ValueError or OSError, in the name of the record, where the model cannot take what one asks."""
-    asked = [(f"record {r.id!r}", r.request) for r in records]
-    asked += [(f"the {p.kind} question of record {r.id!r}", p.sample) for r in records for p in r.probes]
-    free = range(len(records), len(asked)) if job.generate else ()
-    names, samples = [name for name, _ in asked], [sample for _, sample in asked]
-    check_inputs(
-        editor.collator,
-        editor.decoder,
-        samples,
-        names.__getitem__,
-        eos=True,
-        answered=free,
-        progress=job.progress,
-    )
+def _check_inputs(editor: Editor, records: Sequence[Record], job: Job, *, free: bool) -> None:
+    """ValueError or OSError, in the name of the record, where the model cannot take what one asks.
+
+    free: whether its questions may be answered freely too.
+    """
+    collator, decoder = editor.collator, editor.decoder
+    names = [f"record {r.id!r}" for r in records]
+    check_inputs(collator, decoder, [r.request for r in records], names.__getitem__, eos=True, progress=job.progress)
+    names = [f"the {p.kind} question of record {r.id!r}" for r in records for p in r.probes]
+    samples = [p.sample for r in records for p in r.probes]
+    answered = range(len(samples)) if free else ()
+    check_inputs(collator, decoder, samples, names.__getitem__, answered=answered, progress=job.progress)
 
 
 def _fill(run: Run, plan: protocols.Plan, method: Unike, examiner: Examiner, job: Job) -> None:
