@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import unike_kernels as uk
@@ -111,11 +112,15 @@ def test_help_fits_a_narrow_terminal(monkeypatch):
 def test_a_model_that_is_no_folder_is_told(job, monkeypatch):
     folder, root = job
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def unknown(name):
+        raise OSError(f"no repository {name}")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unknown)
     args = ["edit", "nomodel", str(root / "requests.json"), str(folder / "out")]
     result = runner.invoke(app, [*args, "--triplets", str(root / "triplets.json")])
     assert result.exit_code == 1
-    assert f"there is no folder 'nomodel' in {folder}, nor can a hub's model be had: " in result.output
+    assert f"there is no folder 'nomodel' in {folder}, nor can a hub's model be had: no repo" in result.output
     assert not (folder / "out").exists()
 
 
