@@ -217,7 +217,8 @@ def _check_memory(editor: Editor, there: Edits | None, out: Path) -> None:
     except ValueError:
         raise ValueError(
             f"{out} holds edits with another memory or other encoders: new ones can only join them with the "
-            "triplets, the config and the cache that they were made with (a new fit may come out a little different)"
+            "triplets, the config, the dtype and the cache that they were made with (a new fit may come out a little "
+            "different)"
         ) from None
 
 
