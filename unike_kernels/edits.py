@@ -395,7 +395,7 @@ def _differences(a: Edits, b: Edits) -> list[str]:
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, by the least and the greatest, which are nan where one is.
 
-    Of 20,000 x 2,560 in float32 that takes 11 ms on one CPU core; `isfinite().all()`, which writes a mask, 960.
+    Of 20,000 x 2,560 in float32 that takes 7 ms on one CPU core; `isfinite().all()`, which writes a mask, 280.
     """
     if tensor.numel() == 0:
         return True
