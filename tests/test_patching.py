@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import sys
 import threading
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, MODELS, ROUTED, edits_for, inputs_for, make_model, text_inputs
 from tests.test_modules import Recording, cases_of, expected_attention
-from unike_kernels import attaching
+from unike_kernels import attaching, hooks
 from unike_kernels.config import UnikeConfig
 from unike_kernels.edits import Edits
 from unike_kernels.models import Decoder, find_decoder, get_module
@@ -108,6 +109,35 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(torchs):
         gone.remove()
         with ThreadPoolExecutor(1) as pool:
             assert torch.equal(pool.submit(lambda: model(**inputs).logits).result(), expected)
+    assert not hooks._running
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_within_another_threads_pass_may_run():
+    model = make_model("llama")
+    inputs = inputs_for(model, [5, 3])
+    uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
+    expected, inside, over = model(**inputs).logits, threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        over.wait()
+
+    model.model.layers[-1].register_forward_pre_hook(wait)
+    first = threading.Thread(target=lambda: model(**inputs))
+    first.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            over.set()
+            code = int(not torch.equal(model(**inputs).logits, expected))
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    over.set()
+    first.join()
 
 
 def test_with_undoes_on_an_exception():

@@ -4,6 +4,7 @@ Hooks are objects, not closures, so that a patched model pickles and deep-copies
 """
 
 import inspect
+import os
 import threading
 import warnings
 from typing import Any
@@ -18,6 +19,9 @@ from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import OwnHook, Projections
 from .tracker import CaseTracker
 
+_running: dict[int, int] = {}  # by a Runtime's id: the thread whose pass runs now
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_running.clear)  # which has none of the threads that were in a pass
 _ON_ALL = torch.nn.modules.module._global_forward_hooks  # of every module in the process
 
 
@@ -33,7 +37,6 @@ class Runtime:
         self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
         self.again = False  # it goes on with what the step before found
         self.places: list[tuple[dict[str, Any], HookedForward]] | None = None  # where each of the forwards stands
-        self.thread: dict[str, int] = {}  # that of the pass that runs now
 
     def cases(self, like: Tensor) -> Cases:
         """The current pass's cases on `like`'s device."""
@@ -59,7 +62,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # On, though the copy was made inside `disabled`: nothing could switch it on later.
-        return {**self.__dict__, "enabled": True, "native": None, "places": None, "thread": {}}
+        return {**self.__dict__, "enabled": True, "native": None, "places": None}
 
 
 def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -320,7 +323,7 @@ class BeginHook:
         runtime = self.runtime
         if not is_compiling():
             mine = threading.get_ident()
-            if runtime.thread.setdefault("of", mine) != mine:
+            if _running.setdefault(id(runtime), mine) != mine:
                 raise RuntimeError(
                     f"another thread is within a pass of this model, and patch {runtime.tracker.name!r} keeps what "
                     "belongs to one pass: run one at a time (a lock around model and generate), or a copy per thread"
@@ -359,9 +362,9 @@ class EndHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         runtime = self.runtime
         if not is_compiling():
-            if runtime.thread.get("of") != threading.get_ident():
+            if _running.get(id(runtime)) != threading.get_ident():
                 return  # refused: the other thread's pass goes on
-            runtime.thread.clear()
+            del _running[id(runtime)]
         runtime.native = None
         if output is None or not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
             return
