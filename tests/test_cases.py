@@ -333,6 +333,18 @@ def test_slots_grow_shrink_and_are_freed(chosen):
         handle.set_cases(torch.tensor([1]), torch.tensor([-1, -1, -1]))
 
 
+def test_case_tokens_that_are_overwritten_are_followed():
+    """As an engine does whose index tensors stay where they are, for a captured graph."""
+    model, inputs, handle = patched("llama", ROUTED, rows=(6, 6))
+    packed, own = inputs["input_ids"].reshape(1, -1), torch.tensor([5, 11])
+    position = torch.arange(6).repeat(2)[None]
+    handle.set_cases(torch.tensor([0] * 6 + [1] * 6), own)
+    model(input_ids=packed, position_ids=position)
+    own.copy_(torch.tensor([3, 11]))
+    model(input_ids=packed, position_ids=position)
+    assert handle.record.runtime.tracker.current.case_tokens.tolist() == [3, 11]
+
+
 def test_the_last_chunk_of_a_packed_prompt_decides():
     model, inputs, handle = patched("llama", CONFIGS["causal"])
     prompt = row_of(inputs, 0)["input_ids"][0].tolist()

@@ -373,6 +373,21 @@ def test_prompts_hold_a_token_for_each_picture_where_the_processor_puts_none(nam
         collator.batch([Sample(prompt, image=picture(0) if pictures else None)], [0])
 
 
+def test_pictures_in_every_form_that_the_processor_takes():
+    """Several in a prompt: as a list, a list in a list, an array, a tensor; and prompts that hold all their tokens."""
+    collator = Collator(make_model("llava"), make_processor("llava"))
+    two = [picture(0), picture(1)]
+    arrays = np.stack([np.array(p) for p in two])
+    for image in (two, [two], arrays, torch.tensor(arrays).permute(0, 3, 1, 2)):
+        sample = Sample("<image> <image> what ?", image=image)
+        collator.check(sample)
+        assert collator.batch([sample], [0]).inputs["pixel_values"].shape[0] == 2
+    older = make_processor("blip2")
+    older.num_query_tokens = None
+    sample = Sample("<image> <image> <image> <image> what ?", image=picture(0))
+    Collator(make_model("blip2"), older).check(sample)
+
+
 def test_the_fingerprint_tells_processors_apart():
     model = make_model("blip2")
     processor = make_processor("blip2")

@@ -360,6 +360,25 @@ def test_compiled_decoding_with_a_static_cache(config):
             compiled(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+def test_compiled_decoding_is_not_compiled_anew_where_another_model_moves():
+    model, other, backend = make_model("llama", layers=3), make_model("opt", layers=3), Counting()
+    inputs = inputs_for(model, (5, 3, 4))
+    uk.patch(model, edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1, 2)))
+    uk.patch(other, edits_for(other, ALWAYS, layers=(1, 2)))
+    compiled, token = torch.compile(model, backend=backend), torch.full((3, 1), 7)
+    with torch.no_grad():
+        for step in (model, model, compiled):  # by native code first
+            cache = model(**inputs, use_cache=True).past_key_values
+            for _ in range(2):
+                step(input_ids=token, past_key_values=cache)
+        made = backend.graphs
+        for dtype in (torch.float64, torch.float32):
+            other.to(dtype)
+            cache = model(**inputs, use_cache=True).past_key_values
+            compiled(input_ids=token, past_key_values=cache)
+    assert backend.graphs == made > 0
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_compiled_chunks_of_a_prompt_decide_as_eager_ones(side):
     """Right-padded prompts end in an earlier chunk than their batch: what that decided stays."""

@@ -100,16 +100,16 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(torchs):
     assert len(told) == 2 and all("another thread is within a pass of this model" in t for t in told)
 
     def failing(*_):
-        raise KeyError("mine")
+        raise error
 
-    for _ in range(2):  # a pass that failed is over
+    for error in (KeyError, KeyboardInterrupt):  # a pass that failed is over, though torch calls no hook after Ctrl-C
         gone = model.model.layers[-1].register_forward_pre_hook(failing)
-        with pytest.raises(KeyError, match="mine"):
+        with pytest.raises(error):
             model(**inputs)
         gone.remove()
         with ThreadPoolExecutor(1) as pool:
             assert torch.equal(pool.submit(lambda: model(**inputs).logits).result(), expected)
-    assert not hooks._running
+    assert not set(hooks._running.values()) - {threading.get_ident()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -30,7 +30,10 @@ class Version:
             _versions[self.token] = self
 
     def twin(self) -> "Version":
-        """The version of a copied model, whose KV caches may have been copied, or pickled, along with it."""
+        """The version of a copied model, whose KV caches may have been copied, or pickled, along with it.
+
+        Until an eager pass used such a cache, compiled code takes it for one of the first model.
+        """
         twin = Version(self.token, self.live)
         _versions.setdefault(self.token, twin)
         return twin
@@ -330,20 +333,19 @@ def refuse_packed(position_ids: object, mask: object, length: int, past: int) ->
     real = attended(mask, length, past)
     real = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real.to(position_ids.device)
     at, real = torch.broadcast_tensors(position_ids, real)
-    column = torch.arange(length, device=at.device).expand_as(at)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    flat = isinstance(mask, Tensor) and mask.dim() == 2
+    if flat:
         # What such a mask hides is padding, at whatever position, and may lie within a row: BLIP-2's processor puts
-        # the picture before text that is padded on its left. Each token is compared with the last one before it.
-        last = torch.where(real, column, 0).cummax(dim=1).values[:, :-1]
-        before, after = at.gather(1, last), at[:, 1:]
-        again = real[:, 1:] & real.gather(1, last)
-        again &= (after < before) | ((after == before) & (after == 0))  # a sequence of one token stays at 0
-    else:
+        # the picture before text that is padded on its left. The other tokens are compared, moved together.
+        order = torch.argsort((~real).int(), dim=1, stable=True)
+        at, real = at.gather(1, order), real.gather(1, order)
+    before, after, seen = at[:, :-1], at[:, 1:], real[:, :-1]
+    falls = after < before
+    again = seen & real[:, 1:] & (falls | ((after == before) & (after == 0)))  # a sequence of one token stays at 0
+    if not flat:
         # What a block-diagonal mask hides from the last query looks like padding, but padding stays at one position,
         # and falls at most from 1 to the 0 of the first token.
-        before, after, seen = at[:, :-1], at[:, 1:], real[:, :-1]
-        starts = (after < before) | ((after == before) & (after == 0))
-        again = torch.where(seen, starts & real[:, 1:], (after < before) & (before > 1))
+        again |= ~seen & falls & (before > 1)
     if bool(again.any()):
         raise ValueError(
             f"position_ids start again inside rows {again.any(dim=1).nonzero().flatten().tolist()}, so these rows "

@@ -5,6 +5,7 @@ Hooks are objects, not closures, so that a patched model pickles and deep-copies
 
 import inspect
 import os
+import sys
 import threading
 import warnings
 from typing import Any
@@ -313,6 +314,16 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------------- decoder
 
 
+def _within(thread: int, decoder: nn.Module) -> bool:
+    """Whether a thread runs a method of the decoder now."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_locals.get("self") is decoder:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class BeginHook:
     """Forward pre-hook on the decoder: finds the cases of the pass."""
 
@@ -323,7 +334,9 @@ class BeginHook:
         runtime = self.runtime
         if not is_compiling():
             mine = threading.get_ident()
-            if _running.setdefault(id(runtime), mine) != mine:
+            if _running.setdefault(id(runtime), mine) != mine and not _within(_running[id(runtime)], module):
+                _running[id(runtime)] = mine  # torch calls no hook after a pass that Ctrl-C broke off
+            if _running[id(runtime)] != mine:
                 raise RuntimeError(
                     f"another thread is within a pass of this model, and patch {runtime.tracker.name!r} keeps what "
                     "belongs to one pass: run one at a time (a lock around model and generate), or a copy per thread"

@@ -84,7 +84,12 @@ class CaseTracker:
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Before the decoder: finds the cases of this pass. True where it only goes on, and `end` has nothing to do."""
-        if self.step is not None and not args and self._goes_on(self.step, kwargs):
+        if (
+            self.step is not None
+            and not args
+            and not torch.compiler.is_compiling()
+            and self._goes_on(self.step, kwargs)
+        ):
             self.labels, self.current = None, self.step
             return True
         given = self._given(args, kwargs)
@@ -365,6 +370,8 @@ class CaseTracker:
             )
         if state.size != batch:
             raise ValueError(f"the KV cache was prefilled with {state.size} cases, but this pass has {batch} rows")
+        if not torch.compiler.is_compiling():
+            state.version = self.version  # of this model, if the cache was copied along with it
         return state
 
     def _stale(self, state: CaseState) -> bool:
@@ -415,7 +422,8 @@ class CaseTracker:
         _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
         _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens", lowest=FREE)
         new, kept = case_tokens >= 0, case_tokens != FREE
-        case_tokens = case_tokens.clamp(min=-1)
+        if not bool(kept.all()):
+            case_tokens = case_tokens.clamp(min=-1)  # else the caller's own tensor, which an engine may overwrite
         owner = token_to_case[case_tokens[new]]
         if not torch.equal(owner, new.nonzero().flatten().to(owner)):
             raise ValueError(

@@ -18,13 +18,14 @@ def check_inputs(
     *,
     eos: bool = False,
     answered: Collection[int] = (),
+    beyond: int = 1,
     least: int = 1,
     progress: bool = False,
 ) -> None:
     """ValueError or OSError, in the name of the sample, where one cannot be read, tokenised or held by the model.
 
     name: of sample n, for the message. eos: whether targets end with the end-of-sequence token. answered: which samples
-    are answered freely too, with one token more than the longest target has, and `least` at the least.
+    are answered freely too, with `beyond` tokens more than the longest target has, and `least` at the least.
     Every picture's file is decoded, once, but not made into the model's input: for photographs of 640 x 480 that is 0.7
     instead of 7.6 ms each on one core (BLIP's processor, transformers 5.24), and a header, 0.03 ms, tells too little.
     How many tokens a picture takes is seen from the first one of these samples.
@@ -54,7 +55,7 @@ def check_inputs(
     if most is None:
         return
     end = int(eos and collator.eos is not None)
-    new = max(least, max(targets, default=0) + 1)
+    new = max(least, max(targets, default=0) + beyond)
     for n, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         if (length := prompt + (target + end if target else 0)) > most:
             raise ValueError(f"{name(n)} is {length} tokens long, but the model has positions for {most}")
@@ -73,7 +74,8 @@ def check_triplets(
     given = {n: str(t["prediction"]).strip() for n, t in enumerate(triplets) if str(t.get("prediction") or "").strip()}
     asked = {n for n in range(len(right)) if n not in given}
     names = [f"triplet {n}" for n in range(len(right))]
-    check_inputs(collator, decoder, right, names.__getitem__, answered=asked, least=ANSWER_TOKENS, progress=progress)
+    free: dict[str, Any] = {"answered": asked, "beyond": 0, "least": ANSWER_TOKENS}
+    check_inputs(collator, decoder, right, names.__getitem__, **free, progress=progress)
     wrong = [Sample(right[n].prompt, answer, right[n].image) for n, answer in given.items()]
     names = [f"the prediction of triplet {n}" for n in given]
     check_inputs(collator, decoder, wrong, names.__getitem__)

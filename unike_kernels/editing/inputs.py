@@ -202,8 +202,12 @@ class Collator:
                     raise OSError(f"the picture cannot be read: {error}") from None
 
     def _check_places(self, sample: Sample) -> None:
-        """ValueError where more of the prompt's tokens stand for pictures than there are; a BLIP-2 prompt has none."""
-        pictures = sample.image if isinstance(sample.image, list | tuple) else [sample.image]
+        """ValueError where more of the prompt's tokens stand for pictures than there are; a BLIP-2 prompt has none.
+
+        Told where it is sure: pictures may come in arrays and nested lists, and prompts with all their tokens.
+        """
+        several = isinstance(sample.image, list | tuple)
+        pictures = list(sample.image) if several else [sample.image]
         token = str(getattr(self.processor, "image_token", None) or "")
         found = sample.prompt.count(token) if token else 0
         if found and sample.image is None:
@@ -211,7 +215,8 @@ class Collator:
         if found and self._places_pictures:
             kind = type(self.processor).__name__
             raise ValueError(f"the prompt holds {token!r}, which the {kind} puts in itself: {sample.prompt!r}")
-        if found > len(pictures):
+        counted = all(isinstance(p, str | Path) or hasattr(p, "getbands") for p in pictures)
+        if found > len(pictures) and counted and getattr(self.processor, "image_token_id", None) is not None:
             few = "one picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
             raise ValueError(f"the prompt holds {token!r} {found} times, but there is {few}: {sample.prompt!r}")
 
