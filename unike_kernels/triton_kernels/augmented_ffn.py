@@ -72,7 +72,10 @@ tuning.ROWS += ROWS
 @triton.jit
 def _dot(a, b, acc):
     """acc + a b, float32: on tensor cores where both are of one half precision, otherwise without TF32."""
-    if a.dtype == b.dtype and a.dtype != tl.float32:
+    # A comparison with a constant has no `and` in Triton before 3.4.
+    HALF: tl.constexpr = a.dtype != tl.float32
+    SAME: tl.constexpr = a.dtype == b.dtype
+    if HALF & SAME:
         return tl.dot(a, b, acc)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

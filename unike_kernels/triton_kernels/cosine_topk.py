@@ -29,13 +29,6 @@ def _pack(scores, index):
 
 
 @triton.jit
-def _keep_best(best, new, KP: tl.constexpr):
-    """The KP largest of two lists [R, KP] and [R, KP]."""
-    both = tl.reshape(tl.join(best, new), [best.shape[0], 2 * KP])
-    return tl.topk(both, KP)
-
-
-@triton.jit
 def _first_columns(x, LIVE: tl.constexpr):
     """The first LIVE columns of x [R, C], exactly."""
     if x.shape[1] == LIVE:
@@ -43,7 +36,24 @@ def _first_columns(x, LIVE: tl.constexpr):
     else:
         apart = tl.reshape(x, [x.shape[0], x.shape[1] // LIVE, LIVE])
         first = tl.arange(0, x.shape[1] // LIVE)[None, :, None] == 0
-        return tl.sum(tl.where(first, apart, 0.0), axis=1)
+        return tl.sum(tl.where(first, apart, 0), axis=1)
+
+
+@triton.jit
+def _topk_by_sorting(x, k: tl.constexpr):
+    """The k largest of each row of x [R, C], the largest first."""
+    return _first_columns(tl.sort(x, descending=True), k)
+
+
+# Triton has topk from 3.4 on; it leaves out most of the sorting.
+_topk = getattr(tl, "topk", _topk_by_sorting)
+
+
+@triton.jit
+def _keep_best(best, new, KP: tl.constexpr):
+    """The KP largest of two lists [R, KP] and [R, KP]."""
+    both = tl.reshape(tl.join(best, new), [best.shape[0], 2 * KP])
+    return _topk(both, KP)
 
 
 @triton.jit
@@ -182,7 +192,7 @@ def cosine_topk_scan(
         # Most blocks hold nothing better than what is known: no sort for them.
         worst = tl.min(best, axis=1)
         if tl.max((packed > worst[:, None]).to(tl.int32)) > 0:
-            best = _keep_best(best, tl.topk(packed, KP), KP)
+            best = _keep_best(best, _topk(packed, KP), KP)
     written = of_tile < T
     if selected is None:
         lists = programs
@@ -209,7 +219,7 @@ def merged(found, row, count, KP: tl.constexpr, BLOCK: tl.constexpr):
         new = tl.load(found + row * count + at, mask=at < count, other=NOTHING)
         start += BLOCK
         if tl.max((new > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
-            best = _keep_best(best, tl.topk(new, KP), KP)
+            best = _keep_best(best, _topk(new, KP), KP)
         else:
             start = count
     return best

@@ -16,7 +16,8 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from ..image_processors import BlipImageProcessorPil
 
 HERE = Path(__file__).parent
 TOKENIZER_FILE = HERE / "tokenizer.json"
