@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.utils import ModelOutput
 
 import unike_kernels as uk
 from tests.case_passes import (
@@ -24,6 +25,7 @@ from tests.case_passes import (
 from tests.models_tiny import ALWAYS, ROUTED, row_of, text_inputs
 from unike_kernels import memory, routing
 from unike_kernels.cases import as_if_capturing
+from unike_kernels.tracker import CACHE_NAMES
 
 
 @pytest.fixture(params=CONFIGS)
@@ -196,6 +198,17 @@ def test_a_mask_over_all_columns_of_a_cache_equals_one_that_grows(kind, side, co
         for asked in (True, False):
             for ours, theirs in zip(logits(16, asked), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_outputs_are_not_asked_for_an_older_name_of_their_cache(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("this name warns")
+
+    model, inputs, _ = patched("llama", ROUTED)
+    if hasattr(ModelOutput, CACHE_NAMES[1]):  # transformers 5.24 and newer give such outputs both names
+        monkeypatch.setattr(ModelOutput, CACHE_NAMES[1], property(refuse))
+    for use_cache in (True, False):
+        model(**row_of(inputs, 0), use_cache=use_cache)
 
 
 def test_cache_prefilled_without_the_patch_is_refused():

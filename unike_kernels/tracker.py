@@ -127,9 +127,8 @@ class CaseTracker:
             state.known = now if state.known is None else now | state.known.to(now.device)
             self.slots = self._settled(self.slots)
             return
-        cache = getattr(output, CACHE_NAMES[0], None)
-        if cache is None:  # asked for its old name only then: transformers 5.24 warns of that
-            cache = getattr(output, CACHE_NAMES[1], None)
+        # Only the name that it has: transformers' newer outputs warn where they are asked for the older one.
+        cache = getattr(output, CACHE_NAMES[0 if hasattr(output, CACHE_NAMES[0]) else 1], None)
         if isinstance(output, tuple):
             cache = output[1] if len(output) > 1 else None
         if cache is None:
