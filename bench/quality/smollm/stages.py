@@ -7,6 +7,7 @@ apart by identity, without a word, as the emoji world's own vision stage does (w
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.quality.emoji import data
 from unike_kernels.minigpt4 import MiniGPT4
+from unike_kernels.tracker import CACHE_NAMES
 
 from .features import held_out_drawings
 from .model import BEFORE, QFORMER, QUERY_TOKENS, TRAINED, see
@@ -124,6 +126,8 @@ class SpeakStage(_Stage):
         super().__init__(net, patches, heads)
         self.batch, self.seen = batch, torch.zeros(())
         self.language = copy.deepcopy(net.llama_model).to(dtype).requires_grad_(False)
+        named = inspect.signature(self.language.model.forward).parameters
+        self.cache_name = next(name for name in CACHE_NAMES if name in named)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.ids = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -159,7 +163,7 @@ class SpeakStage(_Stage):
 
         if not self.kept:
             before = torch.tensor([[self.bos, *self.ids(BEFORE)]])
-            cached = self.language.model(input_ids=before, use_cache=True).past_key_values
+            cached = self.language.model(input_ids=before, use_cache=True)[self.cache_name]
             self.kept = [(layer.keys, layer.values) for layer in cached.layers]
         out = DynamicCache()
         for i, (keys, values) in enumerate(self.kept):
@@ -182,7 +186,7 @@ class SpeakStage(_Stage):
         image = self.net.llama_proj(states.float()).to(text)
         # right-padded and causal: no mask is needed
         hidden = self.language.model(
-            inputs_embeds=torch.cat([image, text], 1), past_key_values=self._before(len(pairs)), use_cache=True
+            inputs_embeds=torch.cat([image, text], 1), use_cache=True, **{self.cache_name: self._before(len(pairs))}
         ).last_hidden_state
         logits = self.language.lm_head(hidden.flatten(0, 1)[at].contiguous()).float()
         target, owner = torch.tensor(wanted), torch.tensor(sequence)
