@@ -1,4 +1,4 @@
-"""Repairs of Triton's CPU interpreter (3.6 to 3.9), for tests only.
+"""Repairs of Triton's CPU interpreter (3.2 to 3.9), for tests only.
 
 Without them, loops over a run-time range die with numpy 2.4 and later, and whatever is computed in bfloat16 is silently
 wrong: the interpreter keeps bfloat16 as a bit pattern and calculates with the pattern.
@@ -40,9 +40,10 @@ def repair() -> None:
     # int() of an array with one element and one dimension raises since numpy 2.4.
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patched_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+    def patched_tensor(tensor: Any, *scope: Any) -> None:  # Triton before 3.4 has no scope, and leaves things patched
+        patch_tensor(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patched_tensor
 
