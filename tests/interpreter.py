@@ -31,6 +31,13 @@ def repair() -> None:
 
     builder, handle, bf16 = interpreter.InterpreterBuilder, interpreter.TensorHandle, tl.bfloat16
 
+    if not hasattr(builder, "get_int1_ty"):  # Triton 3.2 cannot tell what ~ makes of a mask
+        builder.get_int1_ty = lambda self: tl.int1
+        all_ones = builder.get_all_ones_value
+        builder.get_all_ones_value = lambda self, of: (
+            handle(np.ones(1, dtype=bool), tl.int1) if of.scalar == tl.int1 else all_ones(self, of)
+        )
+
     def narrow(tensor: Any) -> bool:
         return tensor.dtype.scalar == bf16
 

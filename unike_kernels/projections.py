@@ -15,7 +15,7 @@ class OwnHook:
 
 def replacement(module: nn.Module) -> Any:
     """What stands in for a module's own forward, below the hooks of patches; None: nothing does."""
-    there = vars(module).get("forward")
+    there = module.__dict__.get("forward")
     return there.inner if isinstance(there, HookedForward) else there
 
 

@@ -158,7 +158,9 @@ class CaseTracker:
         return state
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self.parameters, args, strict=False)) | kwargs
+        # Cut to one length by hand: torch 2.6's compiler takes any `strict` for True, and has no `|` for dicts.
+        n = min(len(self.parameters), len(args))
+        return {**dict(zip(self.parameters[:n], args[:n], strict=True)), **kwargs}
 
     def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
         """One case per row of a padded batch."""
@@ -210,9 +212,7 @@ class CaseTracker:
         tokens = given.get("inputs_embeds")
         if tokens is None:
             tokens = given.get("input_ids")
-        cache = given.get(CACHE_NAMES[0])
-        if cache is None:
-            cache = given.get(CACHE_NAMES[1])
+        cache = _cache(given)
         if self._moves != ChoosesBackend.moves:
             return False
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
@@ -457,7 +457,8 @@ class CaseTracker:
 
 def _cache(given: dict[str, Any]) -> Any:
     """The KV cache among a decoder's arguments."""
-    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    newer = given.get(CACHE_NAMES[0])
+    return given.get(CACHE_NAMES[1]) if newer is None else newer
 
 
 def _check_range(name: str, index: Tensor, size: int, what: str, lowest: int = -1) -> None:
