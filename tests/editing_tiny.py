@@ -7,8 +7,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import Blip2Processor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from bench.quality.image_processors import BlipImageProcessorPil
 from tests.models_tiny import IMAGE, MULTIMODAL, PAD, QUERY_TOKENS, VOCABULARY, make_model
 from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, UnikeConfig
 from unike_kernels.editing.editor import Editor

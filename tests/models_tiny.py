@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -242,3 +244,22 @@ def edits_for(
         edits.calibration.center = edits.calibration.cases.mean(dim=0)
     edits.validate()
     return edits
+
+
+def skip_where_models_do_not_compile() -> None:
+    """Skips a test of torch.compile where the compiler cannot read transformers' own model: torch 2.6 cannot."""
+    if not _compiles():
+        pytest.skip(f"torch {torch.__version__} does not compile transformers' own models, without a patch on them")
+
+
+@lru_cache
+def _compiles() -> bool:
+    model = make_model("llama", layers=1)
+    try:
+        with torch.no_grad():
+            torch.compile(model, fullgraph=True, backend="eager")(**inputs_for(model, (3,)), use_cache=False)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    finally:
+        torch._dynamo.reset()
+    return True

@@ -11,7 +11,7 @@ from bench.quality.emoji import model as emoji
 from bench.quality.emoji import records
 from tests.editing_tiny import make_editor, make_requests, routed
 from tests.kernel_tools import launches
-from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
+from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, skip_where_models_do_not_compile
 from unike_kernels.config import RoutingConfig, UnikeConfig
 from unike_kernels.editing.inputs import Sample
 
@@ -46,6 +46,7 @@ def test_editor_refuses_an_unknown_backend():
 
 @pytest.mark.parametrize(("name", "config"), [("opt", ALWAYS), ("llama", ROUTED)], ids=["always", "routed"])
 def test_inductor_compiles_a_patched_model_in_one_graph(name, config):
+    skip_where_models_do_not_compile()
     torch._dynamo.reset()
     model = make_model(name, layers=2)
     inputs = inputs_for(model, (5, 3, 4))
@@ -62,6 +63,7 @@ def test_inductor_compiles_a_patched_model_in_one_graph(name, config):
 
 @pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
 def test_compiled_model_runs_the_kernels(config):
+    skip_where_models_do_not_compile()
     torch._dynamo.reset()
     model = make_model("llama", layers=2)
     inputs = inputs_for(model, (5, 3, 4))

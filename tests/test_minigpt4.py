@@ -18,9 +18,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import unike_kernels as uk
-from bench.quality.image_processors import BlipImageProcessorPil
 from tests.factories import make_edits
 from unike_kernels.editing.inputs import Collator, Sample
 from unike_kernels.minigpt4 import IMAGE, MiniGPT4, MiniGPT4Processor

@@ -12,7 +12,16 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import unike_kernels as uk
-from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, row_of, text_inputs
+from tests.models_tiny import (
+    ALWAYS,
+    ROUTED,
+    edits_for,
+    inputs_for,
+    make_model,
+    row_of,
+    skip_where_models_do_not_compile,
+    text_inputs,
+)
 from tests.test_patching import snapshot
 from unike_kernels.models import base_layer, find_decoder
 from unike_kernels.projections import empty_like_site
@@ -287,6 +296,7 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize(("name", "config"), [("opt", ALWAYS), ("llama", ROUTED), ("blip2", ROUTED)])
 def test_compiled_model_follows_its_patch(name, config):
+    skip_where_models_do_not_compile()
     model, backend = make_model(name, layers=3), Counting()
     inputs = inputs_for(model, (5, 3, 4))
     prompts = {k: v[:2] for k, v in inputs.items()}
@@ -322,6 +332,7 @@ def test_compiled_model_follows_its_patch(name, config):
 
 @CONFIGS
 def test_compiled_decoding_with_a_static_cache(config):
+    skip_where_models_do_not_compile()
     model = make_model("llama", layers=3)  # transformers' OPT itself does not compile with a static cache
     backend = Counting()
     inputs = inputs_for(model, (7, 6, 7))
@@ -361,6 +372,7 @@ def test_compiled_decoding_with_a_static_cache(config):
 
 
 def test_compiled_decoding_is_not_compiled_anew_where_another_model_moves():
+    skip_where_models_do_not_compile()
     model, other, backend = make_model("llama", layers=3), make_model("opt", layers=3), Counting()
     inputs = inputs_for(model, (5, 3, 4))
     uk.patch(model, edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1, 2)))
@@ -382,6 +394,7 @@ def test_compiled_decoding_is_not_compiled_anew_where_another_model_moves():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_compiled_chunks_of_a_prompt_decide_as_eager_ones(side):
     """Right-padded prompts end in an earlier chunk than their batch: what that decided stays."""
+    skip_where_models_do_not_compile()
     model = make_model("llama", layers=3, dtype=torch.float64)
     inputs = text_inputs((9, 5, 7), side=side)
     handle = uk.patch(model, edits_for(model, ROUTED, prompts={k: v[:2] for k, v in inputs.items()}, layers=(1, 2)))
@@ -419,6 +432,7 @@ def test_rows_of_a_cache_that_a_compiled_pass_filled_are_followed(rows):
 
 
 def test_gradients_of_a_compiled_model():
+    skip_where_models_do_not_compile()
     model = make_model("opt", layers=2)
     inputs = inputs_for(model, (5, 3))
     with uk.patch(model, edits_for(model)):

@@ -16,8 +16,7 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
-
-from ..image_processors import BlipImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 HERE = Path(__file__).parent
 TOKENIZER_FILE = HERE / "tokenizer.json"

@@ -62,7 +62,7 @@ class MobileNetV2(nn.Module):
 
 def make_image_processor() -> Any:
     """transformers' processor with ImageNet's mean and deviation: pictures to [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
-    from ..image_processors import BlipImageProcessorPil
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return BlipImageProcessorPil(size=size, resample=BILINEAR, image_mean=list(MEAN), image_std=list(STD))
