@@ -190,6 +190,9 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("The compile gate needs the compiler: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    if not hasattr(JITFunction, "_pack_args"):
+        print(f"The compile gate needs Triton 3.4 or newer, and this is {triton.__version__}", file=sys.stderr)
+        return 2
     os.environ.pop("UNIKE_TUNING", None)  # a file of this machine's measurements is not what ships
     options = _options()
     archs = options.arch or sorted(SHARED)

@@ -12,6 +12,7 @@ import pytest
 from unike_kernels import triton_kernels
 
 pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
 
 HERE = Path(__file__).parent
 KERNELS = Path(triton_kernels.__file__).parent
@@ -38,6 +39,8 @@ GOOD = {"size": 4096, "offset": 0, "extra": "", "block": 1024, "warps": 4, "name
 
 
 def gate(*args: object) -> subprocess.CompletedProcess[str]:
+    if not hasattr(JITFunction, "_pack_args"):
+        pytest.skip("the gate asks the JIT of Triton 3.4 and newer what it would compile")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(HERE / "compile_gate.py"), *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
