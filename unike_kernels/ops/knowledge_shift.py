@@ -70,14 +70,14 @@ def knowledge_shift(
     given = alpha if isinstance(alpha, Tensor) else None
     floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "alpha": given}
     required = ["h_input", "q", "item_keys", "item_values", "indices"]
-    if out_proj is not None:
-        floats |= {"out_proj weight": weight, "out_proj bias": bias}
+    if out_proj is not None:  # torch 2.6's compiler has no |= for dicts
+        floats.update({"out_proj weight": weight, "out_proj bias": bias})
     for i, (layer_weight, layer_bias) in enumerate(layers):
-        floats |= {f"encoder[{i}] weight": layer_weight, f"encoder[{i}] bias": layer_bias}
+        floats.update({f"encoder[{i}] weight": layer_weight, f"encoder[{i}] bias": layer_bias})
         required.append(f"encoder[{i}] weight")
     folded_weight, folded_bias = (None, None) if folded is None else folded
     if encoder_rows is not None or folded is not None:
-        floats |= {"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias}
+        floats.update({"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias})
     require_tensors(required, floats, {"indices": indices, "token_to_case": token_to_case, "case_tokens": case_tokens})
     if alpha is not None and not isinstance(alpha, Tensor):
         count = h_input.shape[0] if token_to_case is None else indices.shape[0]

@@ -54,8 +54,9 @@ def retrieve_and_shift(
     (weight, bias), (folded_weight, folded_bias) = out_proj or (None, None), folded or (None, None)
     floats = {"h_input": h_input, "q": q, "item_keys": item_keys, "item_values": item_values, "tap": tap, "sem": sem}
     required = [*floats, "spans"]
-    floats |= {"sem_norm": sem_norm, "alpha": alpha, "out_proj weight": weight, "out_proj bias": bias}
-    floats |= {"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias}
+    # torch 2.6's compiler has no |= for dicts.
+    floats.update({"sem_norm": sem_norm, "alpha": alpha, "out_proj weight": weight, "out_proj bias": bias})
+    floats.update({"encoder_rows": encoder_rows, "folded weight": folded_weight, "folded bias": folded_bias})
     require_tensors(required, floats, {"spans": spans, "token_to_case": token_to_case, "selected": selected})
     known = (weight, bias, encoder_rows, folded_weight, folded_bias)
     args = (h_input, q, item_keys, item_values, tap, sem, k, sem_norm, spans, token_to_case, selected, alpha, *known)
