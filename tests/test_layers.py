@@ -39,6 +39,7 @@ LAYERS = {
     "models": 3,
     "modules": 3,
     "projections": 3,
+    "room": 3,
     "routing": 3,
     "tracker": 3,
     "attaching": 4,

@@ -353,6 +353,11 @@ def short(value: Any, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def half_character(text: str) -> str:
+    """The first half of a character that text holds, as JSON can ("\\ud800") and no tokenizer takes; "" without any."""
+    return next((c for c in text if "\ud800" <= c <= "\udfff"), "")
+
+
 def listed(names: Iterable[str], limit: int = 20) -> str:
     """Names for a message: the first ones, and how many more there are."""
     names = list(names)

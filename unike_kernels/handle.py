@@ -146,8 +146,8 @@ class PatchHandle:
         pass decided and that goes on. Or, for packed cases that end at their case token, the CSR form case_ptr [C + 1].
         Of padded batches: case_positions [B] int64, the position of each row's case token, where it is not the last
         attended one: sequences that already hold their answer, grow in generate(use_cache=False), or start with
-        guessed tokens (assisted generation, prompt lookup: together with `continuing("keep")`). B counts the rows of
-        the pass: beams, each.
+        guessed tokens (assisted generation, prompt lookup: together with `continuing("keep")`). B: the rows of the
+        pass, every beam's.
 
         Slots: a case keeps its number, and what was decided for it, from one set_cases to the next; more slots are new
         ones, fewer drop the last. A slot that goes to another request is decided anew where a case token is named for
@@ -183,7 +183,7 @@ class PatchHandle:
         """
         self._check_there()
         wrong = not isinstance(edit_ids, Sequence) or isinstance(edit_ids, str) or not edit_ids
-        if wrong or not all(e is None or isinstance(e, str | Sequence) for e in edit_ids):
+        if wrong or not all(e is None or isinstance(e, Sequence) for e in edit_ids):
             raise ValueError(
                 "choosing takes a list with an entry for each prompt, an id, several ids, or None for the base, but "
                 f"got {short(edit_ids)}"

@@ -11,6 +11,7 @@ from .choosing import ChoosesBackend
 from .indexing import KeptIndex
 from .keeping import to_keep
 from .reference import compute_dtype
+from .room import lack, refuse
 from .triton_kernels import MAX_K
 
 
@@ -61,14 +62,13 @@ class ExternalMemory(ChoosesBackend):
         """Items that fit into the storage."""
         return self.sem.shape[0]
 
-    def check(self, n: int) -> None:
-        """Raises ValueError when n items do not fit."""
-        if n > self.capacity:
-            raise ValueError(f"room for {self.capacity} items (max_items at patch time), but got {n}")
+    def lacks(self, n: int) -> list[str]:
+        """Whether n items do not fit into the storage, in words."""
+        return lack(self.capacity, n, "items (max_items at patch time)")
 
     def load(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int) -> None:
         """Replaces all items, in place: sem [n, d], keys and values [n, ...], the first `shared` of no single edit."""
-        self.check(len(sem))
+        refuse(self.lacks(len(sem)))
         n = len(sem)
         with torch.no_grad():
             for rows, new in ((self.sem, sem), (self.keys, keys), (self.values, values)):

@@ -20,6 +20,7 @@ from .keeping import to_keep
 from .memory import ExternalMemory
 from .models import LayerSites
 from .projections import Projections
+from .room import lack, refuse
 from .routing import Router
 from .triton_kernels import MAX_K
 
@@ -81,18 +82,15 @@ class ExtraNeurons(ChoosesBackend):
         """Groups that fit into the storage."""
         return self.group_ptr.shape[0] - 1
 
-    def check(self, edits: LayerEdits) -> None:
-        """Raises ValueError when the edits do not fit into the storage."""
-        room = {"edits (max_groups": self.max_groups, "neurons (max_neurons": len(self.keys)}
-        found = zip(room.items(), (len(edits.group_ptr) - 1, len(edits.keys)), strict=True)
-        wrong = [f"room for {most} {what} at patch time), but got {n}" for (what, most), n in found if n > most]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+    def lacks(self, edits: LayerEdits) -> list[str]:
+        """What of these edits does not fit into the storage."""
+        groups = lack(self.max_groups, len(edits.group_ptr) - 1, "edits (max_groups at patch time)")
+        return groups + lack(len(self.keys), len(edits.keys), "neurons (max_neurons at patch time)")
 
     @torch.no_grad()
     def load(self, edits: LayerEdits) -> None:
         """Replaces all groups, in place; beta * zeta' is folded into the values in fp32, rounded once."""
-        self.check(edits)
+        refuse(self.lacks(edits))
         n = len(edits.keys)
         wide = reference.compute_dtype(edits.values, self.values)
         zeta = edits.zeta.to(wide).repeat_interleave(edits.group_ptr.diff().to(edits.zeta.device), dim=0)  # [n, d]

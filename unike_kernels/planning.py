@@ -1,9 +1,8 @@
 """Everything about a patch that can be refused or computed before the model changes."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from .models import Decoder, LayerSites, find_decoder, get_module, probe_weights
 from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import Projections, empty_like_site
 from .records import LayerPatch, PatchRecord, records
+from .room import lack, refuse
 from .tracker import CaseTracker
 from .triton_kernels import MAX_K
 
@@ -107,26 +107,19 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
 
 def _check_room(record: PatchRecord, edits: Edits) -> None:
     """Raises ValueError with everything that is too small, so that one patch anew is enough."""
-    wrong = dict[str, None]()  # layers say the same
+    lacks = list[str]()
     for layer in record.layers:
         own, shared = edits.layers[layer.index], edits.shared[layer.index]
-        checks: list[Callable[[], None]] = []
         if layer.neurons is not None:
-            checks.append(partial(layer.neurons.check, own))
-        elif len(own.keys):
-            wrong[f"room for 0 neurons (max_neurons at patch time), but got {len(own.keys)}"] = None
+            lacks += layer.neurons.lacks(own)
+        else:
+            lacks += lack(0, len(own.keys), "neurons (max_neurons at patch time)")
         if layer.router is not None and edits.calibration is not None:
-            checks.append(partial(layer.router.check, len(edits), edits.calibration))
+            lacks += layer.router.lacks(len(edits), edits.calibration)
         if layer.shift is not None:
             items = len(shared.h_sem) + (len(own.h_sem) if record.config.shift.own_item else 0)
-            checks.append(partial(layer.shift.memory.check, items))
-        for check in checks:
-            try:
-                check()
-            except ValueError as error:
-                wrong.update(dict.fromkeys(str(error).split("; ")))
-    if wrong:
-        raise ValueError("; ".join(wrong))
+            lacks += layer.shift.memory.lacks(items)
+    refuse(lacks)
 
 
 def fingerprint(model: nn.Module, decoder: Decoder, layers: Sequence[int]) -> BaseFingerprint:

@@ -12,6 +12,7 @@ from .config import RoutingConfig
 from .edits import Calibration
 from .keeping import to_keep
 from .reference_routing import SAME_QUESTION
+from .room import lack, refuse
 
 CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks
 
@@ -82,7 +83,7 @@ class Router(ChoosesBackend):
 
         A case that asks what one of them asks does not compete with it.
         """
-        self.check(len(h_sem), calibration)
+        refuse(self.lacks(len(h_sem), calibration))
         device = self.keys.device
         for name, part in self._learned(calibration).items():
             getattr(self, name).zero_()
@@ -116,16 +117,14 @@ class Router(ChoosesBackend):
             kept = self._crowds = [(t, t._version) for t in made_of], crowding(cases, self.config.cohort)
         return kept[1].to(cases.device)
 
-    def check(self, groups: int, calibration: Calibration) -> None:
-        """Raises ValueError when that many edits, or the calibration, do not fit."""
-        if groups > len(self.keys):
-            raise ValueError(f"room for {len(self.keys)} edits (max_groups at patch time), but got {groups}")
-        cases = len(calibration.cases)
-        if cases > len(self.cases):
-            raise ValueError(f"room for {len(self.cases)} calibration cases (as patched), but got {cases}")
+    def lacks(self, groups: int, calibration: Calibration) -> list[str]:
+        """What does not fit into the storage: that many edits, the calibration's cases, what was learned of them."""
+        found = lack(len(self.keys), groups, "edits (max_groups at patch time)")
+        found += lack(len(self.cases), len(calibration.cases), "calibration cases (as patched)")
         for name, part in self._learned(calibration).items():
-            if part is not None and len(part) > (room := len(getattr(self, name))):
-                raise ValueError(f"room for {room} directions of {name} (as patched), but got {len(part)}")
+            if part is not None:
+                found += lack(len(getattr(self, name)), len(part), f"directions of {name} (as patched)")
+        return found
 
     def _learned(self, calibration: Calibration) -> dict[str, Tensor | None]:
         """The directions that were learned of a calibration's cases, and matter here."""

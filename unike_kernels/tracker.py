@@ -30,7 +30,7 @@ from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
-TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them; 2.6 cannot
+TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them: 2.13 and 2.15 can, 2.6 cannot
 CONTINUATIONS = ("refuse", "keep", "new")
 FREE = -2  # in the place of a case token: the slot's decisions are forgotten
 
@@ -209,12 +209,12 @@ class CaseTracker:
 
     def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
         """Whether this pass is one more of the same steps, one token a row: then nothing is to be found anew."""
+        if self._moves != ChoosesBackend.moves:
+            return False
         tokens = given.get("inputs_embeds")
         if tokens is None:
             tokens = given.get("input_ids")
         cache = _cache(given)
-        if self._moves != ChoosesBackend.moves:
-            return False
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
             return False
         kept = getattr(cache, CACHE_ATTRIBUTE, None)

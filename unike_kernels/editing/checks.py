@@ -38,7 +38,7 @@ def check_inputs(
             collator.check(sample)
             length = len(collator.tokenizer(sample.prompt)["input_ids"])
             if sample.image is not None:
-                if taken is None or not collator.simple(sample):
+                if taken is None or not collator.uniform(sample):
                     whole = collator.prompt_length(sample)
                     taken = whole - length if taken is None else taken
                     length = whole

@@ -198,7 +198,7 @@ class Collator:
             elif hasattr(picture, "getbands"):  # PIL's, which may have been opened, but not yet read
                 try:
                     picture.load()
-                except Exception as error:
+                except Exception as error:  # as of a file's: PIL's readers raise almost anything
                     raise OSError(f"the picture cannot be read: {error}") from None
 
     def _check_places(self, sample: Sample) -> None:
@@ -220,7 +220,7 @@ class Collator:
             few = "one picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
             raise ValueError(f"the prompt holds {token!r} {found} times, but there is {few}: {sample.prompt!r}")
 
-    def simple(self, sample: Sample) -> bool:
+    def uniform(self, sample: Sample) -> bool:
         """Whether a sample's picture, a file or in PIL's form, takes as many tokens as that of any other such sample.
 
         Not so where the prompt lacks its token: then only the processor can say what becomes of the picture.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..edits import EditEntry, Edits, LayerEdits
+from ..edits_schema import half_character
 from .inputs import Sample, image_digest
 from .train import Rows
 
@@ -67,16 +68,8 @@ def check_dicts(samples: Sequence[dict[str, Any]], what: str, keys: Sequence[str
             if not isinstance(s.get(key), str) or not s[key].strip():
                 raise ValueError(f"{what} {n} needs a non-empty string {key!r}, but has {s.get(key)!r}")
         for key in ("id", "prompt", "target", "prediction", "question"):
-            _check_text(f"{what} {n}", key, s.get(key))
-
-
-def _check_text(owner: str, key: str, value: Any) -> None:
-    """ValueError for half a character: JSON can hold one ("\\ud800"), but no tokenizer takes it."""
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        half = str(value)[error.start]
-        raise ValueError(f"{owner}: {key} holds {half!r}, which is half a character") from None
+            if half := half_character(str(s.get(key))):
+                raise ValueError(f"{what} {n}: {key} holds {half!r}, which is half a character")
 
 
 def check_questions(samples: Sequence[dict[str, Any]], what: str) -> None:

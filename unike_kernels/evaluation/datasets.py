@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..editing.inputs import Sample
+from ..edits_schema import half_character
 from .pictures import resolve
 from .prompts import PromptStyle
 from .records import KINDS, Probe, Record
@@ -215,7 +216,7 @@ def _entry(path: Path, record: str, index: int, row: Any) -> Entry:
             wrong(f"key {key!r} must be a string, but is {_short(row[key])}")
         if not row[key].strip():
             wrong(f"key {key!r} is empty")
-        if _half(row[key]):
+        if half_character(row[key]):
             wrong(f"key {key!r} holds half a character: {_short(row[key])}")
         found[name] = row[key].strip()
     prediction = row.get("pred", "")
@@ -237,7 +238,7 @@ def _hop(hop: Any, where: str, wrong: Callable[[str], NoReturn]) -> Hop:
         value = holder.get(key)
         if not isinstance(value, str) or not value.strip():
             wrong(f"{where}: {key!r} must be a string that is not empty, but is {_short(value)}")
-        if _half(value):
+        if half_character(value):
             wrong(f"{where}: {key!r} holds half a character: {_short(value)}")
         return value.strip()
 
@@ -265,11 +266,6 @@ def _findings(entries: Sequence[Entry], stripped: list[str]) -> Findings:
             (found.duplicates if e.target in before else found.contradictions).append(e.id)
         before.add(e.target)
     return found
-
-
-def _half(text: str) -> bool:
-    """Whether it holds half a character, as JSON can ("\\ud800") and no tokenizer takes."""
-    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _few(ids: Sequence[str], most: int = 4) -> str:
