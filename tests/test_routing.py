@@ -130,18 +130,25 @@ def test_crowding_is_found_once_for_a_calibration_and_anew_for_another():
     calibration = Calibration(2, torch.zeros(2), unit([60.0, 80.0, 180.0]))
     router = Router(RoutingConfig(mode="routed"), 1, calibration.cases, max_cases=3)
     router.load(unit([0.0]), calibration)
-    first, threshold = router._crowds[1], router.threshold.item()
+    first, threshold = router._crowds, router.threshold.item()
     router.load(unit([20.0]), calibration)
-    assert router._crowds[1] is first
+    assert router._crowds is first
+    router.load(unit([20.0]), calibration.map(torch.clone))  # as merged, or read again
+    assert router._crowds is first
     router.load(unit([0.0]), calibration)
     assert router.threshold.item() == threshold
     calibration.cases[0] = unit([120.0])[0]  # changed in place
     router.load(unit([0.0]), calibration)
-    assert router._crowds[1] is not first and router.threshold.item() != threshold
+    assert router._crowds is not first and router.threshold.item() != threshold
     moved = Calibration(2, torch.tensor([0.3, 0.1]), calibration.cases)  # the same cases around another centre
     router.load(unit([0.0]), moved)
     fresh = Router(RoutingConfig(mode="routed"), 1, calibration.cases, max_cases=3)
     fresh.load(unit([0.0]), moved)
+    assert router.threshold == fresh.threshold
+    fewer = Calibration(2, moved.center, moved.cases[:2])
+    router.load(unit([0.0]), fewer)
+    fresh = Router(RoutingConfig(mode="routed"), 1, fewer.cases, max_cases=2)
+    fresh.load(unit([0.0]), fewer)
     assert router.threshold == fresh.threshold
 
 

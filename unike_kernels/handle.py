@@ -89,6 +89,10 @@ class PatchHandle:
     def swap(self, edits: Edits) -> None:
         """Replaces the edits inside the same storage, so compiled and captured graphs stay valid.
 
+        Rows up to the first that differs from the edits of before are left as they are: edits added at the end cost
+        little more than themselves. So are these rows' projected keys and values, if k_proj and v_proj have the tensors
+        that they had, unchanged as far as torch counts it; otherwise see `refresh`.
+
         ValueError, and nothing changed, when they do not fit the capacities given to `patch`, or when their encoders,
         config, layers or base differ, and inside `choosing`. KV caches of before are refused at their next use.
         """

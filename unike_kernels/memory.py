@@ -1,7 +1,7 @@
 """ExternalMemory: the items of one site, searched by cosine; rows in fixed storage so that graphs follow a swap."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from .keeping import to_keep
 from .reference import compute_dtype
 from .room import lack, refuse
 from .triton_kernels import MAX_K
+from .unchanged import Table
+
+
+class Items(NamedTuple):
+    """A memory's items from `start` on, those before being as they were; what `ExternalMemory.load` takes."""
+
+    sem: Tensor  # [n - start, d]
+    keys: Tensor  # [n - start, kv_heads, head_dim], or [n - start, d]
+    values: Tensor
+    shared: int  # how many of all n belong to no single edit
+    start: int
+    made_of: list[Table]  # (h_sem, h_pos) of the memory, and of the edits' own
 
 
 class ExternalMemory(ChoosesBackend):
@@ -66,21 +78,25 @@ class ExternalMemory(ChoosesBackend):
         """Whether n items do not fit into the storage, in words."""
         return lack(self.capacity, n, "items (max_items at patch time)")
 
-    def load(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int) -> None:
-        """Replaces all items, in place: sem [n, d], keys and values [n, ...], the first `shared` of no single edit."""
-        refuse(self.lacks(len(sem)))
-        n = len(sem)
+    def load(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int, start: int = 0) -> None:
+        """Replaces the items from `start` on, in place, the first `shared` of all are of no single edit.
+
+        sem [n - start, d], keys and values [n - start, ...].
+        """
+        n = start + len(sem)
+        refuse(self.lacks(n))
         with torch.no_grad():
             for rows, new in ((self.sem, sem), (self.keys, keys), (self.values, values)):
-                rows[:n].copy_(new)
+                rows[start:n].copy_(new)
                 rows[n:].zero_()
             self.spans.copy_(torch.tensor([[0, shared], [0, n]]))
-            self._measure()
+            self._measure(start)
             self.kept.follow()
 
-    def _measure(self) -> None:
+    def _measure(self, start: int = 0) -> None:
         """The norm of the rows as stored, so that rounding to the working dtype does not tilt a cosine."""
-        self.sem_norm.copy_(torch.linalg.vector_norm(self.sem.to(self.sem_norm.dtype), dim=-1))
+        rows = self.sem[start:].to(self.sem_norm.dtype)
+        self.sem_norm[start:].copy_(torch.linalg.vector_norm(rows, dim=-1))
 
     @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ExternalMemory":

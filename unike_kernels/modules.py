@@ -15,134 +15,25 @@ from . import cpu_kernels, folding, ops, reference
 from .cases import Cases, LayerDecision, all_missing, may_ask
 from .choosing import ChoosesBackend
 from .config import ShiftConfig
-from .edits import LayerEdits, LayerShared
+from .edits import LayerShared
 from .keeping import to_keep
-from .memory import ExternalMemory
+from .memory import ExternalMemory, Items
 from .models import LayerSites
+from .neurons import ExtraNeurons
 from .projections import Projections
-from .room import lack, refuse
 from .routing import Router
 from .triton_kernels import MAX_K
+from .unchanged import Table, Written
 
 FEW_TOKENS = 64  # up to here a decode step
 PRECOMPUTED = ("encoder_rows", "folded_weight", "folded_bias")
 PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
 
-__all__ = ["ExtraNeurons", "KnowledgeShift", "Projections", "Router"]
+__all__ = ["ExtraNeurons", "KnowledgeShift", "Router"]
 
 
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     return nn.functional.linear(x[rows], weight, bias)
-
-
-class ExtraNeurons(ChoosesBackend):
-    """The extra neurons of every edit at one FFN (equations 3 and 6), in CSR groups, one group per edit.
-
-    keys, values [n, d]; key_bias [n]; up [n, d] and up_bias [n] in a gated FFN; group_ptr [G + 1]. beta * zeta' is
-    folded into the values when the edits are loaded. While an edit is trained, `zeta` [G, d] stays apart.
-    """
-
-    keys: Tensor
-    key_bias: Tensor
-    values: Tensor
-    up: Tensor | None
-    up_bias: Tensor | None
-    group_ptr: Tensor
-    zeta: Tensor | None
-
-    def __init__(
-        self,
-        edits: LayerEdits,
-        act: str,
-        beta: float,
-        *,
-        like: Tensor,
-        max_groups: int,
-        max_neurons: int,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.act, self.beta = act, beta
-        d = edits.keys.shape[1]
-        empty = {"keys": (max_neurons, d), "key_bias": (max_neurons,), "values": (max_neurons, d)}
-        if edits.up is not None:
-            empty |= {"up": (max_neurons, d), "up_bias": (max_neurons,)}
-        else:
-            self.up = self.up_bias = None
-        for name, shape in empty.items():
-            self.register_buffer(name, like.new_zeros(shape), persistent=False)
-        pointers = torch.zeros(max_groups + 1, dtype=torch.long, device=like.device)
-        self.register_buffer("group_ptr", pointers, persistent=False)
-        self.zeta = None
-        self.choose(backend)
-        self.load(edits)
-
-    @property
-    def max_groups(self) -> int:
-        """Groups that fit into the storage."""
-        return self.group_ptr.shape[0] - 1
-
-    def lacks(self, edits: LayerEdits) -> list[str]:
-        """What of these edits does not fit into the storage."""
-        groups = lack(self.max_groups, len(edits.group_ptr) - 1, "edits (max_groups at patch time)")
-        return groups + lack(len(self.keys), len(edits.keys), "neurons (max_neurons at patch time)")
-
-    @torch.no_grad()
-    def load(self, edits: LayerEdits) -> None:
-        """Replaces all groups, in place; beta * zeta' is folded into the values in fp32, rounded once."""
-        refuse(self.lacks(edits))
-        n = len(edits.keys)
-        wide = reference.compute_dtype(edits.values, self.values)
-        zeta = edits.zeta.to(wide).repeat_interleave(edits.group_ptr.diff().to(edits.zeta.device), dim=0)  # [n, d]
-        rows = {"keys": edits.keys, "key_bias": edits.key_bias, "values": edits.values.to(wide) + self.beta * zeta}
-        if edits.up is not None and edits.up_bias is not None:
-            rows |= {"up": edits.up, "up_bias": edits.up_bias}
-        for name, tensor in rows.items():
-            storage = getattr(self, name)
-            storage[:n].copy_(tensor)
-            storage[n:].zero_()
-        self.group_ptr.fill_(n)  # spare groups are empty
-        self.group_ptr[: len(edits.group_ptr)].copy_(edits.group_ptr)
-
-    def forward(self, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> Tensor:
-        """[..., d] what the groups add for x [..., d]: every group, or per case those in `selected` [C, m]."""
-        neurons = (self.keys, self.key_bias, self.values)
-        return ops.extra_neurons(x, *neurons, **self._options(token_to_case, selected))
-
-    def add_(self, y: Tensor, x: Tensor, token_to_case: Tensor | None, selected: Tensor | None) -> None:
-        """Adds that to y [..., d] in place: one operator, and nothing else touches y. For inference."""
-        neurons = (self.keys, self.key_bias, self.values)
-        ops.extra_neurons_(y, x, *neurons, **self._options(token_to_case, selected))
-
-    def add_natively(self, y: Tensor, x: Tensor, cases: Cases) -> bool:
-        """`add_` of the pass's cases past torch's dispatcher, where they are `native`; whether it was done."""
-        step = cases.steps.get(self)
-        if step is not None and self.zeta is None:
-            done = step(y, x)
-            if done is not None:
-                return done
-        if self._parameters or self.zeta is not None or self.backend not in cpu_kernels.BACKENDS:
-            return False  # an edit is being trained
-        selected = cases.state.selected
-        rows = None if selected is None else cases.token_to_case
-        step = cases.steps[self] = cpu_kernels.neurons_step(x, self._buffers, rows, selected, self.act)
-        return step is not None and bool(step(y, x))
-
-    def _options(self, token_to_case: Tensor | None, selected: Tensor | None) -> dict[str, Any]:
-        return {
-            "act": self.act,
-            "up": self.up,
-            "up_bias": self.up_bias,
-            "zeta": self.zeta,
-            "beta": self.beta,
-            "group_ptr": self.group_ptr,
-            "token_to_case": None if selected is None else token_to_case,
-            "selected": selected,
-            "backend": self.backend,
-        }
-
-    def extra_repr(self) -> str:
-        return f"max_neurons={len(self.keys)}, max_groups={self.max_groups}, act={self.act}"
 
 
 class KnowledgeShift(ChoosesBackend):
@@ -172,6 +63,7 @@ class KnowledgeShift(ChoosesBackend):
         self.config, self.layer, self.encoder_act = config, layer, encoder_act
         self.scaling, self.softcap = sites.scaling, sites.softcap
         self.memory = memory
+        self.written = Written()
         self.depth = len(encoder)
         for i, (weight, bias) in enumerate(encoder):
             self.register_buffer(f"encoder_weight_{i}", weight.to(like), persistent=False)
@@ -185,10 +77,23 @@ class KnowledgeShift(ChoosesBackend):
         """Enc_sem's layers as (weight, bias) pairs."""
         return [(getattr(self, f"encoder_weight_{i}"), getattr(self, f"encoder_bias_{i}")) for i in range(self.depth)]
 
-    def load(self, items: tuple[Tensor, Tensor, Tensor, int], attention: nn.Module, projections: Projections) -> None:
+    def load(self, items: Items, attention: nn.Module, projections: Projections) -> None:
         """Replaces the memory's items, as `ExternalMemory.load`, and what is precomputed of them and the projection."""
-        self.memory.load(*items)
+        self.memory.load(items.sem, items.keys, items.values, items.shared, items.start)
+        self.follow(items, attention, projections)
+
+    def follow(self, items: Items, attention: nn.Module, projections: Projections) -> None:
+        """After the memory was filled with these items: precomputes, and remembers what they were made of."""
         self.precompute(attention, projections)
+        self.written.note(self._hangs_on(attention, projections), items.made_of)
+
+    def alike(self, made_of: list[Table], attention: nn.Module, projections: Projections) -> int:
+        """How many of the memory's first items are what would be made of these tables now."""
+        return self.written.in_a_row(self._hangs_on(attention, projections), made_of)
+
+    def _hangs_on(self, attention: nn.Module, projections: Projections) -> list[Tensor]:
+        memory = [self.memory.sem, self.memory.keys, self.memory.values]
+        return memory + (projections.item_tensors(attention) if self.config.attention == "projected" else [])
 
     @to_keep()
     def precompute(self, attention: nn.Module, projections: Projections) -> None:

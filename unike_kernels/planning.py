@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import backends
 from .config import UnikeConfig
 from .edits import BaseFingerprint, Edits
 from .fused import refuse_unless_plain
 from .hooks import Runtime
-from .memory import ExternalMemory
+from .memory import ExternalMemory, Items
 from .models import Decoder, LayerSites, find_decoder, get_module, probe_weights, same_weights
 from .modules import ExtraNeurons, KnowledgeShift, Router
 from .projections import Projections, empty_like_site
@@ -20,8 +20,9 @@ from .records import LayerPatch, PatchRecord, records
 from .room import lack, refuse
 from .tracker import CaseTracker
 from .triton_kernels import MAX_K
+from .unchanged import Table
 
-Items = tuple[Tensor, Tensor, Tensor, int]  # h_sem, keys and values of a memory, and how many belong to no single edit
+AT_ONCE = 256  # items projected in one call; a swap projects those of the last, begun call again
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def plan_swap(holder: nn.Module, record: PatchRecord, edits: Edits) -> dict[int,
     for layer in record.layers:
         if layer.shift is not None:
             layer.shift.check_encoder(edits.shared[layer.index], record.edits.shared[layer.index])
-            items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config)
+            items[layer.index] = items_of(holder, layer.sites, edits, layer.index, record.config, layer.shift)
     return items
 
 
@@ -168,22 +169,37 @@ def check_edits(holder: nn.Module, decoder: Decoder, edits: Edits) -> None:
 
 
 @torch.no_grad()
-def items_of(holder: nn.Module, sites: LayerSites, edits: Edits, index: int, config: UnikeConfig) -> Items:
-    """One layer's memory in the site's dtype and on its device; its keys and values by calling the projections."""
-    attention = get_module(holder, sites.attention)
+def items_of(
+    holder: nn.Module,
+    sites: LayerSites,
+    edits: Edits,
+    index: int,
+    config: UnikeConfig,
+    before: KnowledgeShift | None = None,
+) -> Items:
+    """One layer's memory in the site's dtype and on its device; its keys and values by calling the projections.
+
+    before: has the first items already, as far as these edits and the projections are those it was loaded with.
+    """
+    attention, projections = get_module(holder, sites.attention), Projections(sites)
     like = empty_like_site(holder, sites.attention)
     shared, own = edits.shared[index], edits.layers[index]
     parts = (shared, own) if config.shift.own_item else (shared,)
-    sem = torch.cat([p.h_sem.to(like) for p in parts])
-    pos = torch.cat([p.h_pos.to(like) for p in parts])
+    made_of: list[Table] = [(p.h_sem, p.h_pos) for p in parts]
+    start = 0 if before is None else before.alike(made_of, attention, projections)
+    start -= start % AT_ONCE  # a product of other rows beside a row may round it otherwise: as if all were made anew
+    first = (start, max(0, start - len(shared.h_sem)))  # in each part
+    sem, pos = (
+        torch.cat([rows[at:].to(like) for at, rows in zip(first, table, strict=False)])
+        for table in zip(*made_of, strict=True)
+    )
     if config.shift.attention == "raw":
-        return sem, pos, pos, len(shared.h_sem)
-    projections = Projections(sites)
+        return Items(sem, pos, pos, len(shared.h_sem), start, made_of)
     keys = values = pos.new_zeros(0, sites.kv_heads, sites.head_dim)
     if len(pos):
-        chunks = [projections.item(attention, chunk) for chunk in pos.split(4096)]
+        chunks = [projections.item(attention, chunk) for chunk in pos.split(AT_ONCE)]
         keys, values = torch.cat([k for k, _ in chunks]), torch.cat([v for _, v in chunks])
-    return sem, keys, values, len(shared.h_sem)
+    return Items(sem, keys, values, len(shared.h_sem), start, made_of)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -260,12 +276,13 @@ def _plan_layer(
         sizes = {"max_groups": groups, "max_neurons": rows}
         neurons = ExtraNeurons(layer, sites.act, config.neurons.beta, like=at_ffn, **sizes, backend=backend)
     if config.shift.enabled:
-        sem, keys, values, shared = items_of(holder, sites, edits, index, config)
-        memory = ExternalMemory(sem, keys, values, shared, capacity=capacities.max_items, backend=backend)
+        items = items_of(holder, sites, edits, index, config)
+        stored = (items.sem, items.keys, items.values)
+        memory = ExternalMemory(*stored, items.shared, capacity=capacities.max_items, backend=backend)
         encoder = edits.shared[index].encoder
         act = config.encoders.activation
         shift = KnowledgeShift(config.shift, index, sites, memory, encoder, act, at_attention, backend)
-        shift.precompute(get_module(holder, sites.attention), Projections(sites))
+        shift.follow(items, get_module(holder, sites.attention), Projections(sites))
     if first and config.routing.mode == "routed" and edits.calibration is not None:
         at = layer.h_sem.to(at_attention.device)
         router = Router.fitting(edits.calibration, config.routing, groups, at, backend)

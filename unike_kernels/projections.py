@@ -66,6 +66,12 @@ class Projections:
         kv_heads = self.sites.kv_heads
         return self._heads(attention, k, kv_heads, self.sites.k_norm), self._heads(attention, v, kv_heads, None)
 
+    def item_tensors(self, attention: nn.Module) -> list[Tensor]:
+        """The parameters and buffers that `item` computes with."""
+        names = (self.sites.k_proj, self.sites.v_proj, self.sites.k_norm)
+        used = [self._get(attention, name) for name in names if name is not None]
+        return [t for module in used for tensors in (module.parameters(), module.buffers()) for t in tensors]
+
     def _heads(self, attention: nn.Module, y: Tensor, heads: int, norm_name: str | None) -> Tensor:
         """[N, heads, head_dim] of y [N, heads * head_dim], normed as the layer does: each head, or all as one row."""
         shape = (heads, self.sites.head_dim)

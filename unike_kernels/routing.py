@@ -13,6 +13,7 @@ from .edits import Calibration
 from .keeping import to_keep
 from .reference_routing import SAME_QUESTION
 from .room import lack, refuse
+from .unchanged import Table, Written
 
 CANDIDATES = 8  # of the edits nearest to a case, among which those are sought that ask what it asks
 
@@ -65,7 +66,8 @@ class Router(ChoosesBackend):
             self.register_buffer(name, zeros, persistent=False)
         for name in ("n_groups", "n_cases"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=like.device), persistent=False)
-        self._crowds: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # of which tensors, as they were: crowding
+        self._crowds = torch.zeros(0)
+        self._crowds_of = Written()
         self.choose(backend)
 
     @classmethod
@@ -108,14 +110,12 @@ class Router(ChoosesBackend):
 
     def _crowding(self, calibration: Calibration, cases: Tensor) -> Tensor:
         """`crowding` [M] of the calibration's cases, kept from one load to the next: it does not hang on the edits."""
-        made_of = [calibration.center, calibration.cases]
-        made_of += [] if calibration.wording is None else [calibration.wording]
-        if any(t.is_inference() for t in made_of):  # of those nobody counts the changes
-            return crowding(cases, self.config.cohort)
-        kept = self._crowds
-        if kept is None or [(id(t), v) for t, v in kept[0]] != [(id(t), t._version) for t in made_of]:
-            kept = self._crowds = [(t, t._version) for t in made_of], crowding(cases, self.config.cohort)
-        return kept[1].to(cases.device)
+        parts = (calibration.center, calibration.cases, calibration.wording)
+        made_of: list[Table] = [[part] for part in parts if part is not None]
+        if not self._crowds_of.all_alike([self._crowds], made_of):
+            self._crowds = crowding(cases, self.config.cohort)
+            self._crowds_of.note([self._crowds], made_of)
+        return self._crowds.to(cases.device)
 
     def lacks(self, groups: int, calibration: Calibration) -> list[str]:
         """What does not fit into the storage: that many edits, the calibration's cases, what was learned of them."""
