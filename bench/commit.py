@@ -1,12 +1,13 @@
-"""Which commit a figure belongs to."""
+"""Which commit, and which code, a figure belongs to."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
 
 
 def commit(folder: Path) -> str:
-    """The commit that `folder` is at, "-dirty" where a file differs from it that is none of results; or "unknown".
+    """The commit that `folder` is at; "-dirty-" and a digest of what files other than results differ; or "unknown".
 
     A copy of the tree without its own history is told by the environment variable UNIKE_COMMIT.
     """
@@ -17,5 +18,13 @@ def commit(folder: Path) -> str:
     if told := os.environ.get("UNIKE_COMMIT"):
         return told
     at = git("describe", "--always", "--exclude=*")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)*results/*")
-    return f"{at}-dirty" if at and changed else at or "unknown"
+    changed = git("diff", "HEAD", "--", ":(top)", ":(top,exclude)*results/*")
+    return f"{at}-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:6]}" if at and changed else at or "unknown"
+
+
+def code(*folders: Path) -> str:
+    """A digest of the Python files in these folders."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -126,8 +126,13 @@ def test_a_malformed_file_is_refused_by_file_record_and_key(tmp_path, text, mess
         good = json.loads(FILES[0].read_text())
         text = json.dumps([good[0], text(good[1])])
     path.write_text(text)
-    with pytest.raises(datasets.DatasetError, match=rf"bad\.json: {message}"):
+    with pytest.raises(datasets.DatasetError, match=rf"bad\.json(: | is ){message}"):
         datasets.read(path)
+
+
+def test_a_file_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "a.json").write_text(FILES[0].read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert len(datasets.read(tmp_path / "a.json").entries) == len(datasets.read(FILES[0]).entries)
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path):

@@ -158,7 +158,13 @@ def test_split_keeps_groups_whole(groups, held_out, seed):
     inside, outside = ({groups[i] for i in part.tolist()} for part in (train, test))
     assert not inside & outside and inside
     names = len(set(groups))
-    assert len(outside) == (0 if names == 1 else min(max(1, round(held_out * names)), names - 1))
+    none = names == 1 or held_out == 0
+    assert len(outside) == (0 if none else min(max(1, round(held_out * names)), names - 1))
+
+
+def test_nothing_is_held_out_where_that_is_asked_for():
+    fit = fit_layer(*world(40)[0], EncoderConfig(steps=3, held_out=0.0))
+    assert fit.held_out == 0 and math.isnan(fit.truthfulness_auc) and math.isnan(fit.semantic_recall)
 
 
 def test_untrained_encoders_keep_the_scale():

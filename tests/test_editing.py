@@ -749,17 +749,31 @@ def test_another_editors_state_is_refused(tmp_path, editors):
         trained.fit()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "format"])
+SAID = {
+    "format": "it has format 9, but this package reads format 1",
+    "no format": "it has no 'format_version'",
+    "no states": "it has no 'states.2.h_sem'",
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "format", "no format", "no states"])
 def test_a_damaged_editor_is_refused(damage, tmp_path, editors):
     path = tmp_path / "editor.safetensors"
     editors("blip2").save(path)
     good = path.read_bytes()
-    if damage == "format":
-        path.write_bytes(good.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
+    names = {
+        "format": (b'\\"format_version\\": 1', b'\\"format_version\\": 9'),
+        "no format": (b"format_version", b"format_vision_"),
+        "no states": (b"states.2.h_sem", b"states.2.h_pem"),
+    }
+    if damage in names:
+        path.write_bytes(good.replace(*names[damage]))
     else:
         path.write_bytes(good[:-50] if damage == "cut" else b"{}" * 40)
     editor = Editor(make_model("blip2"), make_processor("blip2"), routed())
-    with pytest.raises(ValueError, match="editor.safetensors (is not a saved editor|has format 9)"):
+    with pytest.raises(
+        ValueError, match=f"editor.safetensors is not a saved editor, or is damaged: {SAID.get(damage, '')}"
+    ):
         editor.load(path)
     with pytest.raises(FileNotFoundError):
         editor.load(tmp_path / "nothing")

@@ -402,6 +402,33 @@ def test_a_large_group_goes_on_where_its_edits_were_stopped(tmp_path, monkeypatc
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
+@pytest.mark.parametrize("other", ["weights", "memory"])
+def test_edits_that_a_stop_left_are_of_no_other_editor(tmp_path, monkeypatch, other):
+    from tests.editing_tiny import make_editor
+    from tests.test_protocols import sample
+    from unike_kernels.evaluation import unike
+
+    monkeypatch.setattr(unike, "SAVED_EVERY", 2)
+    editor, second = make_editor("blip2"), make_editor("blip2")
+    requests = [sample(i) for i in range(3)]
+    with pytest.raises(KeyboardInterrupt), Unike(editor, cache=tmp_path).apply(requests):
+        raise KeyboardInterrupt
+    if other == "weights":
+        with torch.no_grad():
+            for weights in second.model.parameters():
+                weights.mul_(1.01)
+    else:
+        for states in second.states.layers.values():
+            for rows in vars(states).values():
+                rows += 0.01
+    with Unike(second, cache=tmp_path).apply(requests) as edited:
+        found = edited.handle.edits
+    with Unike(second).apply(requests) as edited:
+        theirs = edited.handle.edits.named_tensors()
+    assert all(torch.equal(t, theirs[n]) for n, t in found.named_tensors().items())
+    assert found.base == second.base
+
+
 def test_a_model_with_a_chat_template_is_asked_in_it(place, tmp_path, monkeypatch):
     """LLaVA: another class, whose prompts hold the picture's token."""
     from transformers import AutoProcessor, LlavaProcessor

@@ -245,6 +245,7 @@ NAMED_WRONGLY = {
     "row too large": (([0, 0], [2]), {}, r"case_tokens must be in \[-2, 2\) for 2 tokens, but spans \[2, 2\]"),
     "of another case": (([0, 1], [1, 0]), {}, r"case tokens \[1, 0\] of cases \[0, 1\] belong to cases \[1, 0\]"),
     "never decided": (([0, 1], [0, -1]), {}, r"cases \[1\] have no case token in this pass and were never decided"),
+    "case tokens twice": ((None, [0]), {"case_ptr": [0, 1]}, "so case_tokens must be left out"),
     "two ways": (([0], [0]), {"case_ptr": [0, 1]}, "in one way at a time, but got token_to_case and case_ptr"),
     "ptr falls": ((), {"case_ptr": [0, 3, 2]}, r"never fall, but got \[0, 3, 2\]"),
     "ptr starts late": ((), {"case_ptr": [1, 3]}, r"start at 0 and never fall, but got \[1, 3\]"),
@@ -316,7 +317,13 @@ def test_choosing_names_what_is_wrong():
         message = re.escape(f"for the base, but got {wrong!r}")
         with pytest.raises(ValueError, match=message), handle.choosing(wrong):
             pass
-    with pytest.raises(ValueError, match="repeat must be 1 or more, but is 0"), handle.choosing([None], repeat=0):
+    for repeat in (0, 1.5):
+        with (
+            pytest.raises(ValueError, match=f"repeat must be a whole number from 1, but is {repeat}"),
+            handle.choosing([None], repeat=repeat),
+        ):
+            pass
+    with pytest.raises(ValueError, match="repeat must be"), handle.choosing([None], repeat="2"):
         pass
     for ids, repeat in ((["edit-0-0"], 1), ([None, "edit-0-0"], 1), ([None], 2)):  # 3 rows: no one else's edits
         message = rf"chosen for {len(ids) * repeat} rows, but this pass has 3; of beams.*choosing\(ids, repeat=...\)"

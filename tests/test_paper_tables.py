@@ -434,7 +434,10 @@ def test_saved_results_make_no_commit_dirty(tmp_path, monkeypatch):
     (tmp_path / "new.py").write_text("1")
     assert report.commit(tmp_path) == clean != "unknown"
     code.write_text("2")
-    assert report.commit(tmp_path) == f"{clean}-dirty"
+    dirty = report.commit(tmp_path)
+    assert dirty.startswith(f"{clean}-dirty-")
+    code.write_text("3")
+    assert dirty != report.commit(tmp_path)
     monkeypatch.setenv("UNIKE_COMMIT", "told")  # of a copy without its own history
     assert report.commit(tmp_path) == "told"
 

@@ -1,5 +1,6 @@
 """The router: which edits act on a case, by a calibrated threshold and against the nearest training cases."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ def test_calibrate_lets_at_most_the_share_pass():
         fewer = calibrate(nearest(cases, keys[:3], cases[:, :0], keys[:3, :0]), rate)
         assert fewer <= threshold  # more edits, more chances of a false accept
     none = cases[:0, :0]
-    assert calibrate(nearest(cases[:0], keys, none, keys[:, :0]), 0.1) == -1.0
+    assert calibrate(nearest(cases[:0], keys, none, keys[:, :0]), 0.1) == -math.inf
     assert calibrate(nearest(cases, keys[:0], cases[:, :0], none), 0.1) == -1.0
 
 
@@ -166,6 +167,18 @@ def test_a_calibration_made_in_inference_mode_is_taken_and_followed():
         assert router.threshold == plain.threshold
         found.append(router.threshold.item())
     assert found[0] != found[1]
+
+
+def test_a_calibration_without_cases_in_the_room_of_another_decides_as_alone():
+    config = RoutingConfig(mode="routed", false_accept_rate=0.5, cohort=1, margin=0.0)
+    some, none = (Calibration(2, torch.zeros(2), cases) for cases in (unit([30.0, 180.0]), torch.zeros(0, 2)))
+    asked = unit([0.0, 40.0, 89.0, 91.0])
+    router, fresh = Router(config, 1, asked, max_cases=2), Router(config, 1, asked)
+    router.load(unit([0.0]), some)
+    assert router(asked)[1].flatten().tolist() == [0, -1, -1, -1]
+    for one in (router, fresh):
+        one.load(unit([0.0]), none)
+        assert one(asked)[1].flatten().tolist() == [0] * 4  # nothing to protect
 
 
 def test_router_refuses_more_than_it_has_room_for():

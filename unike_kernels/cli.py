@@ -296,13 +296,11 @@ def _driver() -> str | None:
 def _config(path: Path | None) -> "UnikeConfig | None":
     """The config in a JSON file; None for none."""
     from .config import UnikeConfig
+    from .files import read_json
 
     if path is None:
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds {type(data).__name__}")
     try:

@@ -165,6 +165,8 @@ class PatchHandle:
         given += ["case_positions"] * (case_positions is not None)
         if len(given) > 1:
             raise ValueError(f"cases are named in one way at a time, but got {' and '.join(given)}")
+        if case_ptr is not None and case_tokens is not None:
+            raise ValueError("case_ptr says where the case tokens are, so case_tokens must be left out")
         tensors = {"token_to_case": token_to_case, "case_tokens": case_tokens, "case_ptr": case_ptr}
         for name, t in {**tensors, "case_positions": case_positions}.items():
             if t is not None and (not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool):
@@ -192,8 +194,8 @@ class PatchHandle:
                 "choosing takes a list with an entry for each prompt, an id, several ids, or None for the base, but "
                 f"got {short(edit_ids)}"
             )
-        if repeat < 1:
-            raise ValueError(f"repeat must be 1 or more, but is {repeat}")
+        if not isinstance(repeat, int) or repeat < 1:
+            raise ValueError(f"repeat must be a whole number from 1, but is {repeat!r}")
         rows = [[] if e is None else [e] if isinstance(e, str) else list(dict.fromkeys(e)) for e in edit_ids]
         known = {name: i for i, name in enumerate(self.edits.ids)}
         unknown = dict.fromkeys(e for row in rows for e in row if e not in known)

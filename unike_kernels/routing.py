@@ -1,5 +1,6 @@
 """Router: which edits act on a case, decided once, at the first edited layer (spec, section 3)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -144,10 +145,9 @@ class Router(ChoosesBackend):
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
         centred = self._centred(tap.detach())
         scores, selected = self._nearest(centred)
-        if len(self.cases) == 0:
-            return scores, torch.where(scores > self.threshold, selected, -1)
         others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
-        bar = average(others) + self.threshold.clamp(min=self.config.margin)
+        floor = self.threshold.clamp(min=self.config.margin)
+        bar = average(others) + floor.where(self.threshold.isfinite(), -torch.inf)  # of no case: nothing to protect
         own = (scores >= SAME_QUESTION) & (scores > others[:, :1])
         return scores, torch.where((scores > bar) | own, selected, -1)
 
@@ -212,9 +212,9 @@ def crowding(cases: Tensor, cohort: int) -> Tensor:
 def calibrate(best: Tensor, false_accept_rate: float) -> float:
     """The threshold that `false_accept_rate` of the cases exceed: best [M], each one's best score, -1 without a key.
 
-    At most floor(rate * M) cases score above it. With no case the threshold is -1: nothing to protect.
+    At most floor(rate * M) cases score above it. With no case it is -inf: there is nothing to protect.
     """
     if len(best) == 0:
-        return -1.0
+        return -math.inf
     allowed = int(false_accept_rate * len(best))
     return float(best.sort(descending=True).values[min(allowed, len(best) - 1)])

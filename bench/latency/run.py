@@ -8,7 +8,6 @@ kept, so that a run that was stopped, or whose minutes were over, goes on where 
 import argparse
 import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from bench.latency.cases import cases
 from bench.latency.gate import verdicts
 from bench.latency.goals import goals, ratio
 from bench.latency.timing import compare, copy_bandwidth, environment, matrix_rate
+from unike_kernels.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 SETS = 4  # input sets in rotation
@@ -110,10 +110,8 @@ def run(
 
 def write(file: Path, results: dict[str, Any]) -> None:
     """Replaces the file at once, so that a stopped run leaves the old or the new."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with replacing(file) as half:
+        half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -18,6 +18,7 @@ from unike_kernels.editing.inputs import Sample
 from unike_kernels.edits import Edits
 from unike_kernels.evaluation.metrics import clustered_error, exact_match, mean_of_five
 from unike_kernels.evaluation.scoring import Score, Scorer
+from unike_kernels.files import replacing
 from unike_kernels.modules import Router
 from unike_kernels.patching import PatchHandle, patch
 
@@ -138,17 +139,19 @@ class World:
         return summary(order, scores)
 
     def removal_is_exact(self, edits: Edits, size: int = STACK) -> bool:
-        """Whether a stack less one edit is the stack that never had it, and unpatching gives the base, bit for bit."""
+        """Whether a model that loses one edit of a stack is the one that never had it, and unpatched the base again.
+
+        Bit for bit.
+        """
         stack = edits.select(edits.ids[:size])
         samples = [p.sample for p in self.probes if p.edit < size]
         scorer = Scorer(self.editor.collator, self.editor.decoder, self.editor.layers[0], samples)
         before = scorer.logits()
-        with patch(self.editor.model, stack.remove(stack.ids[0]), routing="routed"):
-            pass
-        never_had = stack.select(stack.ids[1:])
-        with patch(self.editor.model, stack.remove(stack.ids[0]), routing="routed") as handle:
+        others = stack.remove(stack.ids[0])
+        with patch(self.editor.model, stack, routing="routed") as handle:
+            handle.swap(others)
             removed = scorer.logits(handle)
-        with patch(self.editor.model, never_had, routing="routed") as handle:
+        with patch(self.editor.model, others, routing="routed") as handle:
             never = scorer.logits(handle)
         same = all(torch.equal(a, b) for a, b in zip(removed, never, strict=True))
         return same and all(torch.equal(a, b) for a, b in zip(before, scorer.logits(), strict=True))
@@ -262,10 +265,8 @@ def run(
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Writes a result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    half.replace(path)
+    with replacing(path) as half:
+        half.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def fit_report(fit: Any) -> dict[str, float]:

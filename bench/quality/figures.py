@@ -11,6 +11,7 @@ from bench.quality.claims import GENERALITY, LOCALITY
 from bench.quality.differences import difference
 from bench.quality.rows import ALPHAS, FIGURES, ITEMS
 from bench.quality.tables import HEADS, KINDS
+from unike_kernels.files import replacing
 
 NAMES = ("4a", "4b", "4c", "5a")
 LINES = {"generality (T-Gen, M-Gen)": GENERALITY, "locality A (T-Loc, M-Loc)": LOCALITY}
@@ -36,10 +37,9 @@ def draw(name: str, folder: Path) -> Path | None:
     for panel, axis in itertools.zip_longest(panels, axes.flat):
         panel(axis) if panel else axis.set_axis_off()
     path = folder / f"figure-{name}.png"
-    half = path.with_suffix(".half.png")
-    figure.savefig(half, dpi=110, metadata={"Software": None})
+    with replacing(path) as half:
+        figure.savefig(half, format="png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)
-    half.replace(path)
     return path
 
 

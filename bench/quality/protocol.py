@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
+import unike_kernels
+from bench.commit import code
 from bench.quality import world
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.learned import TRAINING, fitted
@@ -88,11 +91,12 @@ def measured(
 ) -> list[protocols.Result]:
     """The plan's results, one by one on disk below `world.CACHE`; a stopped run goes on, a finished one is read.
 
-    about: what else makes a run another one: the base model and the seed of the order.
+    Both only with the code that began it. about: what else makes a run another one: base model and seed of the order.
     """
     asked = [(r.id, r.request.prompt, r.request.target, len(r.probes)) for r in plan.records]
     records = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     settings = about | {"protocol": plan.name, "k": plan.k, "records": records}
+    settings |= {"code": code(Path(unike_kernels.__file__).parent, Path(__file__).parent)}
     settings |= {"method": {"name": method.name, **method.settings()}}
     folder = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     run = Run(world.CACHE / "runs" / folder, settings)

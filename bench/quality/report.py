@@ -12,6 +12,7 @@ from bench.quality import claims, figures, paper, paper_tables, speed, tables
 from bench.quality.ablation import write
 from bench.quality.cells import Store
 from bench.quality.differences import SURE
+from unike_kernels.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = RESULTS / "quick"
@@ -89,9 +90,8 @@ def write_report(folder: Path = RESULTS) -> Path:
     for result in saved("encoders", folder):
         parts += [tables.encoders(result), taken(result["environment"])]
     out = folder / "README.md"
-    half = out.with_suffix(".tmp")
-    half.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    half.replace(out)
+    with replacing(out) as half:
+        half.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out
 
 

@@ -123,10 +123,10 @@ def untrained(d: int, generator: torch.Generator, device: torch.device | str = "
 
 
 def split_groups(groups: Sequence[str], held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(train, test) indices: a share `held_out` of the groups, at least one where there are two, goes to test."""
+    """(train, test) indices: a share `held_out` of the groups goes to test; of two and more at least one, unless 0."""
     names = sorted(set(groups))
     order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
-    n = min(max(1, round(held_out * len(order))), len(order) - 1) if order else 0
+    n = min(max(1, round(held_out * len(order))), len(order) - 1) if order and held_out else 0
     out = set(order[:n])
     test = [i for i, g in enumerate(groups) if g in out]
     train = [i for i, g in enumerate(groups) if g not in out]

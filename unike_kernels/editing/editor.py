@@ -82,6 +82,11 @@ class Editor:
         fitted = "encoders fitted" if self.fits else "no encoders yet"
         return f"Editor({type(self.model).__name__}, layers {list(self.layers)}, {items}, {fitted})"
 
+    @property
+    def base(self) -> BaseFingerprint:
+        """What edits of this editor remember of the model."""
+        return fingerprint(self.model, self.decoder, self.layers)
+
     def build_memory(
         self,
         triplets: Sequence[dict[str, Any]],
@@ -217,10 +222,9 @@ class Editor:
         """Saves memory, encoders and calibration into one safetensors file; pictures are not part of it."""
         states = self._need_states()
         cases = states.cases if self.cases is None else self.cases
-        base = fingerprint(self.model, self.decoder, self.layers)
         triplets = [{"prompt": t["prompt"], "target": t["target"], "digest": _digest(t)} for t in self.triplets]
         learned = Learned(states, triplets, cases, self.prompts, self.questions, self.fits)
-        write(Path(path), learned, {"config": self.config.to_json(), "base": base.to_json()})
+        write(Path(path), learned, {"config": self.config.to_json(), "base": self.base.to_json()})
 
     def load(self, path: str | Path) -> None:
         """Takes over what `save` saved, in the place of `build_memory`, `fit` and `calibrate`.
@@ -228,7 +232,7 @@ class Editor:
         ValueError, and nothing changed, where the base model, the layers or a setting of the fit is another one.
         """
         header, learned = read(Path(path))
-        ours = fingerprint(self.model, self.decoder, self.layers)
+        ours = self.base
         theirs, config = BaseFingerprint.from_json(header["base"]), UnikeConfig.from_json(header["config"])
         wrong = theirs.mismatches(ours) or ([] if theirs.same_probe(ours) else ["other weights (a sampled probe)"])
         if tuple(learned.states.layers) != self.layers:
@@ -381,9 +385,8 @@ class Editor:
         states = self._need_states()
         d, gated = states.cases.shape[1], self.decoder.layers[self.layers[0]].gated
         none = torch.zeros(0, d)
-        base = fingerprint(self.model, self.decoder, self.layers)
         layers = {i: new_layer((none, none), gated) for i in self.layers}
-        return Edits(self.config, base, [], layers, self._shared(), self._calibrated(states))
+        return Edits(self.config, self.base, [], layers, self._shared(), self._calibrated(states))
 
     def _calibrated(self, states: TripletStates) -> Calibration:
         """What routing is calibrated on; what can be learned of the cases is learned once."""

@@ -6,7 +6,6 @@ question, h_pos and h_neg at the last token of the question with the right and t
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import replacing
 from ..models import Decoder, get_module
 from .inputs import Batch, Collator, Sample, image_digest
 from .prefix import recorded, run_until
@@ -210,13 +210,8 @@ def _starts(sizes: Iterator[int]) -> Iterator[int]:
 
 def _write(path: Path, chunk: _Chunk) -> None:
     """Whole or not at all: a stop while writing leaves no file of this name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with replacing(path) as half:
         save_file(chunk.states, half, {"triplets": json.dumps({"predictions": chunk.predictions, "kept": chunk.kept})})
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def _read(path: Path, names: Sequence[str], rows: int) -> _Chunk | None:

@@ -18,8 +18,8 @@ from ..edits_io import CONFIG_NAME
 from ..evaluation.checking import CheckReport, check_probes
 from ..evaluation.pictures import resolve
 from ..evaluation.records import LOCAL
+from ..files import read_json
 from ..models import same_weights
-from ..patching import fingerprint
 from .checks import check_inputs, check_probe_inputs, check_triplets
 from .editor import Editor
 from .inputs import Sample
@@ -103,10 +103,7 @@ def run(job: Job, say: Callable[[str], None]) -> Edits:
 
 def _read(path: Path, what: str) -> list[dict[str, Any]]:
     """A JSON list of samples, their pictures as files beside it; all of them are there."""
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8-sig"))  # "-sig": some editors begin a file with a mark
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    samples = read_json(path)
     if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
         raise ValueError(f"{path} must hold a JSON list of objects")
     check_dicts(samples, what, ())
@@ -193,7 +190,7 @@ def _check_base(editor: Editor, there: Edits | None, out: Path, *, joined: bool)
     """
     if there is None:
         return
-    ours = fingerprint(editor.model, editor.decoder, editor.layers)
+    ours = editor.base
     wrong = there.base.mismatches(ours)
     if tuple(there.layers) != editor.layers:
         wrong.append(f"layers: {list(there.layers)} and {list(editor.layers)}")
@@ -226,8 +223,8 @@ def _saved(editor: Editor, known: Sequence[dict[str, Any]], job: Job) -> Path | 
     """Where the cache keeps what the editor learns from these triplets; None without a cache."""
     if job.cache is None:
         return None
-    config, base = editor.config, fingerprint(editor.model, editor.decoder, editor.layers)
-    told: list[Any] = [base.to_json(), editor.collator.fingerprint()]
+    config = editor.config
+    told: list[Any] = [editor.base.to_json(), editor.collator.fingerprint()]
     told += [sorted({str(p.dtype) for p in editor.model.parameters()})]  # the probe's digits are too few to tell them
     told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.neurons)]
     told += [[asked(t), *(t.get(k) for k in ("target", "prediction", "question"))] for t in known]

@@ -1,7 +1,6 @@
 """What an editor learned, in one safetensors file: a large model's memory takes hours to build, seconds to load."""
 
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from .disentangle import Encoder, LayerFit
 from .extract import LayerStates, TripletStates
 
@@ -57,15 +57,10 @@ def write(path: Path, learned: Learned, header: dict[str, Any]) -> None:
         "questions": learned.questions,
         "fits": measured,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as half:
         save_file(
             {name: t.detach().cpu().clone() for name, t in tensors.items()}, half, {"editor": json.dumps(document)}
         )
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Learned]:
@@ -74,12 +69,15 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
         with safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})["editor"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, KeyError, ValueError) as err:
-        raise ValueError(f"{path} is not a saved editor, or is damaged: {err}") from err
-    if document["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {document['format_version']}, but this package reads format {FORMAT_VERSION}"
-        )
+        if (found := document["format_version"]) != FORMAT_VERSION:
+            raise ValueError(f"it has format {found}, but this package reads format {FORMAT_VERSION}")
+        return document, _learned(document, tensors)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as err:
+        what = f"it has no {err}" if isinstance(err, KeyError) else err
+        raise ValueError(f"{path} is not a saved editor, or is damaged: {what}") from err
+
+
+def _learned(document: dict[str, Any], tensors: dict[str, Tensor]) -> Learned:
     layers = {
         i: LayerStates(*(tensors[f"states.{i}.{f.name}"] for f in fields(LayerStates))) for i in document["layers"]
     }
@@ -87,7 +85,7 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
     states = TripletStates(document["kept"], document["predictions"], layers, tensors["states.cases"], means)
     fits = {int(i): _fit(int(i), measured, tensors) for i, measured in document["fits"].items()}
     texts = document["prompts"], document["questions"]
-    return document, Learned(states, document["triplets"], tensors["cases"], *texts, fits)
+    return Learned(states, document["triplets"], tensors["cases"], *texts, fits)
 
 
 def _fit(layer: int, measured: dict[str, Any], tensors: dict[str, Tensor]) -> LayerFit:

@@ -5,7 +5,6 @@ NeurIPS 2024): the same keys, and portability questions in `port_new`. Nothing i
 around strings; what looks odd is reported by record.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from ..editing.inputs import Sample
 from ..edits_schema import half_character
+from ..files import read_json
 from .pictures import resolve
 from .prompts import PromptStyle
 from .records import KINDS, Probe, Record
@@ -169,13 +169,9 @@ def read(path: str | Path, *, name: str | None = None) -> Dataset:
     """
     path = Path(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise DatasetError(f"{path}: not JSON: brackets are nested too deep") from None
+        rows = read_json(path)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"{path}: must hold a JSON list of records, but holds {_short(rows)}")
     entries = tuple(_entry(path, f"{name or path.stem}:{i}", i, row) for i, row in enumerate(rows))

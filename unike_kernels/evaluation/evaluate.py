@@ -17,13 +17,13 @@ from ..editing.editor import Editor
 from ..editing.inputs import Sample
 from ..editing.loading import load
 from ..edits_schema import package_version
-from ..patching import fingerprint
+from ..files import replacing
 from . import datasets, protocols
 from .examiner import Examiner
 from .pictures import resolve
 from .prompts import check_style, prompt_style
 from .records import KINDS, LOCAL, Record, without_seen
-from .runs import Run, check, claim, write_whole
+from .runs import Run, check, claim
 from .summary import NAMES, Summary, retention, table
 from .unike import Unike
 
@@ -102,7 +102,8 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
         summary = Summary.of(runs[seed].results)
         found.append(summary)
         text = tell(summary, runs[seed], plan)
-        write_whole(runs[seed].folder / "summary.txt", text + "\n")
+        with replacing(runs[seed].folder / "summary.txt") as half:
+            half.write_text(text + "\n", encoding="utf-8")
         say(f"\n{method.name}, {plan.name}, K = {plan.k}, seed {seed}\n{text}")
     if len(found) > 1:
         say(f"\n{across(found)}")
@@ -192,7 +193,7 @@ def _asked(job: Job) -> dict[str, Any]:
 
 def _found(job: Job, editor: Editor) -> dict[str, Any]:
     """What makes a run another one, as the loaded model tells it."""
-    base = fingerprint(editor.model, editor.decoder, editor.layers)
+    base = editor.base
     probe = hashlib.sha256(json.dumps(base.to_json(), sort_keys=True).encode()).hexdigest()[:12]
     return {
         "model": {"name": job.model, "class": type(editor.model).__name__, "weights": probe},

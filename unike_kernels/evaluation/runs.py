@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .protocols import Result
 
 SETTINGS, RESULTS = "run.json", "samples.jsonl"
@@ -61,7 +62,8 @@ class Run:
             found.setdefault(result.id, result)  # two processes in one folder compute the same
         self.results = list(found.values())
         if len(whole) < len(data):
-            write_whole(path, whole)
+            with replacing(path) as half:
+                half.write_bytes(whole)
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -69,7 +71,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     check(folder, settings, whole=True)
     if not (folder / SETTINGS).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        with replacing(folder / SETTINGS) as half:
+            half.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check(folder: Path, settings: dict[str, Any], *, whole: bool = False) -> None:
@@ -96,19 +99,6 @@ def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
             yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name}: {_short(there)} and {_short(here)}"
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(half, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..editing.editor import Editor
 from ..editing.inputs import Batch, Sample, image_digest
 from ..edits import Edits
-from ..edits_schema import EditsError
 from ..patching import PatchHandle, patch
 from .methods import Edited, Method
 from .records import LOCAL, Record
@@ -135,9 +134,10 @@ class Unike(Method):
         """The edits of a group, made in parts that are kept on disk, and where."""
         folder = None
         if self.cache is not None and len(requests) > SAVED_EVERY:
-            told = [self.name, self.settings(), [(r.prompt, r.target, image_digest(r.image)) for r in requests]]
+            asked = [(r.prompt, r.target, image_digest(r.image)) for r in requests]
+            told = [self.name, self.settings(), self.editor.base.to_json(), asked]
             folder = self.cache / f"group-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
-        edits, at = _kept(folder)
+        edits, at = self._kept(folder)
         with tqdm(
             total=len(requests), initial=at, desc="edits", unit="edit", leave=False, disable=not self.progress
         ) as bar:
@@ -151,6 +151,16 @@ class Unike(Method):
                     edits.save_pretrained(folder)
         assert edits is not None  # a group has a request
         return edits, folder
+
+    def _kept(self, folder: Path | None) -> tuple[Edits | None, int]:
+        """The edits that a stopped run of this editor left, and how many of the group's requests they stand for."""
+        if folder is None or not folder.exists():
+            return None, 0
+        try:
+            edits = self.editor.continued(Edits.from_pretrained(folder))
+        except (OSError, ValueError):
+            return None, 0  # not yet saved once, or made with another memory
+        return edits, max(int(name) for name in edits.ids) + 1  # the newest of a part is never replaced within it
 
     def _many(self, requests: Sequence[Sample]) -> list[Edits]:
         """Edits of one request each; requests that repeat another's picture and prompt are trained apart from it."""
@@ -182,14 +192,3 @@ def _case(sample: Sample) -> dict[str, Any]:
 
 def _ids(numbers: Sequence[int]) -> list[str]:
     return [str(i) for i in numbers]
-
-
-def _kept(folder: Path | None) -> tuple[Edits | None, int]:
-    """The edits that a stopped run left, and how many of the group's requests they stand for."""
-    if folder is None or not folder.exists():
-        return None, 0
-    try:
-        edits = Edits.from_pretrained(folder)
-    except (EditsError, OSError, ValueError):
-        return None, 0  # not yet saved once
-    return edits, max(int(name) for name in edits.ids) + 1  # the newest of a part is never replaced within it

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bench.quality.world import CACHE
+from unike_kernels.files import replacing
 
 from . import METHODS
 from .base import Baseline
@@ -28,10 +29,8 @@ def fitted(
     folder = CACHE / f"seed{base}" / "baselines"
     for file in sorted((SHIPPED / f"seed{base}").glob("*")):
         if not (folder / file.name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{file.name}.tmp"
-            shutil.copyfile(file, part)
-            part.replace(folder / file.name)
+            with replacing(folder / file.name) as half:
+                shutil.copyfile(file, half)
     method = METHODS[name](model, processor, config)
     method.fit(training_records(training * method.share), seed=0, cache=folder)
     return method

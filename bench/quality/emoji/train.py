@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from unike_kernels.files import replacing
 
 from . import data, evaluate
 from . import model as tiny
@@ -34,11 +35,9 @@ def rate(step: int, steps: int, peak: float, warm_up: int = WARM_UP) -> float:
 
 def write(path: Path, save: Any) -> None:
     """Call `save(temporary path)` and rename, so that a killed run never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    temporary.chmod(0o644)  # safetensors writes for the owner only
-    os.replace(temporary, path)
+    with replacing(path) as half:
+        save(half)
+        half.chmod(0o644)  # safetensors writes for the owner only
 
 
 def run_stage(

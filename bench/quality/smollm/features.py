@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from bench.quality.emoji import data
 from bench.quality.emoji import vision as drawn
+from unike_kernels.files import replacing
 
 from . import vision
 
@@ -30,14 +31,12 @@ def view(tower: nn.Module, pictures: Tensor, number: int, seed: int, batch: int 
 
 def cached(tower: nn.Module, folder: Path, seed: int = 0, views: int = VIEWS) -> Tensor:
     """[views, N, P, WIDTH] of all drawings in `data.drawings()`'s order; a stopped run goes on with the next view."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for number in range(views):
         path = folder / f"view{number}.pt"
         if not path.exists():
-            half = path.with_suffix(".tmp")
-            torch.save(view(tower, drawn.read_drawings(), number, seed), half)
-            half.replace(path)
+            with replacing(path) as half:
+                torch.save(view(tower, drawn.read_drawings(), number, seed), half)
         found.append(torch.load(path, weights_only=True))
     return torch.stack(found)
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from unike_kernels.files import replacing
+
 CACHE = Path(os.environ.get("UNIKE_CACHE", Path.home() / ".cache" / "unike_kernels")) / "smollm"
 COMMAND = "python -m bench.quality.smollm.fetch"
 
@@ -110,18 +112,16 @@ def convert_language(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     tied = "lm_head.weight"  # the embeddings
     state = {name: t.contiguous() for name, t in model.state_dict().items() if name != tied}
-    half = folder / "model.tmp"
-    save_file(state, half, {"format": "pt"})
-    half.replace(folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as half:
+        save_file(state, half, {"format": "pt"})
 
 
 def convert_vision(pth: Path, out: Path) -> None:
     """The state dict as safetensors."""
     from safetensors.torch import save_file
 
-    half = out.with_suffix(".tmp")
-    save_file(torch.load(pth, weights_only=True, map_location="cpu"), half)
-    half.replace(out)
+    with replacing(out) as half:
+        save_file(torch.load(pth, weights_only=True, map_location="cpu"), half)
 
 
 def fetch(cache: Path = CACHE) -> None:
