@@ -37,7 +37,7 @@ def test_info_tells_triton_gpus_and_native_modules(monkeypatch):
     lines = runner.invoke(app, ["info"]).output.splitlines()
     assert "triton 3.6.1" in lines
     assert "GPU 0: some GPU" in lines
-    assert "native CPU search: usable" in lines
+    assert "native CPU module: usable" in lines
     assert "native CUDA module: it was left out" in lines
 
 

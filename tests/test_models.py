@@ -244,7 +244,7 @@ def test_activations():
 def test_activations_are_the_ones_that_the_model_computes():
     x = torch.linspace(-3, 3, 50)
     for name, act in transformers.activations.ACT2FN.items():
-        if type(act).__name__ in models.ACTIVATIONS:
+        if type(act).__name__ in models.ACT_OF:
             ours = uk.reference.activation(models._activation(act))
             torch.testing.assert_close(ours(x), act(x), msg=name)
 

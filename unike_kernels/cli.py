@@ -64,7 +64,7 @@ def info() -> None:
         typer.echo(line)
     for backend in backends.available():
         typer.echo(f"backend {backend.name}: {backend.reason or 'usable'}")
-    typer.echo(f"native CPU search: {native.no_cpu() or 'usable'}")
+    typer.echo(f"native CPU module: {native.no_cpu() or 'usable'}")
     typer.echo(f"native CUDA module: {native.no_cuda() or 'usable'}")
 
 

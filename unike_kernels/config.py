@@ -143,7 +143,7 @@ class NeuronConfig:
     beta: float = 0.1  # of zeta' on the values; hard-coded in the published code (its yaml says 0.9, never read)
     # development split, always on, T-Gen / M-Loc: 0.5 gave 97.8 / 79.2, 0.7 gave 97.9 / 83.9
     key_threshold: float = 0.7  # a neuron is just active where a state's projection on its key exceeds this share
-    center_keys: bool = True  # project on the state minus the mean FFN input of the memory's questions
+    center_keys: bool = True  # project on the state minus the mean FFN input of all triplets' questions
     key_noise: float = 0.1  # ours, relative; equal keys with zero values would stay copies
     lr_values: float = 1e-2  # Adam; our prototype's value
     lr_keys: float = 1e-2  # Adam; our prototype's value; sets generality against locality

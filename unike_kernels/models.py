@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-ACTIVATIONS = {
+ACT_OF = {
     "ReLU": "relu",
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -256,9 +256,9 @@ def _activation(module: object) -> str:
     name = getattr(module, "__name__", type(module).__name__)
     if isinstance(module, nn.GELU) and module.approximate == "tanh":
         name = "GELUTanh"
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
+    if name not in ACT_OF:
+        raise UnsupportedModelError(f"unknown activation {name!r}; known: {', '.join(sorted(ACT_OF))}")
+    return ACT_OF[name]
 
 
 def _attention(attn: nn.Module, name: str, out_proj: str) -> dict:

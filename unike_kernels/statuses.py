@@ -81,11 +81,14 @@ def status(model: nn.Module) -> Status:
                         device=str(main.device),
                         bytes=sum(t.numel() * t.element_size() for t in module.buffers())
                         + (0 if index is None else index.bytes),
-                        backend=resolve(module.backend, main.device, main.dtype)
-                        if module.backend == "auto"
-                        else module.backend,
+                        backend=_backend(module.backend, main),
                         mode=record.mode,
                         scored=None if index is None or not len(index.reranked) else int(index.reranked.max()),
                     )
                 )
     return out
+
+
+def active(model: nn.Module) -> list[str]:
+    """The names of the patches on `model` that are switched on."""
+    return sorted({record.name for _, record in records(model) if record.runtime.enabled})

@@ -21,9 +21,9 @@ from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
 from unike_kernels.evaluation.methods import Method
 from unike_kernels.evaluation.metrics import clustered_error, mean_of_five
-from unike_kernels.evaluation.protocols import Asked, Result
-from unike_kernels.evaluation.records import KINDS, LOCAL
-from unike_kernels.evaluation.summary import Summary, per_record
+from unike_kernels.evaluation.protocols import Result
+from unike_kernels.evaluation.records import KINDS
+from unike_kernels.evaluation.summary import Summary, per_record, score_after
 
 UNIKE = ("UniKE", "UniKE, routed")
 # in the order in which they are measured: those that learn nothing beforehand first
@@ -134,7 +134,7 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
     summary = Summary.of(results)
     order = sorted(results, key=lambda r: r.id)
     clusters = [r.cluster for r in order]
-    found = {kind: per_record(order, kind, _value) for kind in KINDS}
+    found = {kind: per_record(order, kind, score_after) for kind in KINDS}
     values = {kind: [found[kind][r.id] for r in order] for kind in KINDS}
     values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
     return {
@@ -148,10 +148,6 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
         "locality_b": summary.locality_b,
         **compact({kind: values[kind] for kind in KINDS}, clusters),
     }
-
-
-def _value(p: Asked) -> float:
-    return p.outcome.locality_a if p.kind in LOCAL else p.outcome.after
 
 
 def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:

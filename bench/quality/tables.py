@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.quality.rows import CONTROLS, ROWS
+from unike_kernels.evaluation.records import KINDS
 
-KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 HEADS = {"rel": "Rel", "t_gen": "T-Gen", "m_gen": "M-Gen", "t_loc": "T-Loc", "m_loc": "M-Loc"}
 PARTS = {
     "m_loc.other_concept": "other concept",

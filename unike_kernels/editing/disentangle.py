@@ -173,7 +173,7 @@ def _train(
     plain: list[Tensor],
     encoded: list[Tensor],
 ) -> Encoder:
-    """Adam on mini-batches of the `train` rows of `plain` (given to the loss as they are) and `encoded`, in that order.
+    """AdamW on mini-batches of the `train` rows: those of `plain`, given to the loss as they are, then `encoded`.
 
     The learning rate falls to zero along a cosine.
     """

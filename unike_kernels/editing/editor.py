@@ -17,8 +17,9 @@ from ..config import UnikeConfig
 from ..edits import BaseFingerprint, Calibration, Edits, LayerShared
 from ..evaluation.checking import CheckReport, check
 from ..models import find_decoder, get_module
-from ..patching import PatchHandle, fingerprint, patch, status
+from ..patching import PatchHandle, fingerprint, patch
 from ..projections import Projections, empty_like_site
+from ..statuses import active
 from .asking import asking
 from .checks import check_inputs, check_triplets
 from .disentangle import Fits, LayerFit, fit_layer
@@ -48,7 +49,7 @@ class Editor:
     prompts are what the model would be asked, template included. Dicts hold the keys that are named and no others, and
     what the model cannot take (a picture, a prompt too long) is told by entry before anything is computed. The base
     model stays as it is, whatever happens.
-    backend: of the operators, in training and in `check`: "auto", "triton" or "reference", as `patch` takes it.
+    backend: of the operators, in training and in `check`, as `patch` takes it.
     """
 
     trainer: type[GroupTrainer] = GroupTrainer  # what trains the neurons of new edits; may be overridden
@@ -418,10 +419,9 @@ def base_only(model: nn.Module) -> Iterator[None]:
 
     ValueError when it carries edits that are switched on.
     """
-    active = sorted({s.name for s in status(model) if s.enabled})
-    if active:
+    if on := active(model):
         raise ValueError(
-            f"the model carries edits ({', '.join(active)}); states and new edits come from the base: "
+            f"the model carries edits ({', '.join(on)}); states and new edits come from the base: "
             "unpatch it, or work inside handle.disabled()"
         )
     training = [m for m in model.modules() if m.training]

@@ -42,7 +42,7 @@ class TripletStates:
 
     kept: indices of the N triplets kept, in order; predictions: the model's answers to all M triplets.
     cases: [M, d] taps at the case tokens of *all* triplets at the first edited layer, right or wrong, for routing.
-    ffn_mean: [d] by layer, the mean FFN input at the case tokens.
+    ffn_mean: [d] by layer, the mean FFN input at the case tokens of *all* triplets.
     """
 
     kept: list[int]

@@ -10,7 +10,8 @@ from ..cases import Cases
 from ..editing.inputs import Batch, Collator, Sample
 from ..editing.prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
 from ..models import Decoder, get_module
-from ..patching import PatchHandle, status
+from ..patching import PatchHandle
+from ..statuses import active
 from . import metrics
 
 
@@ -89,9 +90,8 @@ class Scorer:
         self, collator: Collator, decoder: Decoder, first: int, samples: Sequence[Sample], *, batch_size: int = 64
     ) -> None:
         """first: the lowest edited layer. samples: all with a target. ValueError while the model carries edits."""
-        active = sorted({s.name for s in status(collator.model) if s.enabled})
-        if active:
-            raise ValueError(f"the model carries edits ({', '.join(active)}): make the Scorer on the base")
+        if on := active(collator.model):
+            raise ValueError(f"the model carries edits ({', '.join(on)}): make the Scorer on the base")
         self.collator, self.decoder, self.first = collator, decoder, first
         self.samples = list(samples)
         self.head = head(collator.model, decoder)

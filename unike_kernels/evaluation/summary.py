@@ -24,7 +24,7 @@ class Interval:
     high: float
 
 
-def _after(p: Asked) -> float:
+def score_after(p: Asked) -> float:
     return p.outcome.locality_a if p.kind in LOCAL else p.outcome.after
 
 
@@ -99,7 +99,7 @@ def retention(results: Sequence[Result], k: int) -> list[tuple[str, dict[str, st
         some = [r for r in results if low <= r.age <= high]
         if some:
             name = f"{low}" if low == high else f"{low} to {high}"
-            found = _means(some, _after)
+            found = _means(some, score_after)
             out.append((name, {kind: f"{v:.1f}" for kind, v in found.items() if kind not in LOCAL}))
     return out
 
@@ -134,14 +134,14 @@ def _means(results: Sequence[Result], value: Callable[[Asked], float | None]) ->
 
 
 def _interval(results: Sequence[Result], kind: str) -> Interval:
-    values, clusters = per_record(results, kind, _after), {r.id: r.cluster for r in results}
+    values, clusters = per_record(results, kind, score_after), {r.id: r.cluster for r in results}
     low, high = bootstrap_interval(list(values.values()), [clusters[i] for i in values])
     return Interval(sum(values.values()) / len(values), low, high)
 
 
 def _mean_interval(results: Sequence[Result], means: dict[str, float]) -> Interval:
     """Of the mean of the five; its interval from the records that have all five."""
-    found = [per_record(results, kind, _after) for kind in KINDS]
+    found = [per_record(results, kind, score_after) for kind in KINDS]
     whole = [r for r in results if all(r.id in values for values in found)]
     low, high = bootstrap_interval(
         [mean_of_five(*(values[r.id] for values in found)) for r in whole], [r.cluster for r in whole]

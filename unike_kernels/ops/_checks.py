@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS
+from ..reference import activation
 
 # How a shape check reports: `require` in the functions that users call, torch._check in the fake kernels.
 Check = Callable[[bool, Callable[[], str]], None]
@@ -17,8 +17,7 @@ def require(holds: bool, message: Callable[[], str]) -> None:
 
 
 def require_act(act: str) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, but got {act!r}")
+    activation(act)
 
 
 def shape(tensor: Tensor | None) -> list[int] | None:

@@ -25,8 +25,9 @@ def cosine_topk(
     key_norm: [N], what to divide the rows of keys by. None: their own norms, computed here. Ones: the rows are unit
         vectors already. Keeping the norms of a memory saves one of two passes over it.
     ranges: [T, 2] int64, query t sees keys ranges[t, 0] up to, not including, ranges[t, 1]. None: all.
-    backend: "auto" (triton for CUDA tensors, the reference elsewhere and for float64), or one of them by name;
-        triton has k to 128, for more "auto" takes the reference; "cuda" has its own kernel for up to 64 queries.
+    backend: "auto" (for CUDA tensors triton, or CUDA C++ where an H100 has measured that it is faster, and the
+        reference for k above 128; native code on a CPU; the reference elsewhere and for float64), or one by name;
+        "cuda" has its own kernel for up to 64 queries.
     Returns scores [..., k] float32 (float64 if an input is), and indices [..., k] int64. Where fewer than k rows can be
     had, scores are padded with -inf and indices with -1.
 

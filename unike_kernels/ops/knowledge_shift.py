@@ -53,8 +53,8 @@ def knowledge_shift(
     case_tokens: [C] int64, the row of h_input where the alpha of each case is taken, a row of that case; -1: there is
         none here, and the case is left alone. Not used where alpha is given.
     rescale: `raw` form only, h_know gets the norm of h_input, token by token, after the encoder saw it as it was.
-    backend: "auto" (triton for CUDA tensors, native code for few tokens on the CPU, the reference elsewhere and for
-        float64), or one of them by name.
+    backend: "auto" (for CUDA tensors triton, or CUDA C++ for one head as wide as h; native code for few tokens on the
+        CPU; the reference elsewhere and for float64), or one of them by name.
     Returns h [T, d], dtype of h_input, computed in float32 (float64 if an input is), and the alpha used, in float32
     (float64), [C] if it is per case, else [T].
 

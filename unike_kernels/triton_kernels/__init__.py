@@ -1,4 +1,6 @@
-"""The Triton kernels: one file per operator, with its kernels and its launcher. Importing a kernel's file loads triton.
+"""The Triton kernels: each operator's launcher in a file of its name; long kernels, or those of several, apart.
+
+Importing any of these files loads triton.
 
 A launcher takes the operator's positional arguments, allocates through `launching.new`, starts its kernels through
 `launching.launch`, and never reads a tensor's values: it runs on meta tensors too, which is how the compile gate

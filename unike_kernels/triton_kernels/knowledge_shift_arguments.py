@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import reference
+
 
 class Shift(NamedTuple):
     """The arguments of the operator in the layout of the kernels, and what follows from them."""
@@ -32,10 +34,8 @@ class Shift(NamedTuple):
 
     @property
     def alpha_per_case(self) -> bool:
-        """Whether there is one alpha per case; as `reference.alpha_is_per_case`."""
-        if self.token_to_case is None or self.alpha is None:
-            return self.token_to_case is not None and self.case_tokens is not None
-        return self.alpha.shape[0] == self.indices.shape[0]
+        """Whether there is one alpha per case."""
+        return reference.alpha_is_per_case(self.alpha, self.indices, self.token_to_case, self.case_tokens)
 
     @property
     def mode(self) -> str:

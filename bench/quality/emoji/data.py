@@ -47,22 +47,13 @@ class Concept:
     artists: tuple[str, ...]
 
     def image(self, artist: str) -> str:
-        """Return the path of one artist's drawing, relative to `DRAWINGS`."""
+        """The path of one artist's drawing, relative to `DRAWINGS`."""
         return f"{artist}/{self.id}.png"
 
     @property
     def caption(self) -> str:
-        """Return what a caption says; no word of it depends on the artist, so another drawing has the same caption."""
+        """What a caption says; no word of it depends on the artist, so another drawing has the same caption."""
         return f"{self.name} from {self.group}"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training sequence: a picture or none, the prompt and the target."""
-
-    image: str | None
-    prompt: str
-    target: str
 
 
 def _words(text: str) -> str:
@@ -71,7 +62,7 @@ def _words(text: str) -> str:
 
 @cache
 def concepts() -> tuple[Concept, ...]:
-    """Return all concepts with at least two artists, in the file's order."""
+    """All concepts with at least two artists, in the file's order."""
     rows = json.loads((HERE / "concepts.json").read_text(encoding="utf-8"))
     found = []
     for row in rows:
@@ -86,7 +77,7 @@ def concepts() -> tuple[Concept, ...]:
 
 @cache
 def splits() -> dict[str, tuple[Concept, ...]]:
-    """Return the four splits by concept, disjoint, each with its share of every kind."""
+    """The four splits by concept, disjoint, each with its share of every kind."""
     rng = random.Random(SPLIT_SEED)
     by_kind: dict[str, list[Concept]] = defaultdict(list)
     for concept in concepts():
@@ -108,7 +99,7 @@ def splits() -> dict[str, tuple[Concept, ...]]:
 
 @cache
 def split_of() -> dict[str, str]:
-    """Return the split of every concept id."""
+    """The split of every concept id."""
     return {concept.id: split for split, members in splits().items() for concept in members}
 
 
@@ -118,12 +109,12 @@ def drawings(members: tuple[Concept, ...] | None = None) -> list[tuple[Concept, 
 
 
 def ask(question: str) -> str:
-    """Return the full prompt of a question."""
+    """The full prompt of a question."""
     return QUESTION.format(question)
 
 
 def name_prompts() -> list[str]:
-    """Return the naming prompts, one for each phrasing."""
+    """The naming prompts, one for each phrasing."""
     return [ask(question) for question in NAME]
 
 
@@ -148,7 +139,7 @@ def picture_questions(concept: Concept) -> list[tuple[str, str]]:
 
 
 def corpus() -> Iterator[str]:
-    """Yield every text of the world, for the tokenizer."""
+    """Every text of the world, for the tokenizer."""
     for concept in concepts():
         for prompt, target in picture_questions(concept) + facts(concept):
             yield f"{prompt} {target}"

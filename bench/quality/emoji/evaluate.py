@@ -18,7 +18,7 @@ TAP_LAYER = 2  # the first of the last four decoder layers
 
 
 def read_pixels(images: Sequence[str], processor: Any) -> Tensor:
-    """Return the processor's pixels [B, 3, IMAGE_SIZE, IMAGE_SIZE] of drawings."""
+    """The processor's pixels [B, 3, IMAGE_SIZE, IMAGE_SIZE] of drawings."""
     pictures = []
     for image in images:
         with Image.open(data.DRAWINGS / image) as picture:
@@ -57,7 +57,7 @@ def exact(model: Any, processor: Any, cases: Sequence[Case], pixels: Tensor | No
 
 @torch.no_grad()
 def taps(model: Any, processor: Any, cases: Sequence[tuple[str | None, str]], layer: int = TAP_LAYER) -> Tensor:
-    """Return what enters self_attn of one decoder layer at each prompt's last token [N, HIDDEN]."""
+    """What enters self_attn of one decoder layer at each prompt's last token [N, HIDDEN]."""
     found: list[Tensor] = []
     attention = model.language_model.model.decoder.layers[layer].self_attn
 
@@ -84,7 +84,7 @@ def taps(model: Any, processor: Any, cases: Sequence[tuple[str | None, str]], la
 
 
 def naming(split: str) -> list[Case]:
-    """Return the naming question in every phrasing on every drawing of a split."""
+    """The naming question in every phrasing on every drawing of a split."""
     drawn = data.drawings(data.splits()[split])
     return [(c.image(a), prompt, c.name) for c, a in drawn for prompt in data.name_prompts()]
 
@@ -94,7 +94,7 @@ def _percent(right: Tensor) -> float:
 
 
 def accuracies(model: Any, processor: Any) -> dict[str, float]:
-    """Return exact-match percentages, and the controls with unseen augmentations, blank and shuffled pictures.
+    """Exact-match percentages, and the controls with unseen augmentations, blank and shuffled pictures.
 
     Known names and facts are asked in every phrasing, the rest in one drawn phrasing for each drawing.
     """
@@ -135,7 +135,7 @@ def accuracies(model: Any, processor: Any) -> dict[str, float]:
 
 
 def geometry(model: Any, processor: Any, split: str = "development", layer: int = TAP_LAYER) -> dict[str, float]:
-    """Return mean cosines at the tap, centred on the memory's questions, and how well another artist is told apart."""
+    """Mean cosines at the tap, centred on the memory's questions, and how well another artist is told apart."""
     rng = random.Random(0)
     members = data.splits()[split]
     drawn = data.drawings(members)
@@ -174,5 +174,5 @@ def geometry(model: Any, processor: Any, split: str = "development", layer: int 
 
 
 def report(model: Any, processor: Any) -> dict[str, Any]:
-    """Return all figures of one base model."""
+    """All figures of one base model."""
     return {**accuracies(model, processor), **geometry(model, processor)}

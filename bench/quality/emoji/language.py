@@ -19,7 +19,7 @@ Pair = tuple[list[int], list[int]]  # token ids of (prompt, target with </s>)
 
 @torch.no_grad()
 def cache_features(model: Any, generator: torch.Generator, views: int = VIEWS) -> Tensor:
-    """Return the Q-Former's outputs [views, N, QUERY_TOKENS, HIDDEN] of all drawings; view 0 is not augmented."""
+    """The Q-Former's outputs [views, N, QUERY_TOKENS, HIDDEN] of all drawings; view 0 is not augmented."""
     pictures = vision.read_drawings().to(model.query_tokens.device)
     rows = []
     for view in tqdm(range(views), desc="caching features", mininterval=5):
@@ -99,7 +99,7 @@ class LanguageStage:
         return total, wrong == 0
 
     def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one random batch, and what to show beside it; `progress` is not used.
+        """The loss of one random batch, and what to show beside it; `progress` is not used.
 
         Nothing is read back from the device.
         """

@@ -44,7 +44,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def make_processor(tokenizer: Tokenizer | None = None) -> Blip2Processor:
-    """Return transformers' processor: it puts `QUERY_TOKENS` <image> tokens before the text; no BOS, padding left."""
+    """Transformers' processor: it puts `QUERY_TOKENS` <image> tokens before the text; no BOS, padding left."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer or Tokenizer.from_file(str(TOKENIZER_FILE)),
         pad_token="<pad>",
@@ -63,7 +63,7 @@ def make_processor(tokenizer: Tokenizer | None = None) -> Blip2Processor:
 
 
 def make_config() -> Blip2Config:
-    """Return the configuration: ViT 3 x 128, Q-Former 2 x 128 with 4 queries, OPT 6 x 128 with ReLU."""
+    """The configuration: ViT 3 x 128, Q-Former 2 x 128 with 4 queries, OPT 6 x 128 with ReLU."""
     vision = Blip2VisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
@@ -115,7 +115,7 @@ def make_config() -> Blip2Config:
 
 
 def make_model(seed: int) -> Blip2ForConditionalGeneration:
-    """Return a freshly initialised model in fp32 eval mode."""
+    """A freshly initialised model in fp32 eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Blip2ForConditionalGeneration(make_config())
@@ -128,7 +128,7 @@ def make_model(seed: int) -> Blip2ForConditionalGeneration:
 
 
 def weights_file(seed: int) -> Path:
-    """Return the path of the shipped weights of one training seed."""
+    """The path of the shipped weights of one training seed."""
     return HERE / "weights" / f"seed{seed}.safetensors"
 
 
@@ -145,7 +145,7 @@ def load(seed: int = 0) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
 
 
 def image_states(model: Blip2ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the Q-Former's outputs [B, QUERY_TOKENS, HIDDEN] of normalised pictures [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
+    """The Q-Former's outputs [B, QUERY_TOKENS, HIDDEN] of normalised pictures [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
     patches = model.vision_model(pixel_values=pixels).last_hidden_state
     queries = model.query_tokens.expand(len(pixels), -1, -1)
     return model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state

@@ -24,7 +24,7 @@ PER_PART = 2  # locality inputs of each part in a record
 
 @cache
 def known_roles() -> dict[str, tuple[Concept, ...]]:
-    """Return the known concepts by what they are used for, disjoint."""
+    """The known concepts by what they are used for, disjoint."""
     members = list(data.splits()["known"])
     random.Random(data.SPLIT_SEED + 1).shuffle(members)
     roles, start = {}, 0
@@ -35,7 +35,7 @@ def known_roles() -> dict[str, tuple[Concept, ...]]:
 
 
 def edited(split: str, task: str) -> tuple[Concept, ...]:
-    """Return the concepts that `task` edits: held-out ones, or for "rename" known ones set aside for `split`."""
+    """The concepts that `task` edits: held-out ones, or for "rename" known ones set aside for `split`."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, not one of {TASKS}")
     return known_roles()[f"renamed {split}"] if task == "rename" else data.splits()[split]
@@ -160,7 +160,7 @@ def _m_loc(concept: Concept, artist: str, free: Sequence[Concept], rng: random.R
 
 
 def triplets(phrasings: int = 4, task: str = "name") -> list[dict[str, str]]:
-    """Return image, prompt and target of the memory's questions: 90 concepts, every artist, the first phrasings."""
+    """Image, prompt and target of the memory's questions: 90 concepts, every artist, the first phrasings."""
     prompts = list(data.CAPTION) if task == "caption" else data.name_prompts()
     return [
         {

@@ -29,7 +29,7 @@ SHOWN_EVERY = 20  # steps: reading a figure makes the host wait for the device, 
 
 
 def rate(step: int, steps: int, peak: float, warm_up: int = WARM_UP) -> float:
-    """Return the learning rate: a linear warm-up, then a cosine down to 2 % of `peak`."""
+    """The learning rate: a linear warm-up, then a cosine down to 2 % of `peak`."""
     return peak * min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -114,7 +114,7 @@ def save_weights(model: Any, seed: int) -> None:
 
 
 def default_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -17,7 +17,7 @@ SCALES = (16.0, 8.0)  # of the cosine logits, first and last: at 8 a drawing mus
 
 
 def read_drawings() -> Tensor:
-    """Return every drawing as uint8 [N, 3, 64, 64], in the order of `data.drawings()`."""
+    """Every drawing as uint8 [N, 3, 64, 64], in the order of `data.drawings()`."""
     rows = []
     for concept, artist in data.drawings():
         with Image.open(data.DRAWINGS / concept.image(artist)) as picture:
@@ -26,19 +26,19 @@ def read_drawings() -> Tensor:
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """Return what the processor makes of uint8 or [0, 1] pictures [B, 3, 64, 64]: [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
+    """What the processor makes of uint8 or [0, 1] pictures [B, 3, 64, 64]: [B, 3, IMAGE_SIZE, IMAGE_SIZE]."""
     if pictures.dtype == torch.uint8:
         pictures = pictures.float() / 255
     return F.avg_pool2d(pictures, pictures.shape[-1] // tiny.IMAGE_SIZE) * 2 - 1
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return uint8 pictures [B, 3, 64, 64] distorted at random, normalised."""
+    """Uint8 pictures [B, 3, 64, 64] distorted at random, normalised."""
     return normalise(distort(pictures, generator, strength))
 
 
 def distort(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return uint8 pictures [B, 3, H, W] turned, moved, scaled and recoloured at random, as values in [0, 1].
+    """Uint8 pictures [B, 3, H, W] turned, moved, scaled and recoloured at random, as values in [0, 1].
 
     The random numbers come from `generator`, on the CPU, wherever the pictures are: every device sees the same ones.
     """
@@ -96,7 +96,7 @@ class VisionStage:
         self.parameters = [*self.module.parameters(), model.query_tokens]
 
     def step(self, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one random batch, and what to show beside it; `progress` runs from 0 to 1.
+        """The loss of one random batch, and what to show beside it; `progress` runs from 0 to 1.
 
         Nothing is read back from the device.
 
