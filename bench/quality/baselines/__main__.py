@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,12 @@ class Bench:
         self.development = benchmark_records("development", "name", edits)
         self.examiner = Examiner(Collator(self.model, self.processor))
 
+    def of(self, task: str) -> Bench:
+        """The same with development edits of another task."""
+        other = copy.copy(self)
+        other.development = benchmark_records("development", task, len(self.development))
+        return other
+
     def settings(self, method: Method) -> dict[str, Any]:
         """What a kept result depends on."""
         counts = {"edits": len(self.development), "training": self.training}
@@ -175,17 +182,19 @@ def brief(config: Any) -> Any:
 
 
 def search(bench: Bench, names: Sequence[str], console: Console) -> None:
-    """Every method's four settings on the development split; the mean of the five metrics decides."""
+    """Every method's four settings on development edits of names and of captions; the mean of five metrics decides."""
     path = RESULTS / "baselines-search.json"
     for name in names:
         for config in METHODS[name].trials():
             used = brief(config) if METHODS[name].trained else config
-            label = f"{name}: {json.dumps(asdict(config), sort_keys=True)}"
-            of = bench.settings(METHODS[name](bench.model, bench.processor, used))
-            if kept(path)["rows"].get(label, {}).get("of") != of:
-                save(path, label, bench.measured(name, used, whole=False) | {"of": of})
-            after = kept(path)["rows"][label].get("after", {})
-            console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
+            told = json.dumps(asdict(config), sort_keys=True)
+            for task in ("name", "caption"):
+                label = f"{name}, base model {bench.seed}, {task}: {told}"
+                of = bench.settings(METHODS[name](bench.model, bench.processor, used))
+                if kept(path)["rows"].get(label, {}).get("of") != of:
+                    save(path, label, bench.of(task).measured(name, used, whole=False) | {"of": of})
+                after = kept(path)["rows"][label].get("after", {})
+                console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
 
 
 def stretched(name: str, times: float) -> Any:

@@ -271,3 +271,67 @@ def descend(
             loss.backward()
             optimizer.step()
     return found
+
+
+class TrainedApart(Baseline):
+    """A method that trains every edit by itself, on what edits before it left: many of them can train side by side.
+
+    So one-step edits do, up to `TOGETHER` in one batch; what comes out is what each alone gives, to rounding.
+    """
+
+    TOGETHER = 50
+
+    @abstractmethod
+    def train(self, samples: Sequence[Sample], before: Change) -> Change:
+        """What each sample's edit adds to the base with `before` on it, [E, out, in] by map: E edits apart."""
+
+    def edit(self, samples: Sequence[Sample]) -> Change:
+        """The sum of what every edit added, one after another, [1, out, in] by map."""
+        total: Change = {}
+        for sample in samples:
+            total = summed(total, self.train([sample], total))
+        return total
+
+    def active(self, state: Change) -> AbstractContextManager[None]:
+        """The changed maps."""
+        return changed(self.host, state)
+
+    def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Edited]]:
+        """Trains up to `TOGETHER` requests in one batch, and puts them on one by one."""
+        self.check(requests)
+        for at in range(0, len(requests), self.TOGETHER):
+            some = requests[at : at + self.TOGETHER]
+            changes: dict[int, Change] = {}
+            for has in (True, False):
+                here = [i for i, r in enumerate(some) if (r.image is not None) is has]
+                if here:
+                    with base_only(self.host.model):
+                        found = self.train([some[i] for i in here], {})
+                    changes |= {i: {n: d[e : e + 1] for n, d in found.items()} for e, i in enumerate(here)}
+            yield from (self.carrying(changes[i]) for i in range(len(some)))
+
+
+def descend_apart(
+    loss: Callable[[], Tensor], leaves: Sequence[Tensor], *, lr: float, steps: int, enough: float
+) -> None:
+    """`descend` of E edits side by side: leaves [E, ...]; loss gives [E], each edit's own, which it alone stops at.
+
+    Adam takes element by element, so that an edit's steps are those that it would take alone.
+    """
+    optimizer = torch.optim.Adam(leaves, lr)
+    done: dict[int, list[Tensor]] = {}
+    with torch.enable_grad():
+        for step in range(steps + 1):
+            own = loss()
+            for e in range(len(own)):
+                if e not in done and (step == steps or own[e] <= enough):
+                    done[e] = [leaf[e].detach().clone() for leaf in leaves]
+            if len(done) == len(own):
+                break
+            optimizer.zero_grad()
+            own.sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        for e, rows in done.items():
+            for leaf, row in zip(leaves, rows, strict=True):
+                leaf[e] = row

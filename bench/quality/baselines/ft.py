@@ -12,26 +12,25 @@ of five on 25 development edits is 90.3 / 90.8 / 91.1 / 85.9.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from unike_kernels.editing.inputs import Sample
 
-from .base import Baseline, Change, changed, descend, summed
+from .base import Change, TrainedApart, changed, descend_apart, summed
 
 
 @dataclass(frozen=True)
 class FtConfig:
     """lr: of Adam; steps: at most; enough: the loss to stop at."""
 
-    lr: float = 3e-3
+    lr: float = 1e-3
     steps: int = 200
     enough: float = 1e-2
 
 
-class FineTuning(Baseline):
+class FineTuning(TrainedApart):
     """Fine-tuning of the last layer's FFN."""
 
     name = "FT"
@@ -40,29 +39,19 @@ class FineTuning(Baseline):
     @classmethod
     def trials(cls) -> tuple[FtConfig, ...]:
         """Four rates."""
-        return tuple(FtConfig(lr=lr) for lr in (3e-3, 1e-3, 2e-3, 5e-3))
+        return tuple(FtConfig(lr=lr) for lr in (1e-3, 3e-4, 5e-4, 2e-3))
 
-    def edit(self, samples: Sequence[Sample]) -> Change:
-        """The sum of what every edit added to the two maps, [1, out, in] each."""
+    def train(self, samples: Sequence[Sample], before: Change) -> Change:
+        """What every edit adds to the two maps."""
         host, last = self.host, len(self.host.decoder.layers) - 1
-        names = host.ffn_maps([last])
-        total: Change = {}
-        for sample in samples:
-            batch = host.collator.batch([sample], [0])
-            prefix = host.prefix(batch, last)
-            delta = {n: torch.zeros_like(host.linear(n).weight)[None].requires_grad_() for n in names}
+        batch = host.collator.batch(samples, list(range(len(samples))))
+        prefix = host.prefix(batch, last)
+        weights = {n: host.linear(n).weight for n in host.ffn_maps([last])}
+        delta = {n: w.new_zeros(len(samples), *w.shape).requires_grad_() for n, w in weights.items()}
 
-            def loss(
-                total: Change = total, delta: Change = delta, batch=batch, prefix=prefix
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-                with changed(host, summed(total, delta)):
-                    own = host.loss(batch, host.tail(prefix))[0]
-                return own, own
+        def loss() -> torch.Tensor:
+            with changed(host, summed(before, delta)):
+                return host.loss(batch, host.tail(prefix))
 
-            descend(loss, list(delta.values()), lr=self.config.lr, steps=self.config.steps, enough=self.config.enough)
-            total = summed(total, {n: d.detach() for n, d in delta.items()})
-        return total
-
-    def active(self, state: Change) -> AbstractContextManager[None]:
-        """The changed maps."""
-        return changed(self.host, state)
+        descend_apart(loss, list(delta.values()), lr=self.config.lr, steps=self.config.steps, enough=self.config.enough)
+        return {n: d.detach() for n, d in delta.items()}

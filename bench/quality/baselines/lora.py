@@ -11,14 +11,13 @@ on 25 development edits is 88.7 / 92.4 / 88.7 / 78.9.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from unike_kernels.editing.inputs import Sample
 
-from .base import Baseline, Change, changed, descend, summed
+from .base import Change, TrainedApart, changed, descend_apart, summed
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 32.0
-    lr: float = 2e-3
+    lr: float = 5e-4
     steps: int = 280
     enough: float = 1e-2
     seed: int = 0
 
 
-class Lora(Baseline):
+class Lora(TrainedApart):
     """One low-rank adapter per edit."""
 
     name = "LoRA"
@@ -42,38 +41,28 @@ class Lora(Baseline):
     @classmethod
     def trials(cls) -> tuple[LoraConfig, ...]:
         """Four rates."""
-        return tuple(LoraConfig(lr=lr) for lr in (2e-3, 1e-3, 5e-3, 1e-2))
+        return tuple(LoraConfig(lr=lr) for lr in (5e-4, 2e-4, 1e-3, 2e-3))
 
-    def edit(self, samples: Sequence[Sample]) -> Change:
-        """The sum of the adapters' products, [1, out, in] each: merging them is what LoRA does after training."""
+    def train(self, samples: Sequence[Sample], before: Change) -> Change:
+        """The adapters' products: merging them is what LoRA does after training."""
         host, c = self.host, self.config
-        names = [n for i in host.layers for n in (host.decoder.layers[i].q_proj, host.decoder.layers[i].v_proj)]
-        total: Change = {}
+        batch = host.collator.batch(samples, list(range(len(samples))))
+        prefix = host.prefix(batch, host.layers[0])
         generator = torch.Generator().manual_seed(c.seed)
-        for sample in samples:
-            batch = host.collator.batch([sample], [0])
-            prefix = host.prefix(batch, host.layers[0])
-            factors = {}
-            for n in names:
-                weight = host.linear(n).weight
-                a = torch.randn(c.rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-                factors[n] = (a.to(weight).requires_grad_(), weight.new_zeros(weight.shape[0], c.rank).requires_grad_())
+        factors = {}
+        for n in (n for i in host.layers for n in (host.decoder.layers[i].q_proj, host.decoder.layers[i].v_proj)):
+            weight = host.linear(n).weight
+            a = torch.randn(c.rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+            a = a.to(weight).repeat(len(samples), 1, 1)  # [E, r, in]
+            factors[n] = (a.requires_grad_(), weight.new_zeros(len(samples), len(weight), c.rank).requires_grad_())
 
-            def product(factors=factors) -> Change:
-                return {n: (c.alpha / c.rank * b @ a)[None] for n, (a, b) in factors.items()}
+        def product() -> Change:
+            return {n: c.alpha / c.rank * b @ a for n, (a, b) in factors.items()}
 
-            def loss(
-                total: Change = total, batch=batch, prefix=prefix, product=product
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-                with changed(host, summed(total, product())):
-                    own = host.loss(batch, host.tail(prefix))[0]
-                return own, own
+        def loss() -> torch.Tensor:
+            with changed(host, summed(before, product())):
+                return host.loss(batch, host.tail(prefix))
 
-            leaves = [t for pair in factors.values() for t in pair]
-            descend(loss, leaves, lr=c.lr, steps=c.steps, enough=c.enough)
-            total = summed(total, {n: d.detach() for n, d in product().items()})
-        return total
-
-    def active(self, state: Change) -> AbstractContextManager[None]:
-        """The changed maps."""
-        return changed(self.host, state)
+        leaves = [t for pair in factors.values() for t in pair]
+        descend_apart(loss, leaves, lr=c.lr, steps=c.steps, enough=c.enough)
+        return {n: d.detach() for n, d in product().items()}

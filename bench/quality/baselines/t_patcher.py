@@ -43,7 +43,7 @@ class TPatcherConfig:
     steps: int = 400
     enough: float = 1e-2
     activation: float = 1.0
-    memory: float = 1e-4
+    memory: float = 1e-5
     beta: float = -3.0
     gamma: float = -3.0
     share: float = 0.025  # of the memory's inputs that the memory loss counts
@@ -69,7 +69,7 @@ class TPatcher(Baseline):
     @classmethod
     def trials(cls) -> tuple[TPatcherConfig, ...]:
         """Four weights of the memory loss."""
-        return tuple(TPatcherConfig(memory=weight) for weight in (1e-4, 1e-2, 0.1, 5.0))
+        return tuple(TPatcherConfig(memory=weight) for weight in (1e-5, 1e-6, 1e-4, 1e-3))
 
     @property
     def last(self) -> int:
