@@ -100,6 +100,7 @@ def changed(**keys):
     ("text", "message"),
     [
         ("[" * 100_000, "not JSON: brackets are nested too deep"),
+        ("[" + "1" * 5000 + "]", "not JSON: Exceeds the limit .* for integer string conversion"),
         ("[{", "not JSON: Expecting property name enclosed in double quotes in line 1, column 3"),
         ("{}", r"must hold a JSON list of records, but holds dict \{\}"),
         ("[]", r"must hold a JSON list of records, but holds list \[\]"),

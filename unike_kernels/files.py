@@ -33,5 +33,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{path} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} is not JSON: brackets are nested too deep") from None

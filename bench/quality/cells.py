@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -81,22 +82,22 @@ class Cell:
 
 
 def needed(tables: Sequence[int], figures: Sequence[str], scale: Scale) -> list[Cell]:
-    """The cells of these tables and figures, all of one draw before the next: what a stopped run has is a whole."""
+    """The cells of these tables and figures; Table 1's of all draws, one after the other, all else of the first."""
     out = []
     for draw in scale.draws:
         for base in scale.bases:
             at = partial(_cell, base, draw)
             out += [at("one-step", 1, t, scale.edits, m) for t in ("name", "caption") for m in TABLE_1 if 1 in tables]
-            if 3 in tables:
-                out += [at("cross-task", 10, "both", scale.stacked, m) for m in STACKED]
-            if 2 in tables:
-                out += [
-                    at("sequential", k, task, scale.stacked, m)
-                    for task in scale.sequential
-                    for k in (10, 20)
-                    for m in STACKED
-                ]
             if draw == scale.draws[0]:
+                if 3 in tables:
+                    out += [at("cross-task", 10, "both", scale.stacked, m) for m in STACKED]
+                if 2 in tables:
+                    out += [
+                        at("sequential", k, task, scale.stacked, m)
+                        for task in scale.sequential
+                        for k in (10, 20)
+                        for m in STACKED
+                    ]
                 rows = [row for name in figures if name in FIGURES for row in FIGURES[name]]
                 out += [at("one-step", 1, "name", scale.figure, row.name) for row in rows]
                 if 2 in tables:
@@ -113,7 +114,8 @@ class Found:
     """A saved row, or several draws of one: percent by kind, the five metrics and "mean", clustered by concept.
 
     values: by kind, of every edit; labels: which draw and concept each is, so that two rows can be compared edit by
-    edit. Both are empty where only means were saved. reason: why there is nothing else.
+    edit. Both are empty where only means were saved. reason: why there is nothing else. Where edits were on the model
+    together, an error is the larger of those by concept and by group: what one group suffers, all in it do.
     """
 
     edits: int = 0
@@ -133,7 +135,7 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
     """What is kept of a cell: means, clustered errors, and every edit's values in tenths of a percent."""
     summary = Summary.of(results)
     order = sorted(results, key=lambda r: r.id)
-    clusters = [r.cluster for r in order]
+    clusters, groups = [r.cluster for r in order], [r.group for r in order]
     found = {kind: per_record(order, kind, score_after) for kind in KINDS}
     values = {kind: [found[kind][r.id] for r in order] for kind in KINDS}
     values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
@@ -147,6 +149,7 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
         "others": summary.others,
         "locality_b": summary.locality_b,
         **compact({kind: values[kind] for kind in KINDS}, clusters),
+        **({"groups": " ".join(map(str, groups))} if len(set(groups)) < len(groups) else {}),
     }
 
 
@@ -162,9 +165,20 @@ def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
         kinds = [k for k in rows[0][1][name] if all(k in row[name] for _, row in rows)]
         return {k: sum(n * row[name][k] for n, (_, row) in zip(sizes, rows, strict=True)) / sum(sizes) for k in kinds}
 
-    errors = {kind: clustered_error(v, [c for _, c in labels]) for kind, v in values.items()}
+    concepts, groups = [c for _, c in labels], groups_of(rows)
+    errors = {kind: larger(clustered_error(v, concepts), clustered_error(v, groups)) for kind, v in values.items()}
     shares = (pooled(name) for name in ("before", "exact", "own", "others"))
     return Found(sum(sizes), pooled("metrics"), errors, *shares, values, labels, draws=len(rows))
+
+
+def groups_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Each edit's (draw, group of edits that were on the model together); its concept where it was alone there."""
+    return [(draw, g) for draw, row in rows for g in row.get("groups", row.get("clusters", "")).split()]
+
+
+def larger(first: float, second: float) -> float:
+    """The larger of two errors; the first where the second is none: of a single group."""
+    return first if math.isnan(second) else max(first, second)
 
 
 def each(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[float]], tuple[tuple[str, str], ...]]:

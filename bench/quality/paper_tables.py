@@ -60,13 +60,13 @@ def table_1(store: Store) -> str:
             named = {m: store.found(base, "one-step", 1, task, m) for m in ORDER}
             if not any(named.values()):
                 continue
-            head = ["row", *(HEADS[k] for k in KINDS), "mean", "exact Rel", "edits"]
+            head = ["row", *(HEADS[k] for k in KINDS), "mean", *(f"exact {HEADS[k]}" for k in EDITED), "edits"]
             head += [f"paper, {name}" for name in paper.ONE_STEP]
             lines = []
             for name, f in {"base": base_row(list(named.values())), **named}.items():
-                exact = "-" if f is None or not f.exact else number(f.exact.get("rel"))
+                exact = ["-" if f is None or not f.exact else number(f.exact.get(k)) for k in EDITED]
                 theirs = [of[task].get(name, "-") for of in paper.ONE_STEP.values()]
-                lines.append([name, *five(f), exact, sizes(f), *theirs])
+                lines.append([name, *five(f), *exact, sizes(f), *theirs])
             parts += [f"#### Base model {base}, {TASKS[task]}", markdown(head, lines), *notes(named)]
             parts.append("\n".join(told for told in (best(named), cost(named)) if told))
     return "\n\n".join(p for p in parts if p)

@@ -1,22 +1,18 @@
-"""What the benchmark's baselines learned on a base model: trained here, or taken from what is shipped."""
+"""What the benchmark's baselines learn on a base model, once."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bench.quality.world import CACHE
-from unike_kernels.files import replacing
 
 from . import METHODS
 from .base import Baseline
 from .training_split import training_records
 
 TRAINING = 800  # training-split edits that are learned from, `share` times
-SHIPPED = Path(__file__).parent / "weights"
 
 
 def fitted(
@@ -27,10 +23,6 @@ def fitted(
     A file fits by its name, a hash of the weights, records, settings and code that it was trained with.
     """
     folder = CACHE / f"seed{base}" / "baselines"
-    for file in sorted((SHIPPED / f"seed{base}").glob("*")):
-        if not (folder / file.name).exists():
-            with replacing(folder / file.name) as half:
-                shutil.copyfile(file, half)
     method = METHODS[name](model, processor, config)
     method.fit(training_records(training * method.share), seed=0, cache=folder)
     return method
