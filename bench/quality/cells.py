@@ -173,7 +173,14 @@ def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
 
 def groups_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
     """Each edit's (draw, group of edits that were on the model together); its concept where it was alone there."""
-    return [(draw, g) for draw, row in rows for g in row.get("groups", row.get("clusters", "")).split()]
+    out: list[tuple[str, str]] = []
+    for draw, row in rows:
+        out += [(draw, g) for g in row["groups"].split()] if "groups" in row else [("", c) for c in _concepts(row)]
+    return out
+
+
+def _concepts(row: dict[str, Any]) -> list[str]:
+    return row.get("clusters", "").split()
 
 
 def larger(first: float, second: float) -> float:
@@ -190,7 +197,7 @@ def each(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[flo
             return {}, ()
         for kind in KINDS:
             values[kind] += [int(v) / 10 for v in row["values"][kind].split()]
-        labels += [(draw, c) for c in row["clusters"].split()]
+        labels += [(draw, c) for c in _concepts(row)]
     values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
     return values, tuple(labels)
 
