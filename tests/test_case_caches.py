@@ -355,7 +355,7 @@ def test_speculative_decoding(config):
     with handle.continuing("keep"), pytest.warns(UserWarning, match="prompts' ends with handle.set_cases"):
         model.generate(**prompt, **lookup)
     handle.set_cases(case_positions=torch.tensor([7]))  # the first pass already holds guesses behind the prompt
-    handle.record.runtime.tracker._warned = False
+    handle.record.runtime.tracker.growth.warned = False
     with handle.continuing("keep"), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(**prompt, **lookup), expected)
@@ -380,7 +380,7 @@ def test_generation_without_a_cache_warns_and_is_right_with_named_positions(conf
     with pytest.warns(UserWarning, match="every pass is a new case"):
         model.generate(**inputs, **GREEDY, use_cache=False)
     handle.set_cases(case_positions=torch.tensor([6, 6, 6]))  # left-padded: all prompts end there
-    handle.record.runtime.tracker._warned = False
+    handle.record.runtime.tracker.growth.warned = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
@@ -402,7 +402,7 @@ def test_a_loop_that_gives_no_cache_warns_and_prompts_of_rising_length_do_not():
     with torch.no_grad(), pytest.warns(UserWarning, match="every pass is a new case"):
         for _ in range(3):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert copy.deepcopy(handle.record.runtime.tracker)._growth[0] is None
+    assert copy.deepcopy(handle.record.runtime.tracker).growth.ids is None
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen3"])

@@ -33,6 +33,7 @@ LAYERS = {
     "folding": 3,
     "following": 3,
     "forwards": 3,
+    "growth": 3,
     "keeping": 3,
     "memory": 3,
     "minigpt4": 3,

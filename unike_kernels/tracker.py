@@ -5,7 +5,6 @@ turn never see each other's; packed batches name their cases explicitly. One pas
 """
 
 import inspect
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from .cases import (
 )
 from .choosing import ChoosesBackend
 from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
+from .growth import Growth
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
@@ -53,8 +53,7 @@ class CaseTracker:
         self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
         self.step: Cases | None = None  # of the last decoding step that native code may serve
         self._moves = 0  # of modules, as it began: what it keeps of their tensors holds until the next
-        self._growth: tuple[Any, tuple[int, int], int] = (None, (0, 0), 0)  # see _watch_growth
-        self._warned = False
+        self.growth = Growth()
 
     def __getstate__(self) -> dict[str, Any]:
         of_this_process = {
@@ -67,7 +66,6 @@ class CaseTracker:
             "chosen": None,
             "continuation": "refuse",
             "step": None,
-            "_growth": (None, (0, 0), 0),
         }
         return {**self.__dict__, **of_this_process, "legacy": None}
 
@@ -192,9 +190,9 @@ class CaseTracker:
                 )
             last = case_tokens_from_labels(labels.to(device), last, token_to_case.view(batch, length) >= 0)
         elif cache is None and (given.get("use_cache") is False or not self.several_logits):
-            self._watch_growth(given.get("input_ids"), (batch, length), given.get("use_cache") is False)
+            self.growth.watch(given.get("input_ids"), (batch, length), given.get("use_cache") is False)
         elif self.several_logits and not past:
-            self._watch_guesses()
+            self.growth.suspect()
         rows = torch.arange(batch, device=device) * length + last
         if past and self.positions is None:
             seen, before = attended(mask, length, past), self.kept(cache)
@@ -299,38 +297,6 @@ class CaseTracker:
         if may_ask() and int(at.max()) >= length:
             raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
         return at
-
-    def _watch_growth(self, ids: Any, shape: tuple[int, int], asked: bool) -> None:
-        """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's.
-
-        asked: use_cache=False says that they are such passes; otherwise the tokens `ids` [B, length], if at hand, do.
-        """
-        if self._warned or torch.compiler.is_compiling():
-            return
-        before, (batch, length), grown = self._growth
-        grows = shape == (batch, length + 1)
-        if grows and not asked:
-            known = isinstance(ids, Tensor) and isinstance(before, Tensor) and ids.device == before.device
-            grows = known and may_ask() and torch.equal(ids[:, :-1], before)
-        self._growth = (ids, shape, grown + 1 if grows else 0)
-        if self._growth[2] == 2:
-            self._warned = True
-            warnings.warn(
-                "this looks like generation without a KV cache: every pass is a new case, whose case token is the "
-                "newest token. Name the prompts' ends with handle.set_cases(case_positions=...), or use a KV cache",
-                stacklevel=2,
-            )
-
-    def _watch_guesses(self) -> None:
-        """Warns where a first pass may hold more than its prompt: nothing tells a guessed token from a prompt's."""
-        if not torch.compiler.is_compiling() and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the logits of several tokens of a first pass are asked for, but its last token is taken for the "
-                "prompt's end. Where it already holds guesses (assisted generation, prompt lookup) or an answer, "
-                "name the prompts' ends with handle.set_cases(case_positions=...)",
-                stacklevel=2,
-            )
 
     # ------------------------------------------------------------------------------------------------ KV caches
 
