@@ -39,6 +39,7 @@ LAYERS = {
     "minigpt4": 3,
     "models": 3,
     "modules": 3,
+    "naming": 3,
     "neurons": 3,
     "projections": 3,
     "room": 3,

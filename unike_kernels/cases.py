@@ -251,21 +251,6 @@ def _kept(moved: Tensor | None, own: Tensor) -> Tensor:
     return own if moved is None else moved
 
 
-def cases_from_ptr(case_ptr: Tensor) -> tuple[Tensor, Tensor]:
-    """(token_to_case [T], case_tokens [C]) of a packed batch in CSR form: case c is tokens case_ptr[c]:case_ptr[c+1].
-
-    case_ptr: [C + 1] int64, starting at 0, not falling; every case token is its case's last token. An empty case has
-    case token -1.
-    """
-    if case_ptr.dim() != 1 or case_ptr.numel() == 0 or case_ptr.is_floating_point():
-        raise ValueError(f"case_ptr must be [C + 1] integers, but got {tuple(case_ptr.shape)} {case_ptr.dtype}")
-    lengths = case_ptr[1:] - case_ptr[:-1]
-    if int(case_ptr[0]) != 0 or bool((lengths < 0).any()):
-        raise ValueError(f"case_ptr must start at 0 and never fall, but got {case_ptr.tolist()}")
-    case = torch.arange(lengths.numel(), device=case_ptr.device)
-    return torch.repeat_interleave(case, lengths), torch.where(lengths > 0, case_ptr[1:] - 1, -1)
-
-
 def case_tokens_from_labels(labels: Tensor, fallback: Tensor, seen: Tensor | None = None) -> Tensor:
     """[B] position of the token before the first label that is not -100; `fallback` [B] where a row has no label.
 

@@ -27,12 +27,12 @@ from .cases import (
 from .choosing import ChoosesBackend
 from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
 from .growth import Growth
+from .naming import named_cases
 
 CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
 TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them: 2.13 and 2.15 can, 2.6 cannot
 CONTINUATIONS = ("refuse", "keep", "new")
-FREE = -2  # in the place of a case token: the slot's decisions are forgotten
 
 
 class CaseTracker:
@@ -372,63 +372,12 @@ class CaseTracker:
     # -------------------------------------------------------------------------------------------------- by hand
 
     def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
-        """Cases by hand, for every pass until named again; (None, None) returns to finding them automatically.
-
-        token_to_case: [T] int64, -1 for tokens of no case; case_tokens: [C] int64 rows into the T tokens, -1 for a
-        case that an earlier pass decided (its slot's decisions are kept), -2 for a slot that is free.
-        """
-        if token_to_case is None or case_tokens is None:
-            if token_to_case is not None or case_tokens is not None:
-                raise ValueError("set_cases takes both token_to_case and case_tokens, or None for both")
-            self.explicit = None
-            return
-        token_to_case, case_tokens = token_to_case.long().reshape(-1), case_tokens.long().reshape(-1)
-        tokens, size = token_to_case.numel(), case_tokens.numel()
-        _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
-        _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens", lowest=FREE)
-        new, kept = case_tokens >= 0, case_tokens != FREE
-        if not bool(kept.all()):
-            case_tokens = case_tokens.clamp(min=-1)  # else the caller's own tensor, which an engine may overwrite
-        owner = token_to_case[case_tokens[new]]
-        if not torch.equal(owner, new.nonzero().flatten().to(owner)):
-            raise ValueError(
-                f"case tokens {case_tokens[new].tolist()} of cases {new.nonzero().flatten().tolist()} belong to "
-                f"cases {owner.tolist()}"
-            )
+        """Cases by hand, as in `named_cases`, for every pass until named again; (None, None): found automatically."""
         before = None if self.explicit is None else self.explicit.state
-        stale = before is not None and before.version != self.version
-        if before is not None and (stale or before.known is None):
-            before = None
-        if before is not None and before.size != size:
-            before = before.resized(size)
-        known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device) & kept
-        used = torch.zeros_like(new).index_fill(0, token_to_case[token_to_case >= 0], True)
-        if bool((used & ~new & ~known).any()):
-            missing = (used & ~new & ~known).nonzero().flatten().tolist()
-            raise ValueError(
-                f"cases {missing} have no case token in this pass and "
-                + (
-                    "were decided before the edits changed: prefill them again"
-                    if stale
-                    else "were never decided: a new "
-                    "slot, one that was freed, or what was decided was forgotten by set_cases()"
-                )
-            )
-        if before is None or bool(new.all()):
-            self.explicit = Cases(token_to_case, case_tokens, CaseState(self.version, size), fresh=True)
-        else:
-            state = replace(before, layers=dict(before.layers), known=known)
-            self.explicit = Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
+        self.explicit = named_cases(token_to_case, case_tokens, before, self.version)
 
 
 def _cache(given: dict[str, Any]) -> Any:
     """The KV cache among a decoder's arguments."""
     newer = given.get(CACHE_NAMES[0])
     return given.get(CACHE_NAMES[1]) if newer is None else newer
-
-
-def _check_range(name: str, index: Tensor, size: int, what: str, lowest: int = -1) -> None:
-    if index.numel() and not lowest <= int(index.min()) <= int(index.max()) < size:
-        raise ValueError(
-            f"{name} must be in [{lowest}, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
-        )
