@@ -204,6 +204,18 @@ class Cases:
         here = (self.case_tokens >= 0).view(-1, *[1] * (new.dim() - 1))
         return torch.where(here, new, old)
 
+    def settled(self, storage: CaseState | None) -> CaseState | None:
+        """The state, with what this pass decided moved into the tensors of `storage`, if that is of as many cases.
+
+        `storage` itself where gradients are wanted, or a graph is captured: it replays nothing but what runs now.
+        """
+        if torch.is_grad_enabled() or not may_ask():
+            return storage
+        state = self.state
+        if storage is not None and storage is not state and storage.size == state.size and not self.decided:
+            state.move_into(storage)
+        return state
+
     def to(self, device: torch.device) -> "Cases":
         """The same cases with their maps on `device` (layers of one model may sit on several)."""
         if self.token_to_case.device == device:

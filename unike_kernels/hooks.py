@@ -442,22 +442,3 @@ class LabelsDoneHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.before.inside = False
         self.tracker.labels, self.tracker.several_logits = None, False
-
-
-class LegacyReorder:
-    """Stands in for `_reorder_cache` of a language model with tuple caches: decisions follow the new tuple.
-
-    Beams of one case share their prompt and so their decisions, and a beam search reorders within a case only.
-    """
-
-    def __init__(self, reorder: Any) -> None:
-        self.reorder = reorder
-        self.trackers: list[CaseTracker] = []
-
-    def __call__(self, past: tuple, beam_idx: Tensor) -> tuple:
-        new = self.reorder(past, beam_idx)
-        for tracker in self.trackers:
-            state = tracker.kept(past)
-            if state is not None:
-                tracker.legacy[new[0][0]] = state
-        return new

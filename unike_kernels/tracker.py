@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import cpu_kernels
+from .caches import cache_in, cache_of, decisions_on, forget, leave_on, tokens_in
 from .cases import (
     Cases,
     CaseState,
@@ -25,13 +25,10 @@ from .cases import (
     refuse_packed,
 )
 from .choosing import ChoosesBackend
-from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
 from .growth import Growth
 from .naming import named_cases
 
-CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
-TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them: 2.13 and 2.15 can, 2.6 cannot
 CONTINUATIONS = ("refuse", "keep", "new")
 
 
@@ -50,7 +47,6 @@ class CaseTracker:
         self.continuation = "refuse"  # what several tokens on a used KV cache are
         self.version = Version()
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
-        self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
         self.step: Cases | None = None  # of the last decoding step that native code may serve
         self._moves = 0  # of modules, as it began: what it keeps of their tensors holds until the next
         self.growth = Growth()
@@ -67,11 +63,10 @@ class CaseTracker:
             "continuation": "refuse",
             "step": None,
         }
-        return {**self.__dict__, **of_this_process, "legacy": None}
+        return {**self.__dict__, **of_this_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, version=state["version"].twin())
-        self.legacy = WeakIdKeyDictionary()
 
     def renew(self) -> None:
         """Forgets everything decided so far: after a swap, kept indices would point at other edits and items."""
@@ -113,47 +108,21 @@ class CaseTracker:
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the decoder of a patch that is switched off: what this pass puts into an empty cache is not ours."""
         self.labels = self.current = None
-        self._forget(_cache(self._given(args, kwargs)))
+        forget(cache_in(self._given(args, kwargs)), self.name)
 
     def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
         if self.current is None:
             return
-        state = self.current.state
         if self.explicit is not None:
+            state = self.current.state
             now = self.current.case_tokens >= 0
             state.known = now if state.known is None else now | state.known.to(now.device)
-            self.slots = self._settled(self.slots)
+            self.slots = self.current.settled(self.slots)
             return
-        # Only the name that it has: transformers' newer outputs warn where they are asked for the older one.
-        cache = getattr(output, CACHE_NAMES[0 if hasattr(output, CACHE_NAMES[0]) else 1], None)
-        if isinstance(output, tuple):
-            cache = output[1] if len(output) > 1 else None
-        if cache is None:
-            given = _cache(self._given(args, kwargs))
-            cache = None if isinstance(given, tuple) else given  # with use_cache=False it is filled all the same
-        if isinstance(cache, tuple):
-            if cache and isinstance(cache[0], tuple):
-                self.legacy[cache[0][0]] = state
-        elif cache is not None and not isinstance(cache, Tensor):
-            if self.current.native and self.kept(cache) is state:
-                return  # left there by the step before
-            if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
-                storages = getattr(cache, STORAGE_ATTRIBUTE, {})
-                setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
-            if not self.current.decided and (TRACES_FOLLOWERS or not torch.compiler.is_compiling()):
-                follow_rows(cache)
-            setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
-
-    def _settled(self, storage: CaseState | None) -> CaseState | None:
-        """The state of this pass, with what it decided moved into `storage`, if that is of as many cases."""
-        assert self.current is not None
-        state = self.current.state
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not may_ask():
-            return storage  # a graph that is being captured replays nothing but what runs now
-        if storage is not None and storage is not state and storage.size == state.size and not self.current.decided:
-            state.move_into(storage)
-        return state
+        cache = cache_of(output, self._given(args, kwargs))
+        if cache is not None:
+            leave_on(cache, self.name, self.current)
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         # Cut to one length by hand: torch 2.6's compiler takes any `strict` for True, and has no `|` for dicts.
@@ -168,14 +137,14 @@ class CaseTracker:
                 "name their cases with handle.set_cases"
             )
         batch, length = shape
-        mask, cache = given.get("attention_mask"), _cache(given)
-        past = self._past(cache)
+        mask, cache = given.get("attention_mask"), cache_in(given)
+        past = tokens_in(cache, self.name)
         if past:
             state = self._continued(cache, batch, length)
             if state is not None:
                 return self._decided(mask, batch, length, device, state, past)
         else:
-            self._forget(cache)
+            forget(cache, self.name)
         token_to_case = padded_cases(mask, batch, length, device, past)
         if length > 1:
             refuse_packed(given.get("position_ids"), mask, length, past)
@@ -195,7 +164,7 @@ class CaseTracker:
             self.growth.suspect()
         rows = torch.arange(batch, device=device) * length + last
         if past and self.positions is None:
-            seen, before = attended(mask, length, past), self.kept(cache)
+            seen, before = attended(mask, length, past), decisions_on(cache, self.name)
             if seen is not None and before is not None:
                 # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
                 # whether there are any, so it takes each for one that might be.
@@ -212,16 +181,17 @@ class CaseTracker:
         tokens = given.get("inputs_embeds")
         if tokens is None:
             tokens = given.get("input_ids")
-        cache = _cache(given)
+        cache = cache_in(given)
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
             return False
-        kept = getattr(cache, CACHE_ATTRIBUTE, None)
-        if kept is None or kept.get(self.name) is not step.state or step.state.version is not self.version:
+        if isinstance(cache, tuple):  # which lasts one step: the decisions are to be left on the next
+            return False
+        if decisions_on(cache, self.name) is not step.state or step.state.version is not self.version:
             return False
         rows = step.state.size
         if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched():
             return False
-        past, mask = self._past(cache), given.get("attention_mask")
+        past, mask = tokens_in(cache, self.name), given.get("attention_mask")
         if not past:
             return False
         if not isinstance(mask, Tensor) or mask.dim() == 4:
@@ -300,15 +270,9 @@ class CaseTracker:
 
     # ------------------------------------------------------------------------------------------------ KV caches
 
-    def kept(self, cache: Any) -> CaseState | None:
-        """The state that an earlier pass left on this KV cache."""
-        if isinstance(cache, tuple):
-            return self.legacy.get(cache[0][0]) if cache else None
-        return getattr(cache, CACHE_ATTRIBUTE, {}).get(self.name)
-
     def _continued(self, cache: Any, batch: int, length: int) -> CaseState | None:
         """The decisions that a pass on a used KV cache goes on with; None where it brings a prompt of its own."""
-        state = self.kept(cache)
+        state = decisions_on(cache, self.name)
         if state is None:
             if self.continuation == "new":
                 return None
@@ -345,39 +309,9 @@ class CaseTracker:
             return not state.version.live
         return state.version is not self.version and state.version != self.version
 
-    def _past(self, cache: Any) -> int:
-        """Tokens that a KV cache holds; -1 stands for a number on the device that may not be read now."""
-        if cache is None:
-            return 0
-        if isinstance(cache, tuple):
-            return cache[0][0].shape[-2] if cache else 0
-        if not hasattr(cache, "get_seq_length"):
-            raise ValueError(
-                f"a {type(cache).__name__} does not say how many tokens it holds, so nothing tells a prompt from an "
-                "answer that goes on (continuous batching, generate_batch, brings such a cache): use model.generate, "
-                "or name the cases of every pass with handle.set_cases"
-            )
-        length = cache.get_seq_length()
-        if isinstance(length, Tensor) and not may_ask():
-            return -1 if self.kept(cache) is not None else 0
-        return int(length)
-
-    def _forget(self, cache: Any) -> None:
-        """Takes the decisions of an earlier sequence off an empty cache: generate() resets and reuses static caches."""
-        if not isinstance(cache, tuple) and self.kept(cache) is not None and not self._past(cache):
-            setattr(
-                cache, CACHE_ATTRIBUTE, {n: s for n, s in getattr(cache, CACHE_ATTRIBUTE).items() if n != self.name}
-            )
-
     # -------------------------------------------------------------------------------------------------- by hand
 
     def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
         """Cases by hand, as in `named_cases`, for every pass until named again; (None, None): found automatically."""
         before = None if self.explicit is None else self.explicit.state
         self.explicit = named_cases(token_to_case, case_tokens, before, self.version)
-
-
-def _cache(given: dict[str, Any]) -> Any:
-    """The KV cache among a decoder's arguments."""
-    newer = given.get(CACHE_NAMES[0])
-    return given.get(CACHE_NAMES[1]) if newer is None else newer
