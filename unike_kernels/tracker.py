@@ -73,36 +73,30 @@ class CaseTracker:
         self.version.live = False
         self.version, self.current = Version(), None
 
-    # ------------------------------------------------------------------------------------------------- one pass
+    def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
+        """Cases by hand, as in `named_cases`, for every pass until named again; (None, None): found automatically."""
+        before = None if self.explicit is None else self.explicit.state
+        self.explicit = named_cases(token_to_case, case_tokens, before, self.version)
+
+    # ----------------------------------------------------------------------------------------------- before the decoder
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Before the decoder: finds the cases of this pass. True where it only goes on, and `end` has nothing to do."""
-        if (
-            self.step is not None
-            and not args
-            and not torch.compiler.is_compiling()
-            and self._goes_on(self.step, kwargs)
-        ):
+        if self._goes_on(args, kwargs):
             self.labels, self.current = None, self.step
             return True
         given = self._given(args, kwargs)
         labels, self.labels, self.current = self.labels, None, None
-        inputs = given.get("inputs_embeds")
-        shape = None if inputs is None else inputs.shape[:-1]
-        if inputs is None:
-            inputs = given.get("input_ids")
-            shape = None if inputs is None else inputs.shape
-        if inputs is None or shape is None:
+        tokens = _tokens(given)
+        if tokens is None:
             return False  # the decoder says what is missing
-        picture = given.get("query_embeds")
-        if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
-            shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
+        shape, device = tokens
         if self.explicit is not None:
-            self.current = self._named(shape, inputs.device)
+            self.current = self._named(self.explicit, shape, device)
         else:
-            self.current = self._found(given, shape, inputs.device, labels)
+            self.current = self._found(given, shape, device, labels)
         if not self.current.decided:
-            self._choose(self.current, inputs.device)
+            self._choose(self.current, device)
         return False
 
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -110,73 +104,15 @@ class CaseTracker:
         self.labels = self.current = None
         forget(cache_in(self._given(args, kwargs)), self.name)
 
-    def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
-        if self.current is None:
-            return
-        if self.explicit is not None:
-            state = self.current.state
-            now = self.current.case_tokens >= 0
-            state.known = now if state.known is None else now | state.known.to(now.device)
-            self.slots = self.current.settled(self.slots)
-            return
-        cache = cache_of(output, self._given(args, kwargs))
-        if cache is not None:
-            leave_on(cache, self.name, self.current)
-
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         # Cut to one length by hand: torch 2.6's compiler takes any `strict` for True, and has no `|` for dicts.
         n = min(len(self.parameters), len(args))
         return {**dict(zip(self.parameters[:n], args[:n], strict=True)), **kwargs}
 
-    def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
-        """One case per row of a padded batch."""
-        if len(shape) != 2:
-            raise ValueError(
-                f"the decoder got tokens of shape {tuple(shape)}, not [batch, length], so they are packed: "
-                "name their cases with handle.set_cases"
-            )
-        batch, length = shape
-        mask, cache = given.get("attention_mask"), cache_in(given)
-        past = tokens_in(cache, self.name)
-        if past:
-            state = self._continued(cache, batch, length)
-            if state is not None:
-                return self._decided(mask, batch, length, device, state, past)
-        else:
-            forget(cache, self.name)
-        token_to_case = padded_cases(mask, batch, length, device, past)
-        if length > 1:
-            refuse_packed(given.get("position_ids"), mask, length, past)
-        last = last_attended(mask, batch, length, device, past)
-        if self.positions is not None:
-            last = self._named_positions(batch, length).to(device)
-        elif labels is not None:
-            if tuple(labels.shape) != (batch, length):
-                raise ValueError(
-                    f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
-                    "name the cases with handle.set_cases"
-                )
-            last = case_tokens_from_labels(labels.to(device), last, token_to_case.view(batch, length) >= 0)
-        elif cache is None and (given.get("use_cache") is False or not self.several_logits):
-            self.growth.watch(given.get("input_ids"), (batch, length), given.get("use_cache") is False)
-        elif self.several_logits and not past:
-            self.growth.suspect()
-        rows = torch.arange(batch, device=device) * length + last
-        if past and self.positions is None:
-            seen, before = attended(mask, length, past), decisions_on(cache, self.name)
-            if seen is not None and before is not None:
-                # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
-                # whether there are any, so it takes each for one that might be.
-                some, alike = seen.any(dim=1), before.size == batch and before.chosen == (self.chosen is not None)
-                if not bool(some.all()) if may_ask() else alike and not self._stale(before):
-                    state = replace(self._checked(before, batch), layers=dict(before.layers))
-                    return Cases(token_to_case, torch.where(some.to(device), rows, -1), state)
-        return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
-
-    def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
+    def _goes_on(self, args: tuple, given: dict[str, Any]) -> bool:
         """Whether this pass is one more of the same steps, one token a row: then nothing is to be found anew."""
-        if self._moves != ChoosesBackend.moves:
+        step = self.step
+        if torch.compiler.is_compiling() or step is None or args or self._moves != ChoosesBackend.moves:
             return False
         tokens = given.get("inputs_embeds")
         if tokens is None:
@@ -200,27 +136,9 @@ class CaseTracker:
             return False
         return bool((mask[:, min(past, mask.size(1) - 1)] != 0).all())
 
-    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
-        """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
-        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
-            nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
-            return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
-        # A decision from another device would have to be moved: left to those who do.
-        there = all(of.indices.is_cpu for of in state.layers.values())
-        native = there and (state.selected is None or state.selected.is_cpu)
-        with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
-            nowhere = torch.full((batch,), -1, dtype=torch.long)
-            token_to_case = padded_cases(mask, batch, length, device, past)
-        found = Cases(token_to_case, nowhere, state, decided=True, native=native)
-        plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
-        if native and length == 1 and plain:
-            self.step, self._moves = found, ChoosesBackend.moves  # in which every row has its token
-        return found
-
-    def _named(self, shape: torch.Size, device: torch.device) -> Cases:
+    def _named(self, named: Cases, shape: torch.Size, device: torch.device) -> Cases:
         """The cases that were named by hand, for a pass of exactly as many tokens."""
-        assert self.explicit is not None
-        named, tokens = self.explicit, self.explicit.token_to_case.numel()
+        tokens = named.token_to_case.numel()
         if tokens != shape.numel():
             raise ValueError(
                 f"set_cases named the cases of {tokens} tokens, but this pass has {' x '.join(map(str, shape))} = "
@@ -256,19 +174,39 @@ class CaseTracker:
         state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
         state.chosen, state.route_scores = True, None
 
-    def _named_positions(self, batch: int, length: int) -> Tensor:
-        assert self.positions is not None
-        at = self.positions
-        if len(at) != batch:
-            raise ValueError(
-                f"case positions were named for {len(at)} rows, but this pass has {batch}; of beams, or several "
-                "answers to a prompt, name every row's: case_positions.repeat_interleave(beams)"
-            )
-        if may_ask() and int(at.max()) >= length:
-            raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
-        return at
+    # --------------------------------------------------------------------------------------------- cases that are found
 
-    # ------------------------------------------------------------------------------------------------ KV caches
+    def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
+        """One case per row of a padded batch."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"the decoder got tokens of shape {tuple(shape)}, not [batch, length], so they are packed: "
+                "name their cases with handle.set_cases"
+            )
+        batch, length = shape
+        mask, cache = given.get("attention_mask"), cache_in(given)
+        past = tokens_in(cache, self.name)
+        if past:
+            state = self._continued(cache, batch, length)
+            if state is not None:
+                return self._decided(mask, batch, length, device, state, past)
+        else:
+            forget(cache, self.name)
+        if length > 1:
+            refuse_packed(given.get("position_ids"), mask, length, past)
+        token_to_case = padded_cases(mask, batch, length, device, past)
+        ends = self._prompt_ends(given, labels, token_to_case.view(batch, length), past)
+        rows = torch.arange(batch, device=device) * length + ends
+        if past and self.positions is None:
+            seen, before = attended(mask, length, past), decisions_on(cache, self.name)
+            if seen is not None and before is not None:
+                # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
+                # whether there are any, so it takes each for one that might be.
+                some, alike = seen.any(dim=1), before.size == batch and before.chosen == (self.chosen is not None)
+                if not bool(some.all()) if may_ask() else alike and not self._stale(before):
+                    state = replace(self._checked(before, batch), layers=dict(before.layers))
+                    return Cases(token_to_case, torch.where(some.to(device), rows, -1), state)
+        return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
     def _continued(self, cache: Any, batch: int, length: int) -> CaseState | None:
         """The decisions that a pass on a used KV cache goes on with; None where it brings a prompt of its own."""
@@ -309,9 +247,86 @@ class CaseTracker:
             return not state.version.live
         return state.version is not self.version and state.version != self.version
 
-    # -------------------------------------------------------------------------------------------------- by hand
+    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
+        """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
+        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
+            nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
+            return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
+        # A decision from another device would have to be moved: left to those who do.
+        there = all(of.indices.is_cpu for of in state.layers.values())
+        native = there and (state.selected is None or state.selected.is_cpu)
+        with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
+            nowhere = torch.full((batch,), -1, dtype=torch.long)
+            token_to_case = padded_cases(mask, batch, length, device, past)
+        found = Cases(token_to_case, nowhere, state, decided=True, native=native)
+        plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
+        if native and length == 1 and plain:
+            self.step, self._moves = found, ChoosesBackend.moves  # in which every row has its token
+        return found
 
-    def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
-        """Cases by hand, as in `named_cases`, for every pass until named again; (None, None): found automatically."""
-        before = None if self.explicit is None else self.explicit.state
-        self.explicit = named_cases(token_to_case, case_tokens, before, self.version)
+    def _prompt_ends(self, given: dict[str, Any], labels: Tensor | None, cases: Tensor, past: int) -> Tensor:
+        """[B] position of each row's case token: named by hand, or before its labels, or its last that is no padding.
+
+        cases: [B, length] each token's case, -1 for padding.
+        """
+        batch, length = cases.shape
+        if self.positions is not None:
+            return _checked_positions(self.positions, batch, length).to(cases.device)
+        last = last_attended(given.get("attention_mask"), batch, length, cases.device, past)
+        if labels is not None:
+            if labels.shape != cases.shape:
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
+                    "name the cases with handle.set_cases"
+                )
+            return case_tokens_from_labels(labels.to(cases.device), last, cases >= 0)
+        without = given.get("use_cache") is False
+        if cache_in(given) is None and (without or not self.several_logits):
+            self.growth.watch(given.get("input_ids"), (batch, length), without)
+        elif self.several_logits and not past:
+            self.growth.suspect()
+        return last
+
+    # ------------------------------------------------------------------------------------------------ after the decoder
+
+    def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
+        if self.current is None:
+            return
+        if self.explicit is not None:
+            state = self.current.state
+            now = self.current.case_tokens >= 0
+            state.known = now if state.known is None else now | state.known.to(now.device)
+            self.slots = self.current.settled(self.slots)
+            return
+        cache = cache_of(output, self._given(args, kwargs))
+        if cache is not None:
+            leave_on(cache, self.name, self.current)
+
+
+def _tokens(given: dict[str, Any]) -> tuple[torch.Size, torch.device] | None:
+    """Shape and device of a pass's tokens, without the width of embeddings; None where it is called without any."""
+    tokens = given.get("inputs_embeds")
+    if tokens is not None:
+        shape = tokens.shape[:-1]
+    else:
+        tokens = given.get("input_ids")
+        if tokens is None:
+            return None
+        shape = tokens.shape
+    picture = given.get("query_embeds")
+    if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
+        shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
+    return shape, tokens.device
+
+
+def _checked_positions(at: Tensor, batch: int, length: int) -> Tensor:
+    """`at` [B], if it names a token of each row of this pass."""
+    if len(at) != batch:
+        raise ValueError(
+            f"case positions were named for {len(at)} rows, but this pass has {batch}; of beams, or several "
+            "answers to a prompt, name every row's: case_positions.repeat_interleave(beams)"
+        )
+    if may_ask() and int(at.max()) >= length:
+        raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
+    return at
