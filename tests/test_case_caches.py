@@ -24,8 +24,8 @@ from tests.case_passes import (
 )
 from tests.models_tiny import ALWAYS, ROUTED, row_of, text_inputs
 from unike_kernels import memory, routing
+from unike_kernels.caches import CACHE_NAMES, decisions_on
 from unike_kernels.cases import as_if_capturing
-from unike_kernels.tracker import CACHE_NAMES
 
 
 @pytest.fixture(params=CONFIGS)
@@ -152,27 +152,26 @@ def test_decisions_follow_the_rows_of_a_cache(how, copier, config):
 
 def test_decisions_follow_the_rows_of_a_static_cache(config):
     model, inputs, handle = patched("llama", config, rows=(7, 7, 7))
-    kept = handle.record.runtime.tracker.kept
     with torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=16)
         model(**inputs, past_key_values=cache)
         token = {"input_ids": torch.full((3, 1), 5), "past_key_values": cache}
-        before, alpha = model(**token).logits, kept(cache).layers[3].alpha
+        before, alpha = model(**token).logits, decisions_on(cache, handle.record.name).layers[3].alpha
         cache.reset()
         model(**inputs, past_key_values=cache)
         cache.reorder_cache(ROWS["reorder_cache"])
         torch.testing.assert_close(model(**token).logits, before[ROWS["reorder_cache"]], **CLOSE)
-        assert kept(cache).layers[3].alpha is alpha  # a captured graph reads there
+        assert decisions_on(cache, handle.record.name).layers[3].alpha is alpha  # a captured graph reads there
 
 
 def test_beams_of_one_case_go_on_with_the_same_decision():
     model, inputs, handle = patched("llama", ROUTED, rows=(7, 7))
     cache = model(**{k: t.repeat_interleave(2, dim=0) for k, t in inputs.items()}).past_key_values
-    state = handle.record.runtime.tracker.kept(cache)
+    state = decisions_on(cache, handle.record.name)
     cache.reorder_cache(torch.tensor([1, 1, 3, 2]))
-    assert handle.record.runtime.tracker.kept(cache) is state
+    assert decisions_on(cache, handle.record.name) is state
     cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
-    assert handle.record.runtime.tracker.kept(cache) is not state
+    assert decisions_on(cache, handle.record.name) is not state
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -355,7 +354,7 @@ def test_speculative_decoding(config):
     with handle.continuing("keep"), pytest.warns(UserWarning, match="prompts' ends with handle.set_cases"):
         model.generate(**prompt, **lookup)
     handle.set_cases(case_positions=torch.tensor([7]))  # the first pass already holds guesses behind the prompt
-    handle.record.runtime.tracker._warned = False
+    handle.record.runtime.tracker.growth.warned = False
     with handle.continuing("keep"), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(**prompt, **lookup), expected)
@@ -380,7 +379,7 @@ def test_generation_without_a_cache_warns_and_is_right_with_named_positions(conf
     with pytest.warns(UserWarning, match="every pass is a new case"):
         model.generate(**inputs, **GREEDY, use_cache=False)
     handle.set_cases(case_positions=torch.tensor([6, 6, 6]))  # left-padded: all prompts end there
-    handle.record.runtime.tracker._warned = False
+    handle.record.runtime.tracker.growth.warned = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
@@ -402,7 +401,7 @@ def test_a_loop_that_gives_no_cache_warns_and_prompts_of_rising_length_do_not():
     with torch.no_grad(), pytest.warns(UserWarning, match="every pass is a new case"):
         for _ in range(3):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert copy.deepcopy(handle.record.runtime.tracker)._growth[0] is None
+    assert copy.deepcopy(handle.record.runtime.tracker).growth.ids is None
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen3"])

@@ -15,7 +15,6 @@ from unike_kernels.cases import (
     Version,
     attended,
     case_tokens_from_labels,
-    cases_from_ptr,
     last_attended,
     padded_cases,
 )
@@ -242,12 +241,6 @@ def test_named_positions_serve_answers_without_labels(config):
 
 
 # --------------------------------------------------------------------------------------------------- small parts
-
-
-def test_cases_from_ptr():
-    token_to_case, case_tokens = cases_from_ptr(torch.tensor([0, 2, 2, 5]))
-    assert token_to_case.tolist() == [0, 0, 2, 2, 2]
-    assert case_tokens.tolist() == [1, -1, 4]
 
 
 def test_masks_of_every_form_say_the_same():

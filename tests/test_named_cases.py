@@ -242,8 +242,6 @@ def test_sites_take_tokens_without_a_batch_dimension():
 NAMED_WRONGLY = {
     "one of two": (([0, 0], None), {}, "takes both"),
     "case too large": (([0, 1], [1]), {}, r"token_to_case must be in \[-1, 1\) for 1 case tokens, but spans \[0, 1\]"),
-    "row too large": (([0, 0], [2]), {}, r"case_tokens must be in \[-2, 2\) for 2 tokens, but spans \[2, 2\]"),
-    "of another case": (([0, 1], [1, 0]), {}, r"case tokens \[1, 0\] of cases \[0, 1\] belong to cases \[1, 0\]"),
     "never decided": (([0, 1], [0, -1]), {}, r"cases \[1\] have no case token in this pass and were never decided"),
     "case tokens twice": ((None, [0]), {"case_ptr": [0, 1]}, "so case_tokens must be left out"),
     "two ways": (([0], [0]), {"case_ptr": [0, 1]}, "in one way at a time, but got token_to_case and case_ptr"),

@@ -23,9 +23,9 @@ from tests.models_tiny import (
     text_inputs,
 )
 from tests.test_patching import snapshot
+from unike_kernels.caches import TRACES_FOLLOWERS, decisions_on
 from unike_kernels.models import base_layer, find_decoder
 from unike_kernels.projections import empty_like_site
-from unike_kernels.tracker import TRACES_FOLLOWERS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CONFIGS = pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
@@ -405,7 +405,7 @@ def test_compiled_chunks_of_a_prompt_decide_as_eager_ones(side):
             for start, end in ((0, 5), (5, 7), (7, 9)):
                 mask = inputs["attention_mask"][:, :end]
                 run(input_ids=inputs["input_ids"][:, start:end], attention_mask=mask, past_key_values=cache)
-        states.append(handle.record.runtime.tracker.kept(cache))
+        states.append(decisions_on(cache, handle.record.name))
     assert torch.equal(states[0].selected, states[1].selected)
     for layer, decided in states[0].layers.items():
         torch.testing.assert_close(states[1].layers[layer].alpha, decided.alpha, **CLOSE)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .caches import LegacyReorder
 from .forwards import HookHandle, hook_after, hook_before, hooks_before
 from .fused import FusedFfn
 from .hooks import (
@@ -19,7 +20,6 @@ from .hooks import (
     HeadsHook,
     LabelsDoneHook,
     LabelsHook,
-    LegacyReorder,
     QueryHook,
 )
 from .models import Decoder, base_layer, get_module

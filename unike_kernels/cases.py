@@ -204,6 +204,18 @@ class Cases:
         here = (self.case_tokens >= 0).view(-1, *[1] * (new.dim() - 1))
         return torch.where(here, new, old)
 
+    def settled(self, storage: CaseState | None) -> CaseState | None:
+        """The state, with what this pass decided moved into the tensors of `storage`, if that is of as many cases.
+
+        `storage` itself where gradients are wanted, or a graph is captured: it replays nothing but what runs now.
+        """
+        if torch.is_grad_enabled() or not may_ask():
+            return storage
+        state = self.state
+        if storage is not None and storage is not state and storage.size == state.size and not self.decided:
+            state.move_into(storage)
+        return state
+
     def to(self, device: torch.device) -> "Cases":
         """The same cases with their maps on `device` (layers of one model may sit on several)."""
         if self.token_to_case.device == device:
@@ -249,21 +261,6 @@ def _moved(new: Tensor | None, old: Tensor | None) -> Tensor | None:
 
 def _kept(moved: Tensor | None, own: Tensor) -> Tensor:
     return own if moved is None else moved
-
-
-def cases_from_ptr(case_ptr: Tensor) -> tuple[Tensor, Tensor]:
-    """(token_to_case [T], case_tokens [C]) of a packed batch in CSR form: case c is tokens case_ptr[c]:case_ptr[c+1].
-
-    case_ptr: [C + 1] int64, starting at 0, not falling; every case token is its case's last token. An empty case has
-    case token -1.
-    """
-    if case_ptr.dim() != 1 or case_ptr.numel() == 0 or case_ptr.is_floating_point():
-        raise ValueError(f"case_ptr must be [C + 1] integers, but got {tuple(case_ptr.shape)} {case_ptr.dtype}")
-    lengths = case_ptr[1:] - case_ptr[:-1]
-    if int(case_ptr[0]) != 0 or bool((lengths < 0).any()):
-        raise ValueError(f"case_ptr must start at 0 and never fall, but got {case_ptr.tolist()}")
-    case = torch.arange(lengths.numel(), device=case_ptr.device)
-    return torch.repeat_interleave(case, lengths), torch.where(lengths > 0, case_ptr[1:] - 1, -1)
 
 
 def case_tokens_from_labels(labels: Tensor, fallback: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .forwards import HookedForward
-from .hooks import FfnInputHook, FfnOutputHook, Runtime, first
+from .hooks import FfnInputHook, FfnOutputHook, Runtime
 from .models import LayerSites, get_module
 from .modules import ExtraNeurons
 from .projections import hooks_on_all, replacement
@@ -204,7 +204,7 @@ class GatedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         module = self.ffn.forwards[0][0]
         if len(args) + len(kwargs) == 1:
-            x = first(args, kwargs) if args else next(iter(kwargs.values()))
+            (x,) = (*args, *kwargs.values())
             if self.ffn.takes(x):
                 return self.ffn(x)
         return type(module).forward(module, *args, **kwargs)

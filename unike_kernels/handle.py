@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .attaching import detach
-from .cases import cases_from_ptr
 from .edits import Edits
 from .edits_schema import listed, short
 from .explain import CaseReport, report
 from .keeping import to_keep
 from .models import get_module
+from .naming import cases_from_ptr
 from .planning import Items, items_of, plan_swap
 from .projections import Projections
 from .records import PatchRecord, records

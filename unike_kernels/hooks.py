@@ -66,7 +66,7 @@ class Runtime:
         return {**self.__dict__, "enabled": True, "native": None, "places": None}
 
 
-def first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden states that a module was called with."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -145,7 +145,7 @@ class AttentionInputHook:
         if not runtime.enabled:
             site.clear()
             return
-        tap = args[0] if args else kwargs["hidden_states"]
+        tap = hidden_states_of(args, kwargs)
         if site.router is not None and (runtime.native is None or runtime.native.state.selected is None):
             site.route(_rows(tap), runtime.cases(tap))
         if site.shift is not None:
@@ -227,7 +227,7 @@ class AttentionHook:
         if not waiting or output is None or not site.runtime.enabled:
             return None
         assert site.shift is not None
-        tap = first(args, kwargs)
+        tap = hidden_states_of(args, kwargs)
         h_att = output[0] if isinstance(output, tuple) else output
         cases = site.runtime.cases(tap)
         h = site.shift.shift(_rows(tap), _rows(h_att), query, module, site.projections, cases)
@@ -249,7 +249,7 @@ class FfnInputHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.runtime.enabled:
-            self.x = first(args, kwargs)
+            self.x = hidden_states_of(args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "x": None}
@@ -268,7 +268,7 @@ class FfnOutputHook:
             return None
         source = self.source
         if source is None:
-            x: Tensor | None = first(args, kwargs)
+            x: Tensor | None = hidden_states_of(args, kwargs)
         else:
             x, source.x = source.x, None  # given up, so that it does not outlive its pass
         if self.fused is not None and self.fused.take_done():
@@ -442,22 +442,3 @@ class LabelsDoneHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.before.inside = False
         self.tracker.labels, self.tracker.several_logits = None, False
-
-
-class LegacyReorder:
-    """Stands in for `_reorder_cache` of a language model with tuple caches: decisions follow the new tuple.
-
-    Beams of one case share their prompt and so their decisions, and a beam search reorders within a case only.
-    """
-
-    def __init__(self, reorder: Any) -> None:
-        self.reorder = reorder
-        self.trackers: list[CaseTracker] = []
-
-    def __call__(self, past: tuple, beam_idx: Tensor) -> tuple:
-        new = self.reorder(past, beam_idx)
-        for tracker in self.trackers:
-            state = tracker.kept(past)
-            if state is not None:
-                tracker.legacy[new[0][0]] = state
-        return new

@@ -5,15 +5,14 @@ turn never see each other's; packed batches name their cases explicitly. One pas
 """
 
 import inspect
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import cpu_kernels
+from .caches import cache_in, cache_of, decisions_on, forget, leave_on, tokens_in
 from .cases import (
     Cases,
     CaseState,
@@ -26,13 +25,11 @@ from .cases import (
     refuse_packed,
 )
 from .choosing import ChoosesBackend
-from .following import CACHE_ATTRIBUTE, STORAGE_ATTRIBUTE, follow_rows
+from .growth import Growth
+from .naming import named_cases
 
-CACHE_NAMES = ("cache", "past_key_values")  # what models call their KV cache: transformers from 5.24, and before
 CPU = torch.device("cpu")
-TRACES_FOLLOWERS = torch.__version__ >= (2, 13)  # whether torch's compiler can make them: 2.13 and 2.15 can, 2.6 cannot
 CONTINUATIONS = ("refuse", "keep", "new")
-FREE = -2  # in the place of a case token: the slot's decisions are forgotten
 
 
 class CaseTracker:
@@ -50,11 +47,9 @@ class CaseTracker:
         self.continuation = "refuse"  # what several tokens on a used KV cache are
         self.version = Version()
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
-        self.legacy = WeakIdKeyDictionary()  # first key tensor of a tuple cache (transformers < 4.36) -> CaseState
         self.step: Cases | None = None  # of the last decoding step that native code may serve
         self._moves = 0  # of modules, as it began: what it keeps of their tensors holds until the next
-        self._growth: tuple[Any, tuple[int, int], int] = (None, (0, 0), 0)  # see _watch_growth
-        self._warned = False
+        self.growth = Growth()
 
     def __getstate__(self) -> dict[str, Any]:
         of_this_process = {
@@ -67,163 +62,72 @@ class CaseTracker:
             "chosen": None,
             "continuation": "refuse",
             "step": None,
-            "_growth": (None, (0, 0), 0),
         }
-        return {**self.__dict__, **of_this_process, "legacy": None}
+        return {**self.__dict__, **of_this_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, version=state["version"].twin())
-        self.legacy = WeakIdKeyDictionary()
 
     def renew(self) -> None:
         """Forgets everything decided so far: after a swap, kept indices would point at other edits and items."""
         self.version.live = False
         self.version, self.current = Version(), None
 
-    # ------------------------------------------------------------------------------------------------- one pass
+    def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
+        """Cases by hand, as in `named_cases`, for every pass until named again; (None, None): found automatically."""
+        before = None if self.explicit is None else self.explicit.state
+        self.explicit = named_cases(token_to_case, case_tokens, before, self.version)
+
+    # ----------------------------------------------------------------------------------------------- before the decoder
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Before the decoder: finds the cases of this pass. True where it only goes on, and `end` has nothing to do."""
-        if (
-            self.step is not None
-            and not args
-            and not torch.compiler.is_compiling()
-            and self._goes_on(self.step, kwargs)
-        ):
+        if self._goes_on(args, kwargs):
             self.labels, self.current = None, self.step
             return True
         given = self._given(args, kwargs)
         labels, self.labels, self.current = self.labels, None, None
-        inputs = given.get("inputs_embeds")
-        shape = None if inputs is None else inputs.shape[:-1]
-        if inputs is None:
-            inputs = given.get("input_ids")
-            shape = None if inputs is None else inputs.shape
-        if inputs is None or shape is None:
+        tokens = _tokens(given)
+        if tokens is None:
             return False  # the decoder says what is missing
-        picture = given.get("query_embeds")
-        if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
-            shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
+        shape, device = tokens
         if self.explicit is not None:
-            self.current = self._named(shape, inputs.device)
+            self.current = self._named(self.explicit, shape, device)
         else:
-            self.current = self._found(given, shape, inputs.device, labels)
+            self.current = self._found(given, shape, device, labels)
         if not self.current.decided:
-            self._choose(self.current, inputs.device)
+            self._choose(self.current, device)
         return False
 
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the decoder of a patch that is switched off: what this pass puts into an empty cache is not ours."""
         self.labels = self.current = None
-        self._forget(_cache(self._given(args, kwargs)))
-
-    def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
-        if self.current is None:
-            return
-        state = self.current.state
-        if self.explicit is not None:
-            now = self.current.case_tokens >= 0
-            state.known = now if state.known is None else now | state.known.to(now.device)
-            self.slots = self._settled(self.slots)
-            return
-        # Only the name that it has: transformers' newer outputs warn where they are asked for the older one.
-        cache = getattr(output, CACHE_NAMES[0 if hasattr(output, CACHE_NAMES[0]) else 1], None)
-        if isinstance(output, tuple):
-            cache = output[1] if len(output) > 1 else None
-        if cache is None:
-            given = _cache(self._given(args, kwargs))
-            cache = None if isinstance(given, tuple) else given  # with use_cache=False it is filled all the same
-        if isinstance(cache, tuple):
-            if cache and isinstance(cache[0], tuple):
-                self.legacy[cache[0][0]] = state
-        elif cache is not None and not isinstance(cache, Tensor):
-            if self.current.native and self.kept(cache) is state:
-                return  # left there by the step before
-            if getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling():
-                storages = getattr(cache, STORAGE_ATTRIBUTE, {})
-                setattr(cache, STORAGE_ATTRIBUTE, {**storages, self.name: self._settled(storages.get(self.name))})
-            if not self.current.decided and (TRACES_FOLLOWERS or not torch.compiler.is_compiling()):
-                follow_rows(cache)
-            setattr(cache, CACHE_ATTRIBUTE, {**getattr(cache, CACHE_ATTRIBUTE, {}), self.name: state})
-
-    def _settled(self, storage: CaseState | None) -> CaseState | None:
-        """The state of this pass, with what it decided moved into `storage`, if that is of as many cases."""
-        assert self.current is not None
-        state = self.current.state
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not may_ask():
-            return storage  # a graph that is being captured replays nothing but what runs now
-        if storage is not None and storage is not state and storage.size == state.size and not self.current.decided:
-            state.move_into(storage)
-        return state
+        forget(cache_in(self._given(args, kwargs)), self.name)
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         # Cut to one length by hand: torch 2.6's compiler takes any `strict` for True, and has no `|` for dicts.
         n = min(len(self.parameters), len(args))
         return {**dict(zip(self.parameters[:n], args[:n], strict=True)), **kwargs}
 
-    def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
-        """One case per row of a padded batch."""
-        if len(shape) != 2:
-            raise ValueError(
-                f"the decoder got tokens of shape {tuple(shape)}, not [batch, length], so they are packed: "
-                "name their cases with handle.set_cases"
-            )
-        batch, length = shape
-        mask, cache = given.get("attention_mask"), _cache(given)
-        past = self._past(cache)
-        if past:
-            state = self._continued(cache, batch, length)
-            if state is not None:
-                return self._decided(mask, batch, length, device, state, past)
-        else:
-            self._forget(cache)
-        token_to_case = padded_cases(mask, batch, length, device, past)
-        if length > 1:
-            refuse_packed(given.get("position_ids"), mask, length, past)
-        last = last_attended(mask, batch, length, device, past)
-        if self.positions is not None:
-            last = self._named_positions(batch, length).to(device)
-        elif labels is not None:
-            if tuple(labels.shape) != (batch, length):
-                raise ValueError(
-                    f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
-                    "name the cases with handle.set_cases"
-                )
-            last = case_tokens_from_labels(labels.to(device), last, token_to_case.view(batch, length) >= 0)
-        elif cache is None and (given.get("use_cache") is False or not self.several_logits):
-            self._watch_growth(given.get("input_ids"), (batch, length), given.get("use_cache") is False)
-        elif self.several_logits and not past:
-            self._watch_guesses()
-        rows = torch.arange(batch, device=device) * length + last
-        if past and self.positions is None:
-            seen, before = attended(mask, length, past), self.kept(cache)
-            if seen is not None and before is not None:
-                # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
-                # whether there are any, so it takes each for one that might be.
-                some, alike = seen.any(dim=1), before.size == batch and before.chosen == (self.chosen is not None)
-                if not bool(some.all()) if may_ask() else alike and not self._stale(before):
-                    state = replace(self._checked(before, batch), layers=dict(before.layers))
-                    return Cases(token_to_case, torch.where(some.to(device), rows, -1), state)
-        return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
-
-    def _goes_on(self, step: Cases, given: dict[str, Any]) -> bool:
+    def _goes_on(self, args: tuple, given: dict[str, Any]) -> bool:
         """Whether this pass is one more of the same steps, one token a row: then nothing is to be found anew."""
-        if self._moves != ChoosesBackend.moves:
+        step = self.step
+        if torch.compiler.is_compiling() or step is None or args or self._moves != ChoosesBackend.moves:
             return False
         tokens = given.get("inputs_embeds")
         if tokens is None:
             tokens = given.get("input_ids")
-        cache = _cache(given)
+        cache = cache_in(given)
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
             return False
-        kept = getattr(cache, CACHE_ATTRIBUTE, None)
-        if kept is None or kept.get(self.name) is not step.state or step.state.version is not self.version:
+        if isinstance(cache, tuple):  # which lasts one step: the decisions are to be left on the next
+            return False
+        if decisions_on(cache, self.name) is not step.state or step.state.version is not self.version:
             return False
         rows = step.state.size
         if tokens.shape[:2] != (rows, 1) or not tokens.is_cpu or not cpu_kernels.unwatched():
             return False
-        past, mask = self._past(cache), given.get("attention_mask")
+        past, mask = tokens_in(cache, self.name), given.get("attention_mask")
         if not past:
             return False
         if not isinstance(mask, Tensor) or mask.dim() == 4:
@@ -232,27 +136,9 @@ class CaseTracker:
             return False
         return bool((mask[:, min(past, mask.size(1) - 1)] != 0).all())
 
-    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
-        """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
-        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
-            nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
-            return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
-        # A decision from another device would have to be moved: left to those who do.
-        there = all(of.indices.is_cpu for of in state.layers.values())
-        native = there and (state.selected is None or state.selected.is_cpu)
-        with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
-            nowhere = torch.full((batch,), -1, dtype=torch.long)
-            token_to_case = padded_cases(mask, batch, length, device, past)
-        found = Cases(token_to_case, nowhere, state, decided=True, native=native)
-        plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
-        if native and length == 1 and plain:
-            self.step, self._moves = found, ChoosesBackend.moves  # in which every row has its token
-        return found
-
-    def _named(self, shape: torch.Size, device: torch.device) -> Cases:
+    def _named(self, named: Cases, shape: torch.Size, device: torch.device) -> Cases:
         """The cases that were named by hand, for a pass of exactly as many tokens."""
-        assert self.explicit is not None
-        named, tokens = self.explicit, self.explicit.token_to_case.numel()
+        tokens = named.token_to_case.numel()
         if tokens != shape.numel():
             raise ValueError(
                 f"set_cases named the cases of {tokens} tokens, but this pass has {' x '.join(map(str, shape))} = "
@@ -288,61 +174,43 @@ class CaseTracker:
         state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
         state.chosen, state.route_scores = True, None
 
-    def _named_positions(self, batch: int, length: int) -> Tensor:
-        assert self.positions is not None
-        at = self.positions
-        if len(at) != batch:
+    # --------------------------------------------------------------------------------------------- cases that are found
+
+    def _found(self, given: dict[str, Any], shape: torch.Size, device: torch.device, labels: Tensor | None) -> Cases:
+        """One case per row of a padded batch."""
+        if len(shape) != 2:
             raise ValueError(
-                f"case positions were named for {len(at)} rows, but this pass has {batch}; of beams, or several "
-                "answers to a prompt, name every row's: case_positions.repeat_interleave(beams)"
+                f"the decoder got tokens of shape {tuple(shape)}, not [batch, length], so they are packed: "
+                "name their cases with handle.set_cases"
             )
-        if may_ask() and int(at.max()) >= length:
-            raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
-        return at
-
-    def _watch_growth(self, ids: Any, shape: tuple[int, int], asked: bool) -> None:
-        """Warns when passes without a KV cache grow token by token: each one's last token is taken for a prompt's.
-
-        asked: use_cache=False says that they are such passes; otherwise the tokens `ids` [B, length], if at hand, do.
-        """
-        if self._warned or torch.compiler.is_compiling():
-            return
-        before, (batch, length), grown = self._growth
-        grows = shape == (batch, length + 1)
-        if grows and not asked:
-            known = isinstance(ids, Tensor) and isinstance(before, Tensor) and ids.device == before.device
-            grows = known and may_ask() and torch.equal(ids[:, :-1], before)
-        self._growth = (ids, shape, grown + 1 if grows else 0)
-        if self._growth[2] == 2:
-            self._warned = True
-            warnings.warn(
-                "this looks like generation without a KV cache: every pass is a new case, whose case token is the "
-                "newest token. Name the prompts' ends with handle.set_cases(case_positions=...), or use a KV cache",
-                stacklevel=2,
-            )
-
-    def _watch_guesses(self) -> None:
-        """Warns where a first pass may hold more than its prompt: nothing tells a guessed token from a prompt's."""
-        if not torch.compiler.is_compiling() and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the logits of several tokens of a first pass are asked for, but its last token is taken for the "
-                "prompt's end. Where it already holds guesses (assisted generation, prompt lookup) or an answer, "
-                "name the prompts' ends with handle.set_cases(case_positions=...)",
-                stacklevel=2,
-            )
-
-    # ------------------------------------------------------------------------------------------------ KV caches
-
-    def kept(self, cache: Any) -> CaseState | None:
-        """The state that an earlier pass left on this KV cache."""
-        if isinstance(cache, tuple):
-            return self.legacy.get(cache[0][0]) if cache else None
-        return getattr(cache, CACHE_ATTRIBUTE, {}).get(self.name)
+        batch, length = shape
+        mask, cache = given.get("attention_mask"), cache_in(given)
+        past = tokens_in(cache, self.name)
+        if past:
+            state = self._continued(cache, batch, length)
+            if state is not None:
+                return self._decided(mask, batch, length, device, state, past)
+        else:
+            forget(cache, self.name)
+        if length > 1:
+            refuse_packed(given.get("position_ids"), mask, length, past)
+        token_to_case = padded_cases(mask, batch, length, device, past)
+        ends = self._prompt_ends(given, labels, token_to_case.view(batch, length), past)
+        rows = torch.arange(batch, device=device) * length + ends
+        if past and self.positions is None:
+            seen, before = attended(mask, length, past), decisions_on(cache, self.name)
+            if seen is not None and before is not None:
+                # Prompts that ended in an earlier chunk have nothing but their padding here. Compiled code cannot ask
+                # whether there are any, so it takes each for one that might be.
+                some, alike = seen.any(dim=1), before.size == batch and before.chosen == (self.chosen is not None)
+                if not bool(some.all()) if may_ask() else alike and not self._stale(before):
+                    state = replace(self._checked(before, batch), layers=dict(before.layers))
+                    return Cases(token_to_case, torch.where(some.to(device), rows, -1), state)
+        return Cases(token_to_case, rows, CaseState(self.version, batch), fresh=True)
 
     def _continued(self, cache: Any, batch: int, length: int) -> CaseState | None:
         """The decisions that a pass on a used KV cache goes on with; None where it brings a prompt of its own."""
-        state = self.kept(cache)
+        state = decisions_on(cache, self.name)
         if state is None:
             if self.continuation == "new":
                 return None
@@ -379,90 +247,86 @@ class CaseTracker:
             return not state.version.live
         return state.version is not self.version and state.version != self.version
 
-    def _past(self, cache: Any) -> int:
-        """Tokens that a KV cache holds; -1 stands for a number on the device that may not be read now."""
-        if cache is None:
-            return 0
-        if isinstance(cache, tuple):
-            return cache[0][0].shape[-2] if cache else 0
-        if not hasattr(cache, "get_seq_length"):
-            raise ValueError(
-                f"a {type(cache).__name__} does not say how many tokens it holds, so nothing tells a prompt from an "
-                "answer that goes on (continuous batching, generate_batch, brings such a cache): use model.generate, "
-                "or name the cases of every pass with handle.set_cases"
-            )
-        length = cache.get_seq_length()
-        if isinstance(length, Tensor) and not may_ask():
-            return -1 if self.kept(cache) is not None else 0
-        return int(length)
+    def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
+        """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
+        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
+            nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
+            return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
+        # A decision from another device would have to be moved: left to those who do.
+        there = all(of.indices.is_cpu for of in state.layers.values())
+        native = there and (state.selected is None or state.selected.is_cpu)
+        with torch.inference_mode(False):  # kept, so not to be a tensor that autograd refuses later
+            nowhere = torch.full((batch,), -1, dtype=torch.long)
+            token_to_case = padded_cases(mask, batch, length, device, past)
+        found = Cases(token_to_case, nowhere, state, decided=True, native=native)
+        plain = not isinstance(mask, Tensor) or (may_ask() and bool((token_to_case >= 0).all()))
+        if native and length == 1 and plain:
+            self.step, self._moves = found, ChoosesBackend.moves  # in which every row has its token
+        return found
 
-    def _forget(self, cache: Any) -> None:
-        """Takes the decisions of an earlier sequence off an empty cache: generate() resets and reuses static caches."""
-        if not isinstance(cache, tuple) and self.kept(cache) is not None and not self._past(cache):
-            setattr(
-                cache, CACHE_ATTRIBUTE, {n: s for n, s in getattr(cache, CACHE_ATTRIBUTE).items() if n != self.name}
-            )
+    def _prompt_ends(self, given: dict[str, Any], labels: Tensor | None, cases: Tensor, past: int) -> Tensor:
+        """[B] position of each row's case token: named by hand, or before its labels, or its last that is no padding.
 
-    # -------------------------------------------------------------------------------------------------- by hand
-
-    def name_cases(self, token_to_case: Tensor | None, case_tokens: Tensor | None) -> None:
-        """Cases by hand, for every pass until named again; (None, None) returns to finding them automatically.
-
-        token_to_case: [T] int64, -1 for tokens of no case; case_tokens: [C] int64 rows into the T tokens, -1 for a
-        case that an earlier pass decided (its slot's decisions are kept), -2 for a slot that is free.
+        cases: [B, length] each token's case, -1 for padding.
         """
-        if token_to_case is None or case_tokens is None:
-            if token_to_case is not None or case_tokens is not None:
-                raise ValueError("set_cases takes both token_to_case and case_tokens, or None for both")
-            self.explicit = None
-            return
-        token_to_case, case_tokens = token_to_case.long().reshape(-1), case_tokens.long().reshape(-1)
-        tokens, size = token_to_case.numel(), case_tokens.numel()
-        _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
-        _check_range("case_tokens", case_tokens, tokens, f"{tokens} tokens", lowest=FREE)
-        new, kept = case_tokens >= 0, case_tokens != FREE
-        if not bool(kept.all()):
-            case_tokens = case_tokens.clamp(min=-1)  # else the caller's own tensor, which an engine may overwrite
-        owner = token_to_case[case_tokens[new]]
-        if not torch.equal(owner, new.nonzero().flatten().to(owner)):
-            raise ValueError(
-                f"case tokens {case_tokens[new].tolist()} of cases {new.nonzero().flatten().tolist()} belong to "
-                f"cases {owner.tolist()}"
-            )
-        before = None if self.explicit is None else self.explicit.state
-        stale = before is not None and before.version != self.version
-        if before is not None and (stale or before.known is None):
-            before = None
-        if before is not None and before.size != size:
-            before = before.resized(size)
-        known = torch.zeros_like(new) if before is None or before.known is None else before.known.to(new.device) & kept
-        used = torch.zeros_like(new).index_fill(0, token_to_case[token_to_case >= 0], True)
-        if bool((used & ~new & ~known).any()):
-            missing = (used & ~new & ~known).nonzero().flatten().tolist()
-            raise ValueError(
-                f"cases {missing} have no case token in this pass and "
-                + (
-                    "were decided before the edits changed: prefill them again"
-                    if stale
-                    else "were never decided: a new "
-                    "slot, one that was freed, or what was decided was forgotten by set_cases()"
+        batch, length = cases.shape
+        if self.positions is not None:
+            return _checked_positions(self.positions, batch, length).to(cases.device)
+        last = last_attended(given.get("attention_mask"), batch, length, cases.device, past)
+        if labels is not None:
+            if labels.shape != cases.shape:
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}, but the decoder sees {(batch, length)} tokens; "
+                    "name the cases with handle.set_cases"
                 )
-            )
-        if before is None or bool(new.all()):
-            self.explicit = Cases(token_to_case, case_tokens, CaseState(self.version, size), fresh=True)
-        else:
-            state = replace(before, layers=dict(before.layers), known=known)
-            self.explicit = Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
+            return case_tokens_from_labels(labels.to(cases.device), last, cases >= 0)
+        without = given.get("use_cache") is False
+        if cache_in(given) is None and (without or not self.several_logits):
+            self.growth.watch(given.get("input_ids"), (batch, length), without)
+        elif self.several_logits and not past:
+            self.growth.suspect()
+        return last
+
+    # ------------------------------------------------------------------------------------------------ after the decoder
+
+    def end(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """After the decoder: leaves the decisions on the KV cache, its arguments' where the output has none."""
+        if self.current is None:
+            return
+        if self.explicit is not None:
+            state = self.current.state
+            now = self.current.case_tokens >= 0
+            state.known = now if state.known is None else now | state.known.to(now.device)
+            self.slots = self.current.settled(self.slots)
+            return
+        cache = cache_of(output, self._given(args, kwargs))
+        if cache is not None:
+            leave_on(cache, self.name, self.current)
 
 
-def _cache(given: dict[str, Any]) -> Any:
-    """The KV cache among a decoder's arguments."""
-    newer = given.get(CACHE_NAMES[0])
-    return given.get(CACHE_NAMES[1]) if newer is None else newer
+def _tokens(given: dict[str, Any]) -> tuple[torch.Size, torch.device] | None:
+    """Shape and device of a pass's tokens, without the width of embeddings; None where it is called without any."""
+    tokens = given.get("inputs_embeds")
+    if tokens is not None:
+        shape = tokens.shape[:-1]
+    else:
+        tokens = given.get("input_ids")
+        if tokens is None:
+            return None
+        shape = tokens.shape
+    picture = given.get("query_embeds")
+    if picture is not None:  # LAVIS's OPT puts these before its tokens inside the decoder
+        shape = torch.Size((shape[0], picture.shape[1] + shape[1]))
+    return shape, tokens.device
 
 
-def _check_range(name: str, index: Tensor, size: int, what: str, lowest: int = -1) -> None:
-    if index.numel() and not lowest <= int(index.min()) <= int(index.max()) < size:
+def _checked_positions(at: Tensor, batch: int, length: int) -> Tensor:
+    """`at` [B], if it names a token of each row of this pass."""
+    if len(at) != batch:
         raise ValueError(
-            f"{name} must be in [{lowest}, {size}) for {what}, but spans [{int(index.min())}, {int(index.max())}]"
+            f"case positions were named for {len(at)} rows, but this pass has {batch}; of beams, or several "
+            "answers to a prompt, name every row's: case_positions.repeat_interleave(beams)"
         )
+    if may_ask() and int(at.max()) >= length:
+        raise ValueError(f"case positions reach {int(at.max())}, but this pass has {length} tokens a row")
+    return at

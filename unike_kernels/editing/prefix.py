@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import Cases, CaseState
+from ..hooks import hidden_states_of
 from ..models import Decoder, get_module
 from ..patching import PatchHandle
 from .inputs import Batch
@@ -126,7 +127,7 @@ def recorded(modules: dict[Any, nn.Module], kind: str) -> Iterator[dict[Any, Ten
 
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any = None, key: Any = key) -> None:
             if kind == "input":
-                value = args[0] if args else kwargs["hidden_states"]
+                value = hidden_states_of(args, kwargs)
             else:
                 value = output[0] if isinstance(output, tuple) else output
             kept[key] = value.detach()

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unike_kernels.caches import CACHE_NAMES
 from unike_kernels.editing.editor import base_only
 from unike_kernels.editing.inputs import Batch, Collator, Sample
 from unike_kernels.editing.prefix import Prefix, head, run_prefix, run_tail
 from unike_kernels.evaluation.methods import Edited, Method
 from unike_kernels.fused import linear_names
 from unike_kernels.models import find_decoder, get_module
-from unike_kernels.tracker import CACHE_NAMES
 
 Change = dict[str, Tensor]  # name of a linear map -> what is added to its weight, [E, out, in] for E edits
 

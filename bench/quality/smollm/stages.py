@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.quality.emoji import data
+from unike_kernels.caches import CACHE_NAMES
 from unike_kernels.minigpt4 import MiniGPT4
-from unike_kernels.tracker import CACHE_NAMES
 
 from .features import held_out_drawings
 from .model import BEFORE, QFORMER, QUERY_TOKENS, TRAINED, see
