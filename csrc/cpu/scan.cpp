@@ -4,10 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "halves.h"
+#include "threads.h"
 #include "topk.h"
 #include "vectors.h"
 
@@ -111,15 +111,12 @@ void scan(const ScanCall& c, Level level) {
     const size_t lists = size_t(c.queries * c.k);
     std::vector<float> scores(lists * size_t(parts - 1));
     std::vector<int64_t> indices(lists * size_t(parts - 1)), found(size_t(c.queries * (parts - 1)), 0);
-    std::vector<std::thread> others;
-    for (int64_t part = 1; part < parts; ++part)
-        others.emplace_back([&, part] {
-            const size_t at = size_t(part - 1);
-            scan_rows(c, multiply, c.keys.n * part / parts, c.keys.n * (part + 1) / parts, scores.data() + at * lists,
-                      indices.data() + at * lists, found.data() + at * size_t(c.queries));
-        });
-    scan_rows(c, multiply, 0, c.keys.n / parts, c.scores, c.indices, c.found);
-    for (std::thread& other : others) other.join();
+    share(c.keys.n, parts, [&](int64_t part, int64_t begin, int64_t end) {
+        if (part == 0) return scan_rows(c, multiply, begin, end, c.scores, c.indices, c.found);
+        const size_t at = size_t(part - 1);
+        scan_rows(c, multiply, begin, end, scores.data() + at * lists, indices.data() + at * lists,
+                  found.data() + at * size_t(c.queries));
+    });
     for (int64_t part = 1; part < parts; ++part)  // in the order of the keys: among equal scores the lowest index wins
         for (int64_t i = 0; i < c.queries; ++i) {
             const size_t at = size_t(part - 1) * lists + size_t(i * c.k);
