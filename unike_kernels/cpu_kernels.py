@@ -17,7 +17,7 @@ from . import native, reference
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _functorch, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _profiles = torch.autograd._profiler_enabled  # looked up once: `unwatched` is asked in every step
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/int8_search.h counts them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h counts them
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
 BACKENDS = ("auto", "cpu")
 FEW = 16  # tokens

@@ -18,12 +18,6 @@ constexpr float kUnscored = -kInfinity;
 
 bool better(const Int8Index::Found& a, const Int8Index::Found& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
 
-size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-const void* row_of(const Keys& keys, int64_t row) {
-    return static_cast<const char*>(keys.rows) + size_t(row) * size_t(keys.stride) * element(keys.dtype);
-}
-
 // The transform of length n, a power of two, divided by sqrt(n): orthogonal.
 void hadamard(float* x, int64_t n) {
     for (int64_t half = 1; half < n; half *= 2)

@@ -16,8 +16,6 @@ namespace {
 
 constexpr int64_t kTile = 256;  // keys whose products are compared before the next come
 
-size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 // Queries in bfloat16, each by a power of two that brings its length to [1, 2): exact, but for what would be subnormal.
 struct Halves {
     std::vector<uint16_t> q;
@@ -45,8 +43,7 @@ struct Multiply {
     // out [some, kTile]: products of the unit queries of these numbers with `count` keys.
     void operator()(const int64_t* of, int64_t some, int64_t first, int64_t count, float* out, const void** room) const {
         const int64_t d = c.keys.d;
-        const char* rows = static_cast<const char*>(c.keys.rows) + size_t(first * c.keys.stride) * element(c.keys.dtype);
-        Products call{room, some, rows, c.keys.dtype, count, c.keys.stride, d, out, kTile, c.queries < 4};
+        Products call{room, some, row_of(c.keys, first), c.keys.dtype, count, c.keys.stride, d, out, kTile, c.queries < 4};
         for (int64_t j = 0; j < some; ++j)
             room[j] = halves ? static_cast<const void*>(halves->q.data() + of[j] * d) : c.q + of[j] * d;
         if (halves == nullptr) return wide(call);
@@ -65,7 +62,7 @@ struct Multiply {
                 const float size = std::fabs(products[i]);
                 if (odd && (!(size >= 0x1p-70f) || !(size <= 0x1p100f))) {
                     const void* query = c.q + of[j] * d;
-                    const char* row = rows + size_t(i * c.keys.stride) * element(c.keys.dtype);
+                    const char* row = row_of(c.keys, first + i);
                     wide({&query, 1, row, c.keys.dtype, 1, c.keys.stride, d, products + i, kTile, c.queries < 4});
                 } else {
                     products[i] /= length;
