@@ -35,9 +35,6 @@ inline const char* row_of(const Keys& keys, int64_t row) {
 enum class Level { portable, avx2, best };
 struct Vectors;  // vectors.h
 
-// The level of instructions that the machine has: "avx512_vnni", "avx2" (with FMA and F16C) or "portable".
-const char* instructions();
-
 class Int8Index {
   public:
     // Reads all keys once. They must stay where they are, unchanged, as long as the index lives: the best are read again.
