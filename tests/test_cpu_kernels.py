@@ -310,10 +310,12 @@ def test_auto_takes_it_for_few_tokens_without_gradients(counted):
     ops.extra_neurons(**(args | {"values": args["values"].clone().requires_grad_()}), **options)
     ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), encoder=[here(layer(64, 64))])  # alpha behind an encoder
     ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), alpha=0.5, out_proj=here(layer(64, 64)))
-    many, more = here(make(cpu_kernels.FEW + 1, "sc"))
+    many, more = here(make(cpu_kernels.MOST_TOKENS + 1, "sc"))
     ops.extra_neurons(**many, **more)
-    ops.knowledge_shift(*here(inputs(cpu_kernels.FEW + 1)), here(ids(cpu_kernels.FEW + 1, 3)), alpha=0.5)
-    args, options = here(make(16, "", sizes=(cpu_kernels.NEURONS // 16 + 1,), d=2, d_out=2))
+    ops.knowledge_shift(
+        *here(inputs(cpu_kernels.MOST_TOKENS + 1)), here(ids(cpu_kernels.MOST_TOKENS + 1, 3)), alpha=0.5
+    )
+    args, options = here(make(16, "", sizes=(cpu_kernels.MOST_PRODUCTS // 16 + 1,), d=2, d_out=2))
     ops.extra_neurons(**args, **options)  # always on, and more than pay
     assert len(counted) == 3
     ops.extra_neurons(**(args | {"x": args["x"][:8]}), **options)

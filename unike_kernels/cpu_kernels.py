@@ -1,8 +1,9 @@
 """The operators on the CPU in native code (csrc/cpu): one call where the reference takes thirty.
 
 A launcher takes an operator's positional arguments, as those of triton_kernels do. Neurons and shift are for few
-tokens; the search leaves the product to torch and keeps the best. What has no native code here (other operators, all
-gradients, an encoder, an output projection) is the reference's: those are matrix products, which torch does well.
+tokens. The search is one pass over the keys for up to MOST_SCANNED_QUERIES queries; for more, the product is torch's
+and this keeps the best. What has no native code here (other operators, all gradients, an encoder, an output projection)
+is the reference's: those are matrix products, which torch does well.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,12 +21,12 @@ _profiles = torch.autograd._profiler_enabled  # looked up once: `unwatched` is a
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h counts them
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
 BACKENDS = ("auto", "cpu")
-FEW = 16  # tokens
-NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
-NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
+MOST_TOKENS = 16
+MOST_PRODUCTS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
+EMPTY_ADDRESS = 8  # of an empty tensor, whose own is null: given all the same, and never read
 TILE = 8192  # keys that are multiplied at a time: as many as the reference widens at once
-SCANNED = 64  # queries up to which a pass over the keys is quicker than torch's product
-GATHERED = 2**20  # bytes of items that a step copies
+MOST_SCANNED_QUERIES = 64  # up to here a pass over the keys is quicker than torch's product
+MOST_GATHERED_BYTES = 2**20  # of items that a step copies
 PORTABLE = False  # without AVX2: for tests
 LEVEL = "best"  # of instructions, one of native.LEVELS: less is for tests
 
@@ -64,7 +65,7 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
         h_input, alpha, case_tokens, out_weight, encoder, rows, folded = (args[i] for i in (0, 5, 7, 8, 10, 17, 18))
         if alpha is None and (case_tokens is not None or encoder or rows is not None or folded is not None):
             return None
-        if out_weight is not None or not (always or len(h_input) <= FEW):
+        if out_weight is not None or not (always or len(h_input) <= MOST_TOKENS):
             return None
         return knowledge_shift
     if operator not in ("extra_neurons", "extra_neurons_"):
@@ -72,8 +73,8 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
     y, args = (args[0], args[1:]) if operator == "extra_neurons_" else (None, args)
     x, keys, route, selected = args[0], args[1], args[7], args[10]
     tokens = x.numel() // max(1, x.shape[-1])
-    few = route is not None or selected is not None or tokens * len(keys) <= NEURONS
-    if not (always or (few and tokens <= FEW)):
+    few = route is not None or selected is not None or tokens * len(keys) <= MOST_PRODUCTS
+    if not (always or (few and tokens <= MOST_TOKENS)):
         return None
     return extra_neurons if y is None else extra_neurons_
 
@@ -113,15 +114,7 @@ def _run_neurons(
     n, d = keys.shape
     tokens = x.numel() // d if d else y.numel() // max(1, values.shape[1])
     rows = tokens if token_to_case is None else len(route) if route is not None else 0
-    kept: list[Tensor] = []  # copies that have to live until the call is over
-    arrays: list[int] = []
-    for t in (x, keys, key_bias, values, up, up_bias, zeta, route):
-        if t is None:
-            arrays += (0, 0)
-            continue
-        if not t.is_contiguous():
-            kept.append(t := t.contiguous())
-        arrays += (t.data_ptr() or NOTHING, DTYPES[t.dtype])
+    kept: list[Tensor] = []
     slots = 0
     if selected is not None:
         rows, slots = selected.shape
@@ -129,7 +122,7 @@ def _run_neurons(
         y.data_ptr(),
         DTYPES[y.dtype],
         add,
-        *arrays,
+        *_arrays((x, keys, key_bias, values, up, up_bias, zeta, route), kept),
         zeta is not None and zeta.dim() == 2,
         _address(group_ptr, kept),
         _address(token_to_case, kept),
@@ -177,18 +170,10 @@ def knowledge_shift(
     out = new(h_input.shape, h_input.dtype, h_input)
     used = new((cases if of_case else tokens,), torch.float32, h_input if alpha is None else alpha)
     kept: list[Tensor] = []
-    arrays: list[int] = []
-    for t in (h_input, q, item_keys, item_values, alpha):
-        if t is None:
-            arrays += (0, 0)
-            continue
-        if not t.is_contiguous():
-            kept.append(t := t.contiguous())
-        arrays += (t.data_ptr() or NOTHING, DTYPES[t.dtype])
     native.cpu().knowledge_shift(
         out.data_ptr(),
         used.data_ptr(),
-        *arrays,
+        *_arrays((h_input, q, item_keys, item_values, alpha), kept),
         _address(indices, kept),
         _address(token_to_case, kept),
         tokens,
@@ -222,7 +207,7 @@ def cosine_topk(
     unit = reference._unit(q.reshape(queries, q.shape[-1]).float())
     shape, kept = (*q.shape[:-1], k), list[Tensor]()
     module, level = native.cpu(), native.LEVELS.index(LEVEL)
-    if 0 < queries <= SCANNED and d > 0 and n > 0 and module.can_scan(level):
+    if 0 < queries <= MOST_SCANNED_QUERIES and d > 0 and n > 0 and module.can_scan(level):
         if keys.stride(1) != 1 or keys.stride(0) < d:
             keys = keys.contiguous()
         norm = torch.linalg.vector_norm(keys.float(), dim=-1) if key_norm is None else key_norm.float()
@@ -241,7 +226,7 @@ def cosine_topk(
                 keys.stride(0),
                 norm.data_ptr(),
             ),
-            *(_address(ranges, kept), scores.data_ptr() or NOTHING, indices.data_ptr() or NOTHING, found.data_ptr()),
+            *(_address(t, kept) for t in (ranges, scores, indices, found)),
             *(queries, k, torch.get_num_threads(), level),
         )
         return scores, indices
@@ -261,12 +246,21 @@ def cosine_topk(
     return scores, indices
 
 
-def _address(index: Tensor | None, kept: list[Tensor]) -> int:
-    if index is None:
+def _arrays(tensors: Iterable[Tensor | None], kept: list[Tensor]) -> list[int]:
+    """Address and dtype of each, as an Array of csrc/cpu/operators.h."""
+    arrays: list[int] = []
+    for t in tensors:
+        arrays += (_address(t, kept), 0 if t is None else DTYPES[t.dtype])
+    return arrays
+
+
+def _address(t: Tensor | None, kept: list[Tensor]) -> int:
+    """Of all its elements in a row; a copy made for that goes to `kept`, where it lives until the call is over."""
+    if t is None:
         return 0
-    if not index.is_contiguous():
-        kept.append(index := index.contiguous())
-    return index.data_ptr() or NOTHING
+    if not t.is_contiguous():
+        kept.append(t := t.contiguous())
+    return t.data_ptr() or EMPTY_ADDRESS
 
 
 # ------------------------------------------------------------------------------------------------------- while decoding
@@ -292,8 +286,8 @@ def neurons_step(
     (n, d), count, code = keys.shape, x.numel(), DTYPES[keys.dtype]
     tokens = count // d
     rows, slots = (0, 0) if selected is None else selected.shape
-    few = tokens * n <= NEURONS if token_to_case is None or selected is None else token_to_case.numel() == tokens
-    if x.shape[-1] != d or tokens > FEW or not few:
+    few = tokens * n <= MOST_PRODUCTS if token_to_case is None or selected is None else token_to_case.numel() == tokens
+    if x.shape[-1] != d or tokens > MOST_TOKENS or not few:
         return None
     arrays = [0, code, True, 0, code] + [0, code] * 5 + [0, 0] * 2
     sizes = (tokens, d, n, d, buffers["group_ptr"].shape[0] - 1, rows, slots, 0.0, ACTS[act], PORTABLE)
@@ -331,11 +325,11 @@ def shift_step(
     (items, kv_heads, hd), hv, (cases, slots), tokens = keys.shape, values.shape[2], indices.shape, len(token_to_case)
     width = heads.shape[-1]
     count = width // hv
-    if items == 0 or tokens > FEW or count * hv != width or count % kv_heads:
+    if items == 0 or tokens > MOST_TOKENS or count * hv != width or count % kv_heads:
         return None
     tables: list[tuple[str | None, Any, str | None, Tensor]]
     tables = [("keys", buffers, "keys", keys), ("values", buffers, "values", values)]
-    if cases * slots * (keys[0].numel() + values[0].numel()) * keys.itemsize <= GATHERED:
+    if cases * slots * (keys[0].numel() + values[0].numel()) * keys.itemsize <= MOST_GATHERED_BYTES:
         if not (keys.is_inference() or values.is_inference()):  # of those nobody counts the changes
             tables = [(None, buffers, name, buffers[name]) for name in ("keys", "values")]
             with torch.inference_mode(False), torch.no_grad():
