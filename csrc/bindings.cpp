@@ -155,7 +155,6 @@ void int8_search(const Index& index, uintptr_t q, uintptr_t ranges, int64_t t, i
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of unike_kernels";
     m.attr("architectures") = UNIKE_ARCHS;  // what the build has code for, such as "80 89 90a 100 ptx100"
-    m.attr("toolkit") = CUDART_VERSION;
     m.def("device_count", &device_count, "CUDA devices here; RuntimeError where no usable driver is installed");
     m.def(
         "probe",

@@ -126,15 +126,6 @@ __device__ __forceinline__ void wait_for_bytes(CopyBarrier* barrier, uint32_t pa
 
 // ------------------------------------------------------------------------------------------------- global memory
 
-// 16 bytes that will not be read again soon: past the first-level cache. 16-byte aligned, constant while the kernel runs.
-__device__ __forceinline__ uint4 load_streaming(const void* global) {
-    uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(global));
-    return x;
-}
-
 // A counter in global memory: adds and tells what was there before. All that this thread wrote, or saw written by others of its
 // block before a barrier, is seen by whoever then reads the sum by such an addition. The usual end of a kernel:
 //   __syncthreads(); if (threadIdx.x == 0) last = count_arrival(counter) == blocks - 1; __syncthreads();
@@ -144,21 +135,11 @@ __device__ __forceinline__ uint32_t count_arrival(uint32_t* counter) {
     return before;
 }
 
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* global) {
-    uint32_t x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
-    return x;
-}
-
 // What others may be writing at the same time: some value that was there, past the first-level cache.
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* global) {
     unsigned long long x;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(global) : "memory");
     return x;
-}
-
-__device__ __forceinline__ void store_release(uint32_t* global, uint32_t x) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
 }
 
 // Waits until the kernel before it in the stream has ended and its writes are seen; needed only after launch(..., early = true).
@@ -221,33 +202,9 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&out)[4], const void* row) {
                  : "memory");
 }
 
-// The same with each matrix transposed: lane gets elements g of rows 2p, 2p + 1.
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&out)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
 // ------------------------------------------------------------------------------------------------- clusters
 
 // Thread-block clusters are there from sm_90 on. Elsewhere a cluster is one block, and nothing larger can be launched.
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t x = 0;
-#ifdef UNIKE_HOPPER
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
-#endif
-    return x;
-}
-
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t x = 1;
-#ifdef UNIKE_HOPPER
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
-#endif
-    return x;
-}
 
 // Barrier of all threads of the cluster's blocks; what they wrote before it, to shared memory too, is seen after it. A block must
 // not end while others still read its shared memory: one more before the end.

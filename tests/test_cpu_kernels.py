@@ -1,6 +1,8 @@
 """The native code of extra_neurons and knowledge_shift on the CPU against the reference, at both instruction levels."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,10 +312,12 @@ def test_auto_takes_it_for_few_tokens_without_gradients(counted):
     ops.extra_neurons(**(args | {"values": args["values"].clone().requires_grad_()}), **options)
     ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), encoder=[here(layer(64, 64))])  # alpha behind an encoder
     ops.knowledge_shift(h, q, keys, values, here(ids(2, 3)), alpha=0.5, out_proj=here(layer(64, 64)))
-    many, more = here(make(cpu_kernels.FEW + 1, "sc"))
+    many, more = here(make(cpu_kernels.MOST_TOKENS + 1, "sc"))
     ops.extra_neurons(**many, **more)
-    ops.knowledge_shift(*here(inputs(cpu_kernels.FEW + 1)), here(ids(cpu_kernels.FEW + 1, 3)), alpha=0.5)
-    args, options = here(make(16, "", sizes=(cpu_kernels.NEURONS // 16 + 1,), d=2, d_out=2))
+    ops.knowledge_shift(
+        *here(inputs(cpu_kernels.MOST_TOKENS + 1)), here(ids(cpu_kernels.MOST_TOKENS + 1, 3)), alpha=0.5
+    )
+    args, options = here(make(16, "", sizes=(cpu_kernels.MOST_PRODUCTS // 16 + 1,), d=2, d_out=2))
     ops.extra_neurons(**args, **options)  # always on, and more than pay
     assert len(counted) == 3
     ops.extra_neurons(**(args | {"x": args["x"][:8]}), **options)
@@ -382,3 +386,45 @@ def test_a_search_widens_half_precision_tile_by_tile_and_multiplies_in_single(dt
     exact = reference.cosine_topk(q.double(), keys.double(), 5, key_norm=norm)
     assert torch.equal(indices, exact[1])
     torch.testing.assert_close(scores.double(), exact[0], rtol=0, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- arguments
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
+
+
+def declared(struct):
+    """The fields of a struct of operators.h and their types, in order."""
+    text = re.sub(r"//.*", "", (CSRC / "operators.h").read_text())
+    found = {}
+    for declaration in re.search(rf"struct {struct} {{(.*?)}};", text, re.S)[1].split(";")[:-1]:
+        kind, names = re.fullmatch(r"\s*(?:const )?(\w+)(.*)", declaration, re.S).groups()
+        for name in names.split(","):
+            found[name.strip(" *")] = kind + "*" * name.count("*")
+    return found
+
+
+@pytest.mark.parametrize("call", [cpu_kernels.NeuronCall, cpu_kernels.ShiftCall])
+def test_what_is_passed_are_the_fields_of_the_struct_in_the_order_in_which_they_are_read(call):
+    fields = declared(call.__name__)
+    assert call._fields == (*fields, "portable")
+    arrays = [name for name, kind in fields.items() if kind == "Array"]
+    assert [name for name, default in call._field_defaults.items() if default == (0, 0)] == arrays
+    read = (CSRC / "bindings_arguments.h").read_text().split(f"{call.__name__} call;")[1].split("return call;")[0]
+    taken = dict(re.findall(r"call\.(\w+) = .*\bin\.(\w+)[<(]", read))
+    assert list(taken) == list(fields)
+    assert [name for name, how in taken.items() if how == "array"] == arrays
+    assert [name for name, how in taken.items() if how == "address"] == [n for n, kind in fields.items() if "*" in kind]
+
+
+def test_arguments_that_are_no_call_are_refused():
+    module = native.cpu()
+    for wrong, said in (
+        (cpu_kernels.NeuronCall()[:-1], "too few arguments"),
+        ((*cpu_kernels.NeuronCall(), 0), "too many arguments"),
+        (cpu_kernels.NeuronCall(x=0), "an array is no tuple of its address and dtype"),
+        (cpu_kernels.NeuronCall(x=(0, 0, 0)), "too many arguments"),
+        (cpu_kernels.NeuronCall(x=(0, 3)), "an option is out of range"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            module.extra_neurons(*wrong)

@@ -22,7 +22,7 @@ class TestCpu(CosineTopk):
         if request.param in native.LEVELS:
             monkeypatch.setattr(cpu_kernels, "LEVEL", request.param)
         else:
-            monkeypatch.setattr(cpu_kernels, "SCANNED", 0)
+            monkeypatch.setattr(cpu_kernels, "MOST_SCANNED_QUERIES", 0)
             monkeypatch.setattr(cpu_kernels, "TILE", 64 if request.param == "tiles" else cpu_kernels.TILE)
 
     def found(self, q, keys, k, **options):

@@ -271,7 +271,7 @@ def test_steps_follow_a_memory_that_is_written_to(table, calls, monkeypatch):
             getattr(layer.shift.memory, table).mul_(-2)
         after = step()
         assert not torch.allclose(after, before) and all(done for _, done in calls)
-        monkeypatch.setattr(cpu_kernels, "GATHERED", 0)
+        monkeypatch.setattr(cpu_kernels, "MOST_GATHERED_BYTES", 0)
         handle.record.runtime.tracker.step.steps.clear()
         assert torch.equal(step(), after)
 

@@ -1,12 +1,13 @@
 """The operators on the CPU in native code (csrc/cpu): one call where the reference takes thirty.
 
 A launcher takes an operator's positional arguments, as those of triton_kernels do. Neurons and shift are for few
-tokens; the search leaves the product to torch and keeps the best. What has no native code here (other operators, all
-gradients, an encoder, an output projection) is the reference's: those are matrix products, which torch does well.
+tokens. The search is one pass over the keys for up to MOST_SCANNED_QUERIES queries; for more, the product is torch's
+and this keeps the best. What has no native code here (other operators, all gradients, an encoder, an output projection)
+is the reference's: those are matrix products, which torch does well.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -17,17 +18,79 @@ from . import native, reference
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _functorch, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _profiles = torch.autograd._profiler_enabled  # looked up once: `unwatched` is asked in every step
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/int8_search.h counts them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h counts them
 ACTS = {name: i for i, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "identity"))}
 BACKENDS = ("auto", "cpu")
-FEW = 16  # tokens
-NEURONS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
-NOTHING = 8  # the address of an empty tensor, whose own is null: given all the same, and never read
+MOST_TOKENS = 16
+MOST_PRODUCTS = 4096  # tokens times always-on neurons: beyond, a matrix product and what is around it are the quicker
+EMPTY_ADDRESS = 8  # of an empty tensor, whose own is null: given all the same, and never read
 TILE = 8192  # keys that are multiplied at a time: as many as the reference widens at once
-SCANNED = 64  # queries up to which a pass over the keys is quicker than torch's product
-GATHERED = 2**20  # bytes of items that a step copies
+MOST_SCANNED_QUERIES = 64  # up to here a pass over the keys is quicker than torch's product
+MOST_GATHERED_BYTES = 2**20  # of items that a step copies
 PORTABLE = False  # without AVX2: for tests
 LEVEL = "best"  # of instructions, one of native.LEVELS: less is for tests
+
+Array = tuple[int, int]  # address and dtype, as csrc/cpu/operators.h has them
+NO_ARRAY: Array = (0, 0)
+
+
+class NeuronCall(NamedTuple):
+    """What extra_neurons takes: the fields of its struct (csrc/cpu/operators.h) in order, then `portable`."""
+
+    y: int = 0
+    y_dtype: int = 0
+    add: bool = False
+    x: Array = NO_ARRAY
+    keys: Array = NO_ARRAY
+    key_bias: Array = NO_ARRAY
+    values: Array = NO_ARRAY
+    up: Array = NO_ARRAY
+    up_bias: Array = NO_ARRAY
+    zeta: Array = NO_ARRAY
+    route: Array = NO_ARRAY
+    zeta_of_group: bool = False
+    group_ptr: int = 0
+    token_to_case: int = 0
+    selected: int = 0
+    tokens: int = 0
+    d: int = 0
+    n: int = 0
+    d_out: int = 0
+    groups: int = 0
+    rows: int = 0
+    slots: int = 0
+    beta: float = 0.0
+    act: int = 0
+    portable: bool = False
+
+
+class ShiftCall(NamedTuple):
+    """What knowledge_shift takes: the fields of its struct (csrc/cpu/operators.h) in order, then `portable`."""
+
+    out: int = 0
+    used: int = 0
+    h_input: Array = NO_ARRAY
+    q: Array = NO_ARRAY
+    keys: Array = NO_ARRAY
+    values: Array = NO_ARRAY
+    alpha: Array = NO_ARRAY
+    indices: int = 0
+    token_to_case: int = 0
+    tokens: int = 0
+    cases: int = 0
+    items: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    hd: int = 0
+    hv: int = 0
+    slots: int = 0
+    scaling: float = 0.0
+    softcap: float = 0.0
+    alpha_of_case: bool = False
+    alpha_of_input: bool = False
+    rescale: bool = False
+    clamp: bool = False
+    portable: bool = False
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -64,7 +127,7 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
         h_input, alpha, case_tokens, out_weight, encoder, rows, folded = (args[i] for i in (0, 5, 7, 8, 10, 17, 18))
         if alpha is None and (case_tokens is not None or encoder or rows is not None or folded is not None):
             return None
-        if out_weight is not None or not (always or len(h_input) <= FEW):
+        if out_weight is not None or not (always or len(h_input) <= MOST_TOKENS):
             return None
         return knowledge_shift
     if operator not in ("extra_neurons", "extra_neurons_"):
@@ -72,8 +135,8 @@ def launcher(operator: str, args: Sequence[Any], *, always: bool) -> Callable[..
     y, args = (args[0], args[1:]) if operator == "extra_neurons_" else (None, args)
     x, keys, route, selected = args[0], args[1], args[7], args[10]
     tokens = x.numel() // max(1, x.shape[-1])
-    few = route is not None or selected is not None or tokens * len(keys) <= NEURONS
-    if not (always or (few and tokens <= FEW)):
+    few = route is not None or selected is not None or tokens * len(keys) <= MOST_PRODUCTS
+    if not (always or (few and tokens <= MOST_TOKENS)):
         return None
     return extra_neurons if y is None else extra_neurons_
 
@@ -113,38 +176,38 @@ def _run_neurons(
     n, d = keys.shape
     tokens = x.numel() // d if d else y.numel() // max(1, values.shape[1])
     rows = tokens if token_to_case is None else len(route) if route is not None else 0
-    kept: list[Tensor] = []  # copies that have to live until the call is over
-    arrays: list[int] = []
-    for t in (x, keys, key_bias, values, up, up_bias, zeta, route):
-        if t is None:
-            arrays += (0, 0)
-            continue
-        if not t.is_contiguous():
-            kept.append(t := t.contiguous())
-        arrays += (t.data_ptr() or NOTHING, DTYPES[t.dtype])
+    kept: list[Tensor] = []
     slots = 0
     if selected is not None:
         rows, slots = selected.shape
-    native.cpu().extra_neurons(
-        y.data_ptr(),
-        DTYPES[y.dtype],
-        add,
-        *arrays,
-        zeta is not None and zeta.dim() == 2,
-        _address(group_ptr, kept),
-        _address(token_to_case, kept),
-        _address(selected, kept),
-        tokens,
-        d,
-        n,
-        values.shape[1],
-        1 if group_ptr is None else group_ptr.shape[0] - 1,
-        rows,
-        slots,
-        beta,
-        ACTS[act],
-        PORTABLE,
+    call = NeuronCall(
+        y=y.data_ptr(),
+        y_dtype=DTYPES[y.dtype],
+        add=add,
+        x=_array(x, kept),
+        keys=_array(keys, kept),
+        key_bias=_array(key_bias, kept),
+        values=_array(values, kept),
+        up=_array(up, kept),
+        up_bias=_array(up_bias, kept),
+        zeta=_array(zeta, kept),
+        route=_array(route, kept),
+        zeta_of_group=zeta is not None and zeta.dim() == 2,
+        group_ptr=_address(group_ptr, kept),
+        token_to_case=_address(token_to_case, kept),
+        selected=_address(selected, kept),
+        tokens=tokens,
+        d=d,
+        n=n,
+        d_out=values.shape[1],
+        groups=1 if group_ptr is None else group_ptr.shape[0] - 1,
+        rows=rows,
+        slots=slots,
+        beta=beta,
+        act=ACTS[act],
+        portable=PORTABLE,
     )
+    native.cpu().extra_neurons(*call)
 
 
 def knowledge_shift(
@@ -177,36 +240,33 @@ def knowledge_shift(
     out = new(h_input.shape, h_input.dtype, h_input)
     used = new((cases if of_case else tokens,), torch.float32, h_input if alpha is None else alpha)
     kept: list[Tensor] = []
-    arrays: list[int] = []
-    for t in (h_input, q, item_keys, item_values, alpha):
-        if t is None:
-            arrays += (0, 0)
-            continue
-        if not t.is_contiguous():
-            kept.append(t := t.contiguous())
-        arrays += (t.data_ptr() or NOTHING, DTYPES[t.dtype])
-    native.cpu().knowledge_shift(
-        out.data_ptr(),
-        used.data_ptr(),
-        *arrays,
-        _address(indices, kept),
-        _address(token_to_case, kept),
-        tokens,
-        cases,
-        of_keys[0],
-        1 if raw else of_q[1],
-        1 if raw else of_keys[1],
-        hd,
-        hv,
-        slots,
-        hd**-0.5 if scaling is None else scaling,
-        0.0 if softcap is None else softcap,
-        of_case,
-        orientation == "input",
-        raw and rescale,
-        clamp,
-        PORTABLE,
+    call = ShiftCall(
+        out=out.data_ptr(),
+        used=used.data_ptr(),
+        h_input=_array(h_input, kept),
+        q=_array(q, kept),
+        keys=_array(item_keys, kept),
+        values=_array(item_values, kept),
+        alpha=_array(alpha, kept),
+        indices=_address(indices, kept),
+        token_to_case=_address(token_to_case, kept),
+        tokens=tokens,
+        cases=cases,
+        items=of_keys[0],
+        heads=1 if raw else of_q[1],
+        kv_heads=1 if raw else of_keys[1],
+        hd=hd,
+        hv=hv,
+        slots=slots,
+        scaling=hd**-0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        alpha_of_case=of_case,
+        alpha_of_input=orientation == "input",
+        rescale=raw and rescale,
+        clamp=clamp,
+        portable=PORTABLE,
     )
+    native.cpu().knowledge_shift(*call)
     return out, used
 
 
@@ -222,7 +282,7 @@ def cosine_topk(
     unit = reference._unit(q.reshape(queries, q.shape[-1]).float())
     shape, kept = (*q.shape[:-1], k), list[Tensor]()
     module, level = native.cpu(), native.LEVELS.index(LEVEL)
-    if 0 < queries <= SCANNED and d > 0 and n > 0 and module.can_scan(level):
+    if 0 < queries <= MOST_SCANNED_QUERIES and d > 0 and n > 0 and module.can_scan(level):
         if keys.stride(1) != 1 or keys.stride(0) < d:
             keys = keys.contiguous()
         norm = torch.linalg.vector_norm(keys.float(), dim=-1) if key_norm is None else key_norm.float()
@@ -241,7 +301,7 @@ def cosine_topk(
                 keys.stride(0),
                 norm.data_ptr(),
             ),
-            *(_address(ranges, kept), scores.data_ptr() or NOTHING, indices.data_ptr() or NOTHING, found.data_ptr()),
+            *(_address(t, kept) for t in (ranges, scores, indices, found)),
             *(queries, k, torch.get_num_threads(), level),
         )
         return scores, indices
@@ -261,12 +321,17 @@ def cosine_topk(
     return scores, indices
 
 
-def _address(index: Tensor | None, kept: list[Tensor]) -> int:
-    if index is None:
+def _array(t: Tensor | None, kept: list[Tensor]) -> Array:
+    return NO_ARRAY if t is None else (_address(t, kept), DTYPES[t.dtype])
+
+
+def _address(t: Tensor | None, kept: list[Tensor]) -> int:
+    """Of all its elements in a row; a copy made for that goes to `kept`, where it lives until the call is over."""
+    if t is None:
         return 0
-    if not index.is_contiguous():
-        kept.append(index := index.contiguous())
-    return index.data_ptr() or NOTHING
+    if not t.is_contiguous():
+        kept.append(t := t.contiguous())
+    return t.data_ptr() or EMPTY_ADDRESS
 
 
 # ------------------------------------------------------------------------------------------------------- while decoding
@@ -280,6 +345,25 @@ def _address(index: Tensor | None, kept: list[Tensor]) -> int:
 Step = Callable[..., bool | None]
 
 
+class Stays(NamedTuple):
+    """A tensor that a step finds anew, owner[name], and reads as a field. Where it is another, the step is over."""
+
+    field: str | None
+    owner: dict[str, Any] | None
+    name: str | None
+    tensor: Tensor
+
+    @classmethod
+    def ours(cls, field: str, tensor: Tensor) -> "Stays":
+        """It belongs to nobody else: there is no place to look for another."""
+        return cls(field, None, None, tensor)
+
+    @classmethod
+    def copied(cls, owner: dict[str, Any], name: str) -> "Stays":
+        """The step reads a copy, so long as nobody writes to the tensor."""
+        return cls(None, owner, name, owner[name])
+
+
 def neurons_step(
     x: Tensor, buffers: dict[str, Any], token_to_case: Tensor | None, selected: Tensor | None, act: str
 ) -> Step | None:
@@ -289,20 +373,37 @@ def neurons_step(
         return None
     if not _dense((token_to_case, selected), torch.int64) or (selected is not None and token_to_case is None):
         return None
-    (n, d), count, code = keys.shape, x.numel(), DTYPES[keys.dtype]
+    (n, d), count = keys.shape, x.numel()
     tokens = count // d
     rows, slots = (0, 0) if selected is None else selected.shape
-    few = tokens * n <= NEURONS if token_to_case is None or selected is None else token_to_case.numel() == tokens
-    if x.shape[-1] != d or tokens > FEW or not few:
+    few = tokens * n <= MOST_PRODUCTS if token_to_case is None or selected is None else token_to_case.numel() == tokens
+    if x.shape[-1] != d or tokens > MOST_TOKENS or not few:
         return None
-    arrays = [0, code, True, 0, code] + [0, code] * 5 + [0, 0] * 2
-    sizes = (tokens, d, n, d, buffers["group_ptr"].shape[0] - 1, rows, slots, 0.0, ACTS[act], PORTABLE)
-    stay: list[tuple[str, Any, str | None, Tensor]] = []
-    stay += [(name, buffers, name, t) for name, t in buffers.items() if t is not None]
+    code = DTYPES[keys.dtype]
+    later = (0, code)  # its address is put in when the step knows it
+    call = NeuronCall(
+        y_dtype=code,
+        add=True,
+        x=later,
+        keys=later,
+        key_bias=later,
+        values=later,
+        up=later,
+        up_bias=later,
+        tokens=tokens,
+        d=d,
+        n=n,
+        d_out=d,
+        groups=buffers["group_ptr"].shape[0] - 1,
+        rows=rows,
+        slots=slots,
+        act=ACTS[act],
+        portable=PORTABLE,
+    )
+    stay = [Stays(name, buffers, name, t) for name, t in buffers.items() if t is not None]
     if selected is not None and token_to_case is not None:
-        stay += [("token_to_case", None, None, token_to_case), ("selected", None, None, selected)]
-    given = (("y", count), ("x", count))
-    return module.neurons_step((*arrays, False, 0, 0, 0, *sizes), given, tuple(stay), Tensor, keys.dtype, None)
+        stay += [Stays.ours("token_to_case", token_to_case), Stays.ours("selected", selected)]
+    return module.neurons_step(call, (("y", count), ("x", count)), tuple(stay), Tensor, keys.dtype, None)
 
 
 def shift_step(
@@ -331,25 +432,41 @@ def shift_step(
     (items, kv_heads, hd), hv, (cases, slots), tokens = keys.shape, values.shape[2], indices.shape, len(token_to_case)
     width = heads.shape[-1]
     count = width // hv
-    if items == 0 or tokens > FEW or count * hv != width or count % kv_heads:
+    if items == 0 or tokens > MOST_TOKENS or count * hv != width or count % kv_heads:
         return None
-    tables: list[tuple[str | None, Any, str | None, Tensor]]
-    tables = [("keys", buffers, "keys", keys), ("values", buffers, "values", values)]
-    if cases * slots * (keys[0].numel() + values[0].numel()) * keys.itemsize <= GATHERED:
+    tables = [Stays("keys", buffers, "keys", keys), Stays("values", buffers, "values", values)]
+    if cases * slots * (keys[0].numel() + values[0].numel()) * keys.itemsize <= MOST_GATHERED_BYTES:
         if not (keys.is_inference() or values.is_inference()):  # of those nobody counts the changes
-            tables = [(None, buffers, name, buffers[name]) for name in ("keys", "values")]
+            tables = [Stays.copied(buffers, "keys"), Stays.copied(buffers, "values")]
             with torch.inference_mode(False), torch.no_grad():
                 rows, items = indices.flatten().clamp(min=0), cases * slots
-                tables += [("keys", None, None, keys[rows]), ("values", None, None, values[rows])]
+                tables += [Stays.ours("keys", keys[rows]), Stays.ours("values", values[rows])]
                 indices = torch.arange(items).view(cases, slots).masked_fill(indices < 0, -1)
-    code = DTYPES[keys.dtype]
-    sizes = (tokens, cases, items, count, kv_heads, hd, hv, slots, hd**-0.5 if scaling is None else scaling)
-    options = (softcap or 0.0, True, of_input, False, False, PORTABLE)
-    arrays = (0, 0, *(0, code) * 4, 0, 0, 0, 0)
-    kept = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}
-    stay = (*tables, *((name, None, None, t) for name, t in kept.items()))
+    later = (0, DTYPES[keys.dtype])  # its address is put in when the step knows it
+    call = ShiftCall(
+        h_input=later,
+        q=later,
+        keys=later,
+        values=later,
+        alpha=(0, DTYPES[alpha.dtype]),
+        tokens=tokens,
+        cases=cases,
+        items=items,
+        heads=count,
+        kv_heads=kv_heads,
+        hd=hd,
+        hv=hv,
+        slots=slots,
+        scaling=hd**-0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        alpha_of_case=True,
+        alpha_of_input=of_input,
+        portable=PORTABLE,
+    )
+    ours = {"indices": indices, "alpha": alpha, "token_to_case": token_to_case}
+    stay = (*tables, *(Stays.ours(field, t) for field, t in ours.items()))
     given = (("out", tokens * width), ("h_input", tokens * width), ("q", tokens * count * hd))
-    return module.shift_step((*arrays, *sizes, *options), given, stay, Tensor, keys.dtype, own)
+    return module.shift_step(call, given, stay, Tensor, keys.dtype, own)
 
 
 def _dense(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 
-CPU_INTERFACE = 8  # of csrc/cpu/bindings.cpp: a build of other sources is not called
+CPU_INTERFACE = 10  # of csrc/cpu/bindings.cpp: a build of other sources is not called
 LEVELS = ("portable", "avx2", "best")  # as csrc/cpu/int8_search.h counts them: less than the best is for tests
 INDEXED = (torch.float32, torch.bfloat16, torch.float16)
 _images: dict[int, int | str] = {}  # CUDA device -> what `_image` has found out

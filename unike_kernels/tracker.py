@@ -249,7 +249,7 @@ class CaseTracker:
 
     def _decided(self, mask: Any, batch: int, length: int, device: torch.device, state: CaseState, past: int) -> Cases:
         """The cases of a pass that goes on with what was decided before, as every step of decoding does."""
-        if batch * length > cpu_kernels.FEW or device != CPU or not cpu_kernels.unwatched():
+        if batch * length > cpu_kernels.MOST_TOKENS or device != CPU or not cpu_kernels.unwatched():
             nowhere = torch.full((batch,), -1, dtype=torch.long, device=device)
             return Cases(padded_cases(mask, batch, length, device, past), nowhere, state, decided=True)
         # A decision from another device would have to be moved: left to those who do.

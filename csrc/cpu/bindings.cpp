@@ -124,8 +124,7 @@ void add_entry(py::module_& m, const char* name, const char* doc) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of unike_kernels";
-    m.attr("interface") = 8;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
-    m.def("instructions", &unike::instructions, "'avx512_vnni', 'avx2' or 'portable': what this machine runs");
+    m.attr("interface") = 10;  // CPU_INTERFACE of unike_kernels/native.py: changes with any signature here
     add_entry<entry<unike::NeuronCall, unike::neuron_call, unike::extra_neurons>>(
         m, "extra_neurons", "The fields of NeuronCall (csrc/cpu/operators.h) in order, then whether to do without AVX2.");
     add_entry<entry<unike::ShiftCall, unike::shift_call, unike::knowledge_shift>>(

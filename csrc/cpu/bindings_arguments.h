@@ -11,11 +11,14 @@ namespace unike {
 
 namespace py = pybind11;
 
-// The operators are called a dozen times for each decoded token, and have thirty arguments: read from the interpreter's
-// own array, they cost a tenth of what pybind11's casters take. All are integers but for two floats.
+// The operators are called a dozen times for each decoded token, and have twenty-five arguments: read from the interpreter's
+// own array, they cost a tenth of what pybind11's casters take. All are integers but for arrays and two floats. They come in
+// the order of a call's fields: NeuronCall and ShiftCall of unike_kernels/cpu_kernels.py have the same, by name.
 class Arguments {
   public:
     Arguments(PyObject* const* values, Py_ssize_t count) : values_(values), end_(values + count) {}
+    explicit Arguments(PyObject* tuple)
+        : Arguments(reinterpret_cast<PyTupleObject*>(tuple)->ob_item, PyTuple_GET_SIZE(tuple)) {}
 
     int64_t integer() {
         const int64_t value = PyLong_AsLongLong(next());
@@ -42,9 +45,14 @@ class Arguments {
         if (value < 0 || value >= options) throw std::invalid_argument("an option is out of range");
         return value;
     }
-    Array array() {
-        void* data = address<void>();
-        return {data, dtype()};
+    Array array() {  // a tuple of its address and its dtype
+        PyObject* pair = next();
+        if (!PyTuple_Check(pair)) throw std::invalid_argument("an array is no tuple of its address and dtype");
+        Arguments in(pair);
+        void* data = in.address<void>();
+        const Array array{data, in.dtype()};
+        in.finish();
+        return array;
     }
     void finish() const {
         if (values_ != end_) throw std::invalid_argument("too many arguments");

@@ -19,8 +19,8 @@
 namespace unike {
 
 constexpr const char* kStepDoc =
-    "A step: numbers (the arguments of the operator, addresses zero), given ((field, elements), ...) for its arguments,\n"
-    "stay ((field, dict or None, name, tensor), ...; no field: the step reads a copy, while the tensor's _version is the\n"
+    "A step: the arguments of the operator, addresses zero, given ((field, elements), ...) of them, stay ((field, dict or\n"
+    "None, name, tensor), ...; Stays of cpu_kernels.py; no field: the step reads a copy, while the tensor's _version is the\n"
     "same), their type and dtype, own (None or a tensor of the caller's that suits, whenever it is given). It returns True\n"
     "(done), False (a given tensor does not suit) or None (something that stays is not where it was).";
 
@@ -171,7 +171,7 @@ PyObject* guarded(const Function& function) {
 }
 
 template <typename Call, Call (*read)(Arguments&), const char* (*run)(const Call&, bool)>
-py::object make_step(const py::tuple& numbers, const py::tuple& given, const py::tuple& stay, py::object type,
+py::object make_step(const py::tuple& arguments, const py::tuple& given, const py::tuple& stay, py::object type,
                      py::object dtype, py::object own) {
     using Made = Step<Call, run>;
     static PyMethodDef definition = {
@@ -183,9 +183,7 @@ py::object make_step(const py::tuple& numbers, const py::tuple& given, const py:
                 });
             })),
         METH_FASTCALL, nullptr};
-    std::vector<PyObject*> items;
-    for (const py::handle number : numbers) items.push_back(number.ptr());
-    Arguments in(items.data(), Py_ssize_t(items.size()));
+    Arguments in(arguments.ptr());
     const Call call = read(in);
     const bool portable = in.choice(2) != 0;
     in.finish();

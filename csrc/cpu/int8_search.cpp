@@ -4,8 +4,8 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <thread>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace unike {
@@ -18,12 +18,6 @@ constexpr float kUnscored = -kInfinity;
 
 bool better(const Int8Index::Found& a, const Int8Index::Found& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
 
-size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-const void* row_of(const Keys& keys, int64_t row) {
-    return static_cast<const char*>(keys.rows) + size_t(row) * size_t(keys.stride) * element(keys.dtype);
-}
-
 // The transform of length n, a power of two, divided by sqrt(n): orthogonal.
 void hadamard(float* x, int64_t n) {
     for (int64_t half = 1; half < n; half *= 2)
@@ -35,16 +29,6 @@ void hadamard(float* x, int64_t n) {
             }
     const float root = float(1 / std::sqrt(double(n)));
     for (int64_t i = 0; i < n; ++i) x[i] *= root;
-}
-
-// work(begin, end) over [0, n) in contiguous parts, the first on this thread.
-void share(int64_t n, int threads, const std::function<void(int64_t, int64_t)>& work) {
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n));
-    std::vector<std::thread> others;
-    for (int64_t part = 1; part < parts; ++part)
-        others.emplace_back(work, n * part / parts, n * (part + 1) / parts);
-    work(0, n / parts);
-    for (std::thread& other : others) other.join();
 }
 
 }  // namespace
@@ -93,7 +77,7 @@ Int8Index::Int8Index(const Keys& keys, Level level, int threads) : keys_(keys), 
         const float mean = float(sum[size_t(i)] / double(counted));
         centre_[size_t(i)] = std::isfinite(mean) ? mean : 0.0f;
     }
-    share(n, threads, [&](int64_t begin, int64_t end) {
+    share(n, threads, [&](int64_t, int64_t begin, int64_t end) {
         std::vector<float> buffer(static_cast<size_t>(padded_));
         for (int64_t row = begin; row < end; ++row) encode(row, buffer.data());
     });
@@ -248,7 +232,7 @@ void Int8Index::select(Query& query, const float* approximate, int64_t k, float*
     *reranked = int64_t(found.size());
 
     const int helpers = int64_t(found.size()) * keys_.d < (1 << 21) ? 1 : threads;  // starting one costs 10-20 us
-    share(int64_t(found.size()), helpers, [&](int64_t begin, int64_t end) {
+    share(int64_t(found.size()), helpers, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             Found& one = found[size_t(i)];
             if (one.score == kUnscored) one.score = exact(query.unit, one.row);
@@ -308,7 +292,7 @@ void Int8Index::search(const float* q, int64_t t, int64_t k, const int64_t* rang
     if (!direct) {
         approximate.resize(size_t(t * keys_.n));
         const int helpers = t * keys_.n * padded_ < (1 << 22) ? 1 : threads;
-        share(keys_.n, helpers, [&](int64_t begin, int64_t end) { scan(queries, begin, end, approximate.data()); });
+        share(keys_.n, helpers, [&](int64_t, int64_t begin, int64_t end) { scan(queries, begin, end, approximate.data()); });
     }
     for (int64_t i = 0; i < t; ++i)
         select(queries[size_t(i)], direct ? nullptr : approximate.data() + i * keys_.n, k, scores + i * k, indices + i * k,

@@ -15,9 +15,9 @@
 #include <memory>
 #include <vector>
 
-namespace unike {
+#include "../dtype.h"
 
-enum class Dtype { float32, bfloat16, float16 };
+namespace unike {
 
 // Rows [n, d] of the caller, `stride` elements apart; norm [n]: what to divide a row by (0: the row counts as zeros).
 struct Keys {
@@ -27,12 +27,13 @@ struct Keys {
     const float* norm;
 };
 
+inline const char* row_of(const Keys& keys, int64_t row) {
+    return static_cast<const char*>(keys.rows) + row * keys.stride * bytes_of(keys.dtype);
+}
+
 // Instructions that a search may use: as good as the machine has, or less, for tests.
 enum class Level { portable, avx2, best };
 struct Vectors;  // vectors.h
-
-// The level of instructions that the machine has: "avx512_vnni", "avx2" (with FMA and F16C) or "portable".
-const char* instructions();
 
 class Int8Index {
   public:

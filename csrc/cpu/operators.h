@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "int8_search.h"
+#include "../dtype.h"
 
 namespace unike {
 

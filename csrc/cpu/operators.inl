@@ -236,7 +236,7 @@ void run(const NeuronCall& c, float* work) {
 // Asks for [from, from + n) of the array, which lies anywhere in a large table.
 static inline void ask_for(const Array& array, int64_t from, int64_t n) {
 #if defined(__GNUC__) || defined(__clang__)
-    const int64_t size = array.dtype == Dtype::float32 ? 4 : 2;
+    const int64_t size = bytes_of(array.dtype);
     const char* p = static_cast<const char*>(array.data) + from * size;
     for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(p + at);
 #else
@@ -362,7 +362,7 @@ static inline bool names_an_item(const ShiftCall& c, int64_t row) {
 
 void run(const ShiftCall& c, float* work) {
     const int64_t width = c.heads * c.hv;
-    const size_t bytes = size_t(width) * (c.h_input.dtype == Dtype::float32 ? 4 : 2);
+    const size_t bytes = size_t(width * bytes_of(c.h_input.dtype));
     float *scores = work, *sums = scores + c.heads * c.slots, *qs = sums + width, *hs = qs + c.heads * c.hd;
     const float untouched = c.alpha_of_input ? 1.0f : 0.0f;
     const bool given = c.alpha.data != nullptr;

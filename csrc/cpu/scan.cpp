@@ -4,10 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "halves.h"
+#include "threads.h"
 #include "topk.h"
 #include "vectors.h"
 
@@ -15,8 +15,6 @@ namespace unike {
 namespace {
 
 constexpr int64_t kTile = 256;  // keys whose products are compared before the next come
-
-size_t element(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Queries in bfloat16, each by a power of two that brings its length to [1, 2): exact, but for what would be subnormal.
 struct Halves {
@@ -45,8 +43,7 @@ struct Multiply {
     // out [some, kTile]: products of the unit queries of these numbers with `count` keys.
     void operator()(const int64_t* of, int64_t some, int64_t first, int64_t count, float* out, const void** room) const {
         const int64_t d = c.keys.d;
-        const char* rows = static_cast<const char*>(c.keys.rows) + size_t(first * c.keys.stride) * element(c.keys.dtype);
-        Products call{room, some, rows, c.keys.dtype, count, c.keys.stride, d, out, kTile, c.queries < 4};
+        Products call{room, some, row_of(c.keys, first), c.keys.dtype, count, c.keys.stride, d, out, kTile, c.queries < 4};
         for (int64_t j = 0; j < some; ++j)
             room[j] = halves ? static_cast<const void*>(halves->q.data() + of[j] * d) : c.q + of[j] * d;
         if (halves == nullptr) return wide(call);
@@ -65,7 +62,7 @@ struct Multiply {
                 const float size = std::fabs(products[i]);
                 if (odd && (!(size >= 0x1p-70f) || !(size <= 0x1p100f))) {
                     const void* query = c.q + of[j] * d;
-                    const char* row = rows + size_t(i * c.keys.stride) * element(c.keys.dtype);
+                    const char* row = row_of(c.keys, first + i);
                     wide({&query, 1, row, c.keys.dtype, 1, c.keys.stride, d, products + i, kTile, c.queries < 4});
                 } else {
                     products[i] /= length;
@@ -111,15 +108,12 @@ void scan(const ScanCall& c, Level level) {
     const size_t lists = size_t(c.queries * c.k);
     std::vector<float> scores(lists * size_t(parts - 1));
     std::vector<int64_t> indices(lists * size_t(parts - 1)), found(size_t(c.queries * (parts - 1)), 0);
-    std::vector<std::thread> others;
-    for (int64_t part = 1; part < parts; ++part)
-        others.emplace_back([&, part] {
-            const size_t at = size_t(part - 1);
-            scan_rows(c, multiply, c.keys.n * part / parts, c.keys.n * (part + 1) / parts, scores.data() + at * lists,
-                      indices.data() + at * lists, found.data() + at * size_t(c.queries));
-        });
-    scan_rows(c, multiply, 0, c.keys.n / parts, c.scores, c.indices, c.found);
-    for (std::thread& other : others) other.join();
+    share(c.keys.n, parts, [&](int64_t part, int64_t begin, int64_t end) {
+        if (part == 0) return scan_rows(c, multiply, begin, end, c.scores, c.indices, c.found);
+        const size_t at = size_t(part - 1);
+        scan_rows(c, multiply, begin, end, scores.data() + at * lists, indices.data() + at * lists,
+                  found.data() + at * size_t(c.queries));
+    });
     for (int64_t part = 1; part < parts; ++part)  // in the order of the keys: among equal scores the lowest index wins
         for (int64_t i = 0; i < c.queries; ++i) {
             const size_t at = size_t(part - 1) * lists + size_t(i * c.k);

@@ -158,6 +158,4 @@ const Vectors& vectors(Level level) {
     return plain;
 }
 
-const char* instructions() { return has_vnni() ? "avx512_vnni" : has_avx2() ? "avx2" : "portable"; }
-
 }  // namespace unike

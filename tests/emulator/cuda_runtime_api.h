@@ -6,8 +6,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#define CUDART_VERSION 0
-
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 

@@ -30,7 +30,6 @@ struct Place {  // of the thread that runs
     dim3 thread, block;
     uint32_t lane;
     unsigned char* shared;
-    uint32_t rank;  // of its block in the cluster
 };
 extern const Place* place;
 extern dim3 block_size, grid_size;
@@ -273,25 +272,10 @@ using emulator::expect_bytes;
 using emulator::start_barrier;
 using emulator::wait_for_bytes;
 
-inline uint4 load_streaming(const void* global) {
-    if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("load_streaming: the address is not 16-byte aligned");
-    uint4 x;
-    std::memcpy(&x, global, 16);
-    return x;
-}
-
 inline uint32_t count_arrival(uint32_t* counter) { return atomicAdd(counter, 1u); }
-inline uint32_t load_acquire(const uint32_t* global) {
-    emulator::yield(true);  // a loop that waits for another block must let it run
-    return *global;
-}
 inline unsigned long long load_relaxed(const unsigned long long* global) {
     emulator::yield(false);
     return *global;
-}
-inline void store_release(uint32_t* global, uint32_t x) {
-    emulator::yield(false);
-    *global = x;
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
@@ -349,38 +333,16 @@ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t
     });
 }
 
-namespace emulated {
-
-inline const unsigned char* meet_rows(const char* what, const void* row) {
+inline void ldmatrix(uint32_t (&out)[4], const void* row) {
     if (reinterpret_cast<uintptr_t>(row) % 16 || !emulator::in_shared(row, 16))
         emulator::fail("ldmatrix: a row is not 16 aligned bytes of shared memory");
-    return emulator::meet(0xffffffff, what, &row, sizeof(row));
-}
-
-}  // namespace emulated
-
-inline void ldmatrix(uint32_t (&out)[4], const void* row) {
-    const unsigned char* met = emulated::meet_rows("ldmatrix", row);
+    const unsigned char* met = emulator::meet(0xffffffff, "ldmatrix", &row, sizeof(row));
     const uint32_t g = emulator::place->lane / 4, p = emulator::place->lane % 4;
     for (uint32_t i = 0; i < 4; ++i)
         std::memcpy(&out[i], emulator::from_lane<const unsigned char*>(met, 8 * i + g) + 4 * p, 4);
     __syncwarp();  // no lane changes what another still reads
 }
 
-inline void ldmatrix_transposed(uint32_t (&out)[4], const void* row) {
-    const unsigned char* met = emulated::meet_rows("ldmatrix_transposed", row);
-    const uint32_t g = emulator::place->lane / 4, p = emulator::place->lane % 4;
-    for (uint32_t i = 0; i < 4; ++i) {
-        uint16_t pair[2];
-        for (uint32_t j = 0; j < 2; ++j)
-            std::memcpy(&pair[j], emulator::from_lane<const unsigned char*>(met, 8 * i + 2 * p + j) + 2 * g, 2);
-        out[i] = uint32_t(pair[1]) << 16 | pair[0];
-    }
-    __syncwarp();
-}
-
-inline uint32_t cluster_rank() { return emulator::place->rank; }
-inline uint32_t cluster_size() { return emulator::blocks_of_cluster; }
 inline void cluster_sync() { emulator::sync_cluster(); }
 
 template <typename T>

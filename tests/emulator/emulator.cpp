@@ -234,7 +234,7 @@ std::unique_ptr<Cluster> make_cluster(dim3 first, const dim3& size, int blocks) 
             auto fiber = std::make_unique<Fiber>();
             fiber->place.thread = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
             fiber->place.block = dim3(first.x + rank, first.y, first.z);
-            fiber->place.lane = i % 32, fiber->place.shared = block->shared, fiber->place.rank = rank;
+            fiber->place.lane = i % 32, fiber->place.shared = block->shared;
             fiber->block = block.get(), fiber->warp = &warp;
             fiber->stack = take_stack();
             prepare(fiber->context, fiber->stack, &start);

@@ -92,13 +92,13 @@ __global__ void sum_of_lanes(const int* in, int* parts, uint32_t* arrived, int* 
     *arrived = 0;
 }
 
-// out [blocks, size]: rank r of a cluster reads what every rank wrote to its own shared memory.
-__global__ void exchange(int* out, bool forget_barrier) {
+// out [blocks, size]: each rank of a cluster of `size` reads what every rank wrote to its own shared memory.
+__global__ void exchange(int* out, int size, bool forget_barrier) {
     int* mine = reinterpret_cast<int*>(shared_memory());
-    *mine = 10 * static_cast<int>(cluster_rank()) + static_cast<int>(blockIdx.x);
+    const int block = static_cast<int>(blockIdx.x);
+    *mine = 10 * (block % size) + block;
     if (!forget_barrier) cluster_sync();
-    for (uint32_t rank = 0; rank < cluster_size(); ++rank)
-        out[blockIdx.x * cluster_size() + rank] = *cluster_ptr(mine, rank);
+    for (int rank = 0; rank < size; ++rank) out[block * size + rank] = *cluster_ptr(mine, rank);
     cluster_sync();
 }
 
@@ -167,6 +167,6 @@ EXPORT int run_sum_of_lanes(const int* in, int* parts, uint32_t* arrived, int* o
 EXPORT int run_exchange(int* out, int blocks, int cluster, int forget) {
     Launch how;
     how.grid = blocks, how.cluster = cluster, how.shared_bytes = 4;
-    return launch(exchange, how, out, forget);
+    return launch(exchange, how, out, cluster, forget);
 }
 EXPORT int run_wrong(int which) { return start(wrong, which); }
