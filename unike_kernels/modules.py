@@ -158,18 +158,18 @@ class KnowledgeShift(ChoosesBackend):
                 outputs = partial(_linear_rows, heads, *plain)
             decision = self._decide(tap, outputs, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
-        if all_missing(indices):
-            return heads
-        mixed, used = ops.knowledge_shift(
-            heads,
-            projections.query(attention, tap, projected),
-            **self._items(indices, token_to_case),
-            alpha=alpha,
-            orientation=config.orientation,
-        )
+        used = None
+        if not all_missing(indices):
+            heads, used = ops.knowledge_shift(
+                heads,
+                projections.query(attention, tap, projected),
+                **self._items(indices, token_to_case),
+                alpha=alpha,
+                orientation=config.orientation,
+            )
         if config.per == "token":
             self._note(scores, indices, used, cases)
-        return mixed
+        return heads
 
     def mix_natively(self, heads: Tensor, q: Tensor, cases: Cases, alone: bool) -> Tensor | None:
         """`mix` of heads [..., H hv] past torch's dispatcher, where that is `Cases.native`; None: not here.
@@ -234,12 +234,12 @@ class KnowledgeShift(ChoosesBackend):
         else:
             decision = self._decide(tap, h_att.__getitem__, projected, attention, projections, cases)
             indices, alpha = decision.indices, decision.alpha
-        if all_missing(indices):
-            return h_att
-        q = projections.query(attention, tap, projected) if self.config.attention == "projected" else tap
-        h, alpha = self._shift(h_att, q, indices, attention, projections, alpha=alpha, token_to_case=token_to_case)
+        h, used = h_att, None
+        if not all_missing(indices):
+            q = projections.query(attention, tap, projected) if self.config.attention == "projected" else tap
+            h, used = self._shift(h_att, q, indices, attention, projections, alpha=alpha, token_to_case=token_to_case)
         if self.config.per == "token":
-            self._note(scores, indices, alpha, cases)
+            self._note(scores, indices, used, cases)
         return h
 
     def check_encoder(self, shared: LayerShared, before: LayerShared) -> None:
@@ -343,10 +343,14 @@ class KnowledgeShift(ChoosesBackend):
         self._note(scores, indices, alpha, cases)
         return h
 
-    def _note(self, scores: Tensor, indices: Tensor, alpha: Tensor, cases: Cases) -> None:
-        """Keeps what the case tokens found, for `explain` alone: with per="token" nothing of it is used again."""
+    def _note(self, scores: Tensor, indices: Tensor, alpha: Tensor | None, cases: Cases) -> None:
+        """Keeps what the case tokens found, for `explain` alone: with per="token" nothing of it is used again.
+
+        alpha: [T], None where no token found anything.
+        """
         if not cases.decided:
             at = cases.case_tokens.clamp(min=0)
+            alpha = torch.full_like(scores[:, 0], self._nothing) if alpha is None else alpha
             cases.state.layers[self.layer] = LayerDecision(indices[at], scores[at], alpha[at])
 
     def _items(self, indices: Tensor, token_to_case: Tensor | None) -> dict[str, Any]:
