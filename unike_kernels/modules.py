@@ -143,7 +143,7 @@ class KnowledgeShift(ChoosesBackend):
         if config.per == "token":
             if config.alpha is None:
                 return None
-            if self._at_once(len(tap)):
+            if self._at_once(len(tap), cases.selected):
                 alpha = cases.filled(config.alpha, self.memory.sem_norm)
                 query = projections.query(attention, tap, projected)
                 return self._retrieve_and_shift(heads, query, tap, token_to_case, cases, alpha=alpha)
@@ -220,7 +220,7 @@ class KnowledgeShift(ChoosesBackend):
         token_to_case: Tensor | None = cases.rows(self.config.positions)
         alpha: Tensor | float | None
         if self.config.per == "token":
-            known = self._of_tokens(attention, projections) if self._at_once(len(tap)) else None
+            known = self._of_tokens(attention, projections) if self._at_once(len(tap), cases.selected) else None
             if known is not None:
                 raw = self.config.attention == "raw"
                 query = tap if raw else projections.query(attention, tap, projected)
@@ -313,9 +313,9 @@ class KnowledgeShift(ChoosesBackend):
         idle = ~(selected >= 0).any(dim=1, keepdim=True)
         return scores.masked_fill(idle, -torch.inf), indices.masked_fill(idle, -1)
 
-    def _at_once(self, tokens: int) -> bool:
-        """Whether one operator finds items for so many tokens and shifts by them."""
-        few = tokens <= FEW_TOKENS and self.config.k <= MAX_K
+    def _at_once(self, tokens: int, selected: Tensor | None) -> bool:
+        """Whether one operator finds items for so many tokens, of cases with the edits [C, m], and shifts by them."""
+        few = tokens <= FEW_TOKENS and self.config.k <= MAX_K and (selected is None or selected.shape[1] <= MAX_K)
         return few and self.backend == "triton" and not torch.is_grad_enabled()
 
     def _of_tokens(self, attention: nn.Module, projections: Projections) -> dict[str, Any] | None:
