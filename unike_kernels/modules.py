@@ -22,10 +22,9 @@ from .models import LayerSites
 from .neurons import ExtraNeurons
 from .projections import Projections
 from .routing import Router
-from .triton_kernels import MAX_K
+from .triton_kernels import FEW_TOKENS, MAX_K
 from .unchanged import Table, Written
 
-FEW_TOKENS = 64  # up to here a decode step
 PRECOMPUTED = ("encoder_rows", "folded_weight", "folded_bias")
 PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
 
