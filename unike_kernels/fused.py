@@ -16,7 +16,7 @@ from . import ops, reference
 from .forwards import HookedForward
 from .hooks import FfnInputHook, FfnOutputHook, Runtime, first
 from .models import LayerSites, get_module
-from .modules import ExtraNeurons
+from .neurons import ExtraNeurons
 from .projections import hooks_on_all, replacement
 
 # Up to here an FFN is bound by reading its weights, and one pass over all of them pays. A choice by speed alone:

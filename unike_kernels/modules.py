@@ -1,7 +1,7 @@
-"""The drop-in modules that own an edit's tensors at one site, and say what the site adds.
+"""KnowledgeShift: the memory of one self-attention, and how its output is shifted towards what is found there.
 
-They are children of the site's own module, called by the hooks in `patching`, and never see a batch dimension: tokens
-are flattened, and `Cases` says which token belongs to which case.
+A drop-in module, as `ExtraNeurons` and `Router` are: a child of the site's own module, called by the hooks of `hooks`.
+None of them sees a batch dimension: tokens are flattened, and `Cases` says which token belongs to which case.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,12 @@ from .edits import LayerShared
 from .keeping import to_keep
 from .memory import ExternalMemory, Items
 from .models import LayerSites
-from .neurons import ExtraNeurons
 from .projections import Projections
-from .routing import Router
 from .triton_kernels import FEW_TOKENS, MAX_K
 from .unchanged import Table, Written
 
 PRECOMPUTED = ("encoder_rows", "folded_weight", "folded_bias")
 PRECOMPUTE = ("triton", "cuda")  # backends for which an affine encoder is applied to all items, or folded, beforehand
-
-__all__ = ["ExtraNeurons", "KnowledgeShift", "Router"]
 
 
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from unike_kernels.editing.inputs import Sample
 from unike_kernels.edits import Edits
 from unike_kernels.evaluation.metrics import clustered_error, exact_match, mean_of_five
 from unike_kernels.evaluation.scoring import Score, Scorer
-from unike_kernels.modules import Router
 from unike_kernels.patching import PatchHandle, patch
+from unike_kernels.routing import Router
 
 STACK = 20  # routed edits on one model at a time
 KINDS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
