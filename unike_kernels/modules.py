@@ -235,7 +235,7 @@ class KnowledgeShift(ChoosesBackend):
     def _shift(
         self, h_input: Tensor, q: Tensor, found: Found, attention: nn.Module, projections: Projections
     ) -> tuple[Tensor, Tensor]:
-        """(h, alpha) of equations 8, or 2, and 7, for q as `_query` gives it: alpha by row of `found`.
+        """(h [T, d], alpha [R]) of equation 7, with h_know of equation 8, or 2 (`raw`); q as `_query` gives it.
 
         One operator where the output projection is a plain linear map, otherwise around it.
         """
@@ -261,7 +261,7 @@ class KnowledgeShift(ChoosesBackend):
         return reference.shift(h_input, h_know, per_token, orientation=config.orientation), per_case
 
     def _attend(self, h_input: Tensor, q: Tensor, found: Found, **options: Any) -> tuple[Tensor, Tensor]:
-        """`ops.knowledge_shift` by the memory's items: `_shift` without projection and encoder, unless given."""
+        """`ops.knowledge_shift` by the memory's items: attention over them, and the mix."""
         keys, values, rows = self.memory.keys, self.memory.values, found.token_to_case
         options = {"token_to_case": rows, "backend": self.kernels, **self._scores, **options}
         return ops.knowledge_shift(h_input, q, keys, values, found.indices, **options)
