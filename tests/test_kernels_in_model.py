@@ -14,6 +14,7 @@ from tests.kernel_tools import launches
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, skip_where_models_do_not_compile
 from unike_kernels.config import RoutingConfig, UnikeConfig
 from unike_kernels.editing.inputs import Sample
+from unike_kernels.triton_kernels import MAX_K
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
@@ -130,3 +131,21 @@ def test_tokens_that_retrieve_by_themselves(base, attention, alpha):
         assert not started["cosine_topk_merge"] or base is ROUTED  # by the router
     for ours, theirs in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_tokens_of_a_case_with_more_edits_than_one_operator_takes(alpha):
+    """Then they search first, as a prompt's tokens do."""
+    model, config = (
+        make_model("llama", layers=2),
+        replace(ROUTED, shift=replace(ROUTED.shift, per="token", alpha=alpha)),
+    )
+    row, edits = inputs_for(model, (3,)), edits_for(model, config, n_edits=MAX_K + 1, neurons=0, layers=(1,))
+    with torch.no_grad():
+        found = {"base": model(**row, use_cache=False).logits}
+        for backend in ("reference", "triton"):
+            with uk.patch(model, edits, backend=backend) as handle, handle.choosing([edits.ids]), launches() as started:
+                found[backend] = model(**row, use_cache=False).logits
+            assert bool(started["cosine_topk_merge"]) == (backend == "triton")
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-4, atol=1e-5)
+    assert (found["triton"] - found["base"]).abs().max() > 1e-3

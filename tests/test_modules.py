@@ -501,6 +501,20 @@ def test_explain_names_an_edits_own_item_first(name, config):
         assert reports[2].edits == tuple((i, None) for i in edits.ids)
 
 
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("orientation", ["knowledge", "input"])
+@pytest.mark.parametrize("per", ["case", "token"])
+def test_explain_lists_every_layer_of_a_question_that_no_edit_claims(per, orientation, alpha):
+    model = make_model("llama")
+    inputs = inputs_for(model, (5, 3, 4))
+    config = shift_of(ROUTED, per=per, orientation=orientation, alpha=alpha)
+    with uk.patch(model, edits_for(model, config, prompts={k: v[:2] for k, v in inputs.items()})) as handle:
+        ((alone,), together) = (handle.explain(**given) for given in (row_of(inputs, 2), inputs))
+    nothing = 0.0 if orientation == "knowledge" else 1.0
+    assert [(layer.items, layer.alpha) for layer in alone.layers] == [((), nothing)] * len(handle.edits.layers)
+    assert alone.edits == () and alone.layers == together[2].layers
+
+
 def test_heads_are_what_the_families_promise():
     sizes = {name: find_decoder(make_model(name)).layers[0] for name in FAMILIES}
     assert {n: (s.heads, s.kv_heads, s.head_dim) for n, s in sizes.items()} == {

@@ -13,7 +13,8 @@ import unike_kernels as uk
 from bench.tolerance import assert_close_to_reference
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model
 from unike_kernels import cpu_kernels, native
-from unike_kernels.modules import ExtraNeurons, KnowledgeShift
+from unike_kernels.modules import KnowledgeShift
+from unike_kernels.neurons import ExtraNeurons
 
 if native.cpu() is None:
     pytest.skip(f"no CPU module: {native.no_cpu()}", allow_module_level=True)

@@ -10,7 +10,7 @@ import unike_kernels as uk
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, text_inputs
 from tests.test_modules import shift_of
 from tests.test_patching import snapshot, tensors
-from unike_kernels import modules
+from unike_kernels.neurons import ExtraNeurons
 
 
 @pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
@@ -137,7 +137,7 @@ def test_swap_that_fails_half_way_leaves_the_old_edits(monkeypatch):
     inputs = inputs_for(model, [5, 3])
     handle = uk.patch(model, edits_for(model, ROUTED, prompts=inputs))
     kept, logits = tensors(handle), model(**inputs).logits
-    load, calls = modules.ExtraNeurons.load, []
+    load, calls = ExtraNeurons.load, []
 
     def fail(self, edits):
         calls.append(self)
@@ -145,7 +145,7 @@ def test_swap_that_fails_half_way_leaves_the_old_edits(monkeypatch):
             raise KeyboardInterrupt
         load(self, edits)
 
-    monkeypatch.setattr(modules.ExtraNeurons, "load", fail)
+    monkeypatch.setattr(ExtraNeurons, "load", fail)
     with pytest.raises(KeyboardInterrupt):
         handle.swap(edits_for(model, ROUTED, prompts=inputs, seed=5))
     assert all(torch.equal(a, b) for a, b in zip(kept, tensors(handle), strict=True))

@@ -16,10 +16,12 @@ from . import ops, reference
 from .forwards import HookedForward
 from .hooks import FfnInputHook, FfnOutputHook, Runtime
 from .models import LayerSites, get_module
-from .modules import ExtraNeurons
+from .neurons import ExtraNeurons
 from .projections import hooks_on_all, replacement
 
-FEW_ROWS = 64  # up to here an FFN is bound by reading its weights, and one pass over all of them pays
+# Up to here an FFN is bound by reading its weights, and one pass over all of them pays. A choice by speed alone:
+# `augmented_ffn` takes any number, and its kernels have a limit of their own.
+FEW_ROWS = 64
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -16,8 +16,10 @@ from torch.compiler import is_compiling
 
 from .cases import Cases, all_missing
 from .forwards import HookedForward, own_product
-from .modules import ExtraNeurons, KnowledgeShift, Router
+from .modules import KnowledgeShift
+from .neurons import ExtraNeurons
 from .projections import OwnHook, Projections
+from .routing import Router
 from .tracker import CaseTracker
 
 _running: dict[int, int] = {}  # by a Runtime's id: the thread whose pass runs now

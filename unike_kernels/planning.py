@@ -14,10 +14,12 @@ from .fused import refuse_unless_plain
 from .hooks import Runtime
 from .memory import ExternalMemory, Items
 from .models import Decoder, LayerSites, find_decoder, get_module, probe_weights, same_weights
-from .modules import ExtraNeurons, KnowledgeShift, Router
+from .modules import KnowledgeShift
+from .neurons import ExtraNeurons
 from .projections import Projections, empty_like_site
 from .records import LayerPatch, PatchRecord, records
 from .room import lack, refuse
+from .routing import Router
 from .tracker import CaseTracker
 from .triton_kernels import MAX_K
 from .unchanged import Table

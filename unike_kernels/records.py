@@ -11,7 +11,9 @@ from .forwards import Handle
 from .fused import FusedFfn
 from .hooks import Runtime
 from .models import Decoder, LayerSites
-from .modules import ExtraNeurons, KnowledgeShift, Router
+from .modules import KnowledgeShift
+from .neurons import ExtraNeurons
+from .routing import Router
 
 RECORDS = "_unike_patches"  # {name: PatchRecord} in the __dict__ of a patched decoder
 CONTAINER = "unike"  # the child of a site that holds the edits' modules: <site>.unike.<name>.*

@@ -20,8 +20,8 @@ from unike_kernels.evaluation.metrics import clustered_error, exact_match, mean_
 from unike_kernels.evaluation.records import KINDS
 from unike_kernels.evaluation.scoring import Score, Scorer
 from unike_kernels.files import replacing
-from unike_kernels.modules import Router
 from unike_kernels.patching import PatchHandle, patch
+from unike_kernels.routing import Router
 
 STACK = 20  # routed edits on one model at a time
 

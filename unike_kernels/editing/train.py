@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import NeuronConfig
 from ..models import Decoder, get_module
-from ..modules import ExtraNeurons
+from ..neurons import ExtraNeurons
 from ..patching import PatchHandle
 from .inputs import Batch, Collator, Sample
 from .prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 MOST_ITEMS = 1024  # of one token, for knowledge_shift: all its scores lie in one tile
-FEW_TOKENS = 64  # that retrieve_and_shift takes at once
+FEW_TOKENS = 64  # that retrieve_and_shift takes at once: a decode step
 MAX_K = 128  # items that cosine_topk keeps for a query: more would not stay in registers
 
 # Operator -> file of this folder; the launcher in it has the operator's name.

@@ -26,7 +26,7 @@ from .. import reference
 from . import launching, tuning
 from .arithmetic import activate
 
-TOKENS = 64  # at most so many go through the kernels of this file
+TOKENS = 64  # at most so many go through the kernels of this file, whose tiles hold all tokens
 ALIGNED = 16  # columns of the hidden workspace start and end at multiples of it, for 16-byte loads
 MAX_SPLITS = 16
 

@@ -16,7 +16,7 @@ from . import launching, tuning
 from .extra_neurons_kernels import hidden, neuron_groups, selected_rows, selected_tiles, weighted_rows
 
 Maybe: TypeAlias = Tensor | None
-FEW_TOKENS = 64  # up to here a decode step, where tokens seldom share a case
+FEW_TOKENS = 64  # up to here a decode step, where tokens seldom share a case; this operator's own choice of kernel
 WORKSPACE = 128 << 20  # bytes of activations at a time
 MOST_TOKENS = 1 << 19  # at a time: a grid's second dimension ends at 65535 tiles of 16
 

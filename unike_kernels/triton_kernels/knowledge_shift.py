@@ -17,7 +17,7 @@ from .knowledge_shift_project import knowledge_shift_project
 from .tickets import COUNTERS
 from .tuning import Row
 
-FEW_TOKENS = 64  # up to here a program takes one token, from here on a tile of tokens
+FEW_TOKENS = 64  # up to here a program takes one token, then a tile of tokens; this operator's own choice of grid
 
 # Tiles hold BLOCK_R x BLOCK_K scores in float32; BLOCK_D, BLOCK_V: the columns of keys and values read at once.
 tuning.ROWS += [
