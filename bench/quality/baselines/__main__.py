@@ -197,29 +197,6 @@ def search(bench: Bench, names: Sequence[str], console: Console) -> None:
                 console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
 
 
-def stretched(name: str, times: float) -> Any:
-    """The chosen settings of a method that trains every edit, with so many times the steps; None: it has none."""
-    config = METHODS[name].trials()[0]
-    steps = getattr(config, "steps", None)
-    return None if METHODS[name].trained or steps is None else replace(config, steps=round(steps * times))
-
-
-def with_other_steps(bench: Bench, names: Sequence[str], times: float, console: Console) -> None:
-    """Development edits of the methods that train every edit, with the chosen steps and with `times` as many."""
-    path, rows = RESULTS / f"baselines-steps-seed{bench.seed}.json", {}
-    for name in names:
-        for factor in (1, times):
-            config = stretched(name, factor) if name in METHODS else None
-            if config is None:
-                continue
-            label = f"{name}, at most {config.steps} steps"
-            of = bench.settings(METHODS[name](bench.model, bench.processor, config))
-            if kept(path)["rows"].get(label, {}).get("of") != of:
-                save(path, label, bench.measured(name, config, whole=False) | {"of": of})
-            rows[label] = kept(path)["rows"][label]
-    console.print(Markdown(table(rows)))
-
-
 def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> None:
     """Every method as chosen, beside UniKE always on and routed; finished rows are kept."""
     path = RESULTS / f"baselines-development-seed{seed}.json"
@@ -247,9 +224,6 @@ def main(
     methods: Annotated[str, typer.Option(help="Some of them, divided by a semicolon.")] = ";".join([*METHODS, "UniKE"]),
     edits: Annotated[int, typer.Option(help="Development edits.")] = 50,
     training: Annotated[int, typer.Option(help="Training-split edits to learn from.")] = TRAINING,
-    steps_times: Annotated[
-        float, typer.Option(min=0.01, help="Instead: the same with so many times the steps an edit.")
-    ] = 1.0,
     trials: Annotated[bool, typer.Option("--search", help="Measure every method's four settings instead.")] = False,
 ) -> None:
     """Trains every baseline and measures one-step edits; what was trained or measured before is kept.
@@ -264,9 +238,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {'; '.join([*METHODS, 'UniKE'])}")
     for seed in (int(s) for s in seeds.split(",")):
         bench = Bench(seed, edits, training)
-        if steps_times != 1:
-            with_other_steps(bench, names, steps_times, console)
-        elif trials:
+        if trials:
             search(bench, [name for name in names if name in METHODS], console)
         else:
             console.rule(f"base model {seed}: {edits} development edits, one-step, percent")
