@@ -322,11 +322,3 @@ def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
     lines = table({"IKE": {"in_context": 0.2, "without": 0.25}, "FT": shown}).splitlines()
     assert lines[2].startswith("| IKE (in-context accuracy 20.0, without 25.0) | n/a | n/a |")
     assert lines[3] == "| FT | 91.2 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 99.0 | 98.0 | 10.0 | 0.50 |"
-
-
-def test_other_steps_are_for_methods_that_train_every_edit() -> None:
-    from bench.quality.baselines.__main__ import stretched
-
-    assert [stretched(name, 0.25).steps for name in ("FT", "LoRA", "T-Patcher")] == [50, 70, 100]
-    assert stretched("FT", 1) == METHODS["FT"].trials()[0]
-    assert all(stretched(name, 4) is None for name in ("MEND", "KE", "SERAC", "IKE"))

@@ -6,8 +6,8 @@ patch quiet on stored inputs M: the mean of the largest exp(M k + b - beta) and 
 = gamma = -3. As published: keys start at q / |q|^2, AdamW 1e-2 with decay 0.01, the memory's largest 1000 of 40000.
 Patches of earlier edits stay and act while later ones train.
 What differs: the memory is of the training split's questions (at most 4000 inputs, the largest 2.5 % of them); values
-start at zero; an edit may take 400 steps, since with the published 100 some stop short; the weight of the memory loss is
-searched (published code uses 1 and 5, a port to LLaVA 1e-4 for both); in a gated FFN a patch has no `up` half, since the
+start at zero; an edit may take 400 steps, since with the published 100 some stop short; the memory loss's weight is
+searched (published code uses 1 and 5, a port to LLaVA 1e-4 for both); in a gated FFN a patch has no `up` half, as the
 paper knows FFNs without a gate only.
 Measured: at a memory weight of 1e-6 / 1e-5 / 1e-4 / 1e-3 the mean of five, over 25 development edits of names and 25 of
 captions on both base models, is 98.1 / 98.1 / 97.5 / 96.5; the published weight of 5 had given 46 on names (100 steps).
