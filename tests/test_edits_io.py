@@ -839,6 +839,8 @@ def test_hub_round_trip(tmp_path, monkeypatch):
     assert names(tmp_path / "someone/edits") == PLAIN
     assert same(Edits.from_pretrained("someone/edits", revision="v2"), edits)
     assert hub.calls[-1] == ("download", "someone/edits", "v2", None, patterns)
+    edits.push_to_hub("someone/others", revision="v3")
+    assert hub.calls[-1] == ("upload", "someone/others", "v3", "Upload edits", patterns)
 
 
 def test_hub_is_asked_only_where_no_local_path_is_meant(tmp_path, monkeypatch):

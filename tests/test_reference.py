@@ -326,7 +326,9 @@ def test_knowledge_attention_per_case_is_per_token_with_the_items_repeated(cases
     assert actual[(per_token < 0).all(-1)].eq(0).all()
 
 
-def test_equations_8_and_9_the_share_mixes_two_attentions_into_one():
+@pytest.mark.parametrize(("scaling", "softcap"), [(None, None), (0.7, None), (0.7, 1.5)])
+def test_equations_8_and_9_the_share_mixes_two_attentions_into_one(scaling, softcap):
+    options = {"scaling": scaling, "softcap": softcap}
     tokens, length, heads, kv_heads, size = 4, 7, 6, 2, 8
     q, q_rotated = randn(tokens, heads, size), randn(tokens, heads, size)
     item_keys, item_values = randn(5, kv_heads, size), randn(5, kv_heads, size)
@@ -337,11 +339,11 @@ def test_equations_8_and_9_the_share_mixes_two_attentions_into_one():
     def repeated(t):
         return t.repeat_interleave(heads // kv_heads, dim=1)
 
-    share = reference.softmax_share(q, item_keys, input_keys, items, q_input=q_rotated)
-    know = reference.knowledge_attention(q, item_keys, item_values, items)
+    share = reference.softmax_share(q, item_keys, input_keys, items, q_input=q_rotated, **options)
+    know = reference.knowledge_attention(q, item_keys, item_values, items, **options)
     for t, seen in enumerate(causal):
         own = torch.where(seen, torch.arange(length), -1)[None]
-        inputs = reference.knowledge_attention(q_rotated[t, None], input_keys, input_values, own)[0]
+        inputs = reference.knowledge_attention(q_rotated[t, None], input_keys, input_values, own, **options)[0]
         mixed = share[t, :, None] * know[t] + (1 - share[t, :, None]) * inputs
         # One softmax over [items, visible input]; memory pairs meet the unrotated query, input pairs the rotated one.
         scores = torch.cat(
@@ -351,7 +353,8 @@ def test_equations_8_and_9_the_share_mixes_two_attentions_into_one():
             ],
             dim=1,
         )
-        weights = torch.softmax(scores / math.sqrt(size), dim=1)
+        scores = scores * (size**-0.5 if scaling is None else scaling)
+        weights = torch.softmax(scores if softcap is None else softcap * torch.tanh(scores / softcap), dim=1)
         values = torch.cat([repeated(item_values), repeated(input_values[seen])])
         torch.testing.assert_close(mixed, torch.einsum("hk,khd->hd", weights, values), atol=1e-14, rtol=1e-14)
         torch.testing.assert_close(weights[:, :5].sum(1), share[t])
