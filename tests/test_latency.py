@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bench.latency import gate, goals, kernels, neurons, plots, run, searches, stack
+from bench.latency import gate, goals, kernels, neurons, plots, run, searches, stack, swap
 from bench.latency.case import CUDA, INDEXED, OURS
 from bench.latency.cases import cases
 from bench.latency.gate import verdicts
@@ -368,3 +369,15 @@ def chosen_for(kernel):
 def test_kernel_times_want_a_gpu():
     with pytest.raises(SystemExit, match="there is no CUDA device here"):
         kernels.main()
+
+
+def test_swaps_are_timed_by_how_much_is_new():
+    done = CliRunner().invoke(swap.app, ["--shape", "tiny-blip2", "--edits", "4", "--items", "20"])
+    assert done.exit_code == 0, done.output
+    times = {
+        line.split("│")[1].strip(): int(line.split("│")[2]) for line in done.output.splitlines() if line[:1] == "│"
+    }
+    assert list(times) == ["nothing", "one edit more", "one edit less, of the middle", "all edits", "a patch anew"]
+    assert "tiny-blip2 bs=1 N=20 edits=5 routed" in done.output
+    refused = CliRunner().invoke(swap.app, ["--shape", "gpt"])
+    assert refused.exit_code == 2 and "gpt" in refused.output
