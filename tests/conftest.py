@@ -37,3 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def editors():
+    """One editor a family, made once; a test that changes its config makes its own."""
+    from tests.editing_tiny import make_editor
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make_editor(name)
+        return made[name]
+
+    return get

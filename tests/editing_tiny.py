@@ -1,5 +1,6 @@
 """Tokenizers, processors, pictures and triplets for the tiny models of every family."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from transformers import Blip2Processor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+import unike_kernels as uk
 from tests.models_tiny import IMAGE, MULTIMODAL, PAD, QUERY_TOKENS, VOCABULARY, make_model
 from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, UnikeConfig
 from unike_kernels.editing.editor import Editor
+from unike_kernels.editing.inputs import Sample
+from unike_kernels.edits import LayerEdits
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 _TEXT = (
@@ -101,3 +105,32 @@ def make_editor(name: str, config: UnikeConfig | None = None, *, dtype: torch.dt
     editor.build_memory(make_triplets(name), progress=False)
     editor.fit()
     return editor
+
+
+def samples_of(requests):
+    return [Sample(r["prompt"], r.get("target"), r.get("image")) for r in requests]
+
+
+def answers(editor, requests, **kw):
+    return editor.collator.generate(samples_of(requests), max_new_tokens=6, **kw)
+
+
+def state_of(model):
+    """Everything that an editor must leave alone."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    return [p.detach().clone() for p in model.parameters()], flags, hooks, [p.grad for p in model.parameters()]
+
+
+def assert_same_state(model, before):
+    after = state_of(model)
+    assert all(torch.equal(a, b) for a, b in zip(after[0], before[0], strict=True))
+    assert after[1:] == before[1:] and not uk.status(model)
+
+
+def assert_close_layers(a: LayerEdits, b: LayerEdits, **tolerance):
+    for f in fields(LayerEdits):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, msg=lambda m, n=f.name: f"{n}: {m}", **tolerance)

@@ -1,7 +1,7 @@
-"""The editor: edits reach their targets, do not depend on each other, and leave the model as it was."""
+"""Edits reach their targets, do not depend on each other, and leave the model as it was."""
 
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,71 +9,26 @@ import torch
 import unike_kernels as uk
 from tests.editing_tiny import (
     FAST,
-    QUESTIONS,
+    answers,
     ask,
+    assert_close_layers,
+    assert_same_state,
     make_editor,
     make_processor,
     make_requests,
     make_triplets,
-    picture,
     routed,
+    samples_of,
+    state_of,
 )
 from tests.models_tiny import MULTIMODAL, make_model
-from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
+from unike_kernels.config import NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
 from unike_kernels.editing import editor as editor_module
-from unike_kernels.editing import saved
 from unike_kernels.editing.editor import Editor
-from unike_kernels.editing.inputs import Sample
 from unike_kernels.editing.train import GroupTrainer, _spread
-from unike_kernels.edits import LayerEdits
 
 NAMES = ("opt", "llama", "blip2", "llava")
 QUIET = {"progress": False}
-
-
-@pytest.fixture(scope="module")
-def editors():
-    """One editor a family, made once; a test that changes its config makes its own."""
-    made: dict[str, Editor] = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make_editor(name)
-        return made[name]
-
-    return get
-
-
-def samples_of(requests):
-    return [Sample(r["prompt"], r.get("target"), r.get("image")) for r in requests]
-
-
-def answers(editor, requests, **kw):
-    return editor.collator.generate(samples_of(requests), max_new_tokens=6, **kw)
-
-
-def state_of(model):
-    """Everything that an editor must leave alone."""
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    return [p.detach().clone() for p in model.parameters()], flags, hooks, [p.grad for p in model.parameters()]
-
-
-def assert_same_state(model, before):
-    after = state_of(model)
-    assert all(torch.equal(a, b) for a, b in zip(after[0], before[0], strict=True))
-    assert after[1:] == before[1:] and not uk.status(model)
-
-
-def assert_close_layers(a: LayerEdits, b: LayerEdits, **tolerance):
-    for f in fields(LayerEdits):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        assert (x is None) == (y is None)
-        if x is not None:
-            torch.testing.assert_close(x, y, msg=lambda m, n=f.name: f"{n}: {m}", **tolerance)
-
-
-# Edits take
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,9 +156,6 @@ def test_edits_without_neurons_are_items_alone():
             assert (editor.model(**batch.inputs).logits - base).abs().max() > 1e-3
 
 
-# Edits do not depend on each other
-
-
 @pytest.mark.parametrize("name", ["opt", "llava"])
 def test_a_batch_of_edits_is_the_same_edits_one_by_one(name):
     editor = make_editor(name, dtype=torch.float64)
@@ -282,9 +234,6 @@ def test_routed_edits_stack_in_any_order_and_leave_without_a_trace(editors):
     assert torch.equal(less[others], logits(edits.select([f"e{i}" for i in others]))[others])
     assert (less[1] - all_[1]).abs().max() > 1e-2
     assert torch.equal(logits(), base)
-
-
-# The model stays as it was
 
 
 def unlike_evaluation(model):
@@ -391,414 +340,6 @@ def test_same_request_same_edit(editors):
         assert_close_layers(a.layers[i], b.layers[i], rtol=0, atol=0)
 
 
-# Requests and ids
-
-
-def test_ids_are_kept_or_made_from_what_is_asked(editors):
-    editor = editors("blip2")
-    request = {**ask("blip2", "what is this ?", 1), "target": "moon"}
-    others = [{**request, "target": "fish"}, {**request, "image": picture(2)}, {**request, "prompt": "which ?"}]
-
-    def made(r):
-        return editor_module.read_requests([r], None)[0][0].id
-
-    assert made(request) == made(dict(request)) and len(made(request)) == 12
-    assert len({made(r) for r in [request, *others]}) == 4
-    assert made({**request, "id": 0}) == "0"
-    assert editor.edit([{**request, "id": "mine"}], **QUIET).ids == ["mine"]
-
-
-def test_the_newer_of_two_that_ask_the_same_stays(editors):
-    editor = editors("blip2")
-    old = {"id": "old", **ask("blip2", "what is this ?", 1), "target": "moon"}
-    new = {"id": "new", **ask("blip2", "what is this ?", 1), "target": "fish"}
-    other = {"id": "other", **ask("blip2", "what is this ?", 2), "target": "moon"}
-    with pytest.warns(UserWarning, match="'new' replaces 'old': the same picture and prompt"):
-        edits = editor.edit([old, other, new], **QUIET)
-    assert edits.ids == ["other", "new"]
-    with pytest.warns(UserWarning, match="'again' replaces 'new'"):
-        edits = editor.edit([{**old, "id": "again"}], onto=edits, **QUIET)
-    assert edits.ids == ["other", "again"] and edits.entries[1].target == "moon"
-    with pytest.warns(UserWarning, match="'again' replaces 'again'"):
-        assert editor.edit([{**new, "id": "again"}], onto=edits, **QUIET).ids == ["other", "again"]
-    with uk.patch(editor.model, edits):
-        assert answers(editor, [old, other]) == ["moon", "moon"]
-
-
-def test_ids_come_once(editors):
-    editor, requests = editors("blip2"), make_requests("blip2", 2)
-    with pytest.raises(ValueError, match="these come twice: 'e0'"):
-        editor.edit([requests[0], {**requests[1], "id": "e0"}])
-    edits = editor.edit(requests[:1], **QUIET)
-    with pytest.raises(ValueError, match="these come twice: 'e0'"):
-        editor.edit([{**requests[1], "id": "e0"}], onto=edits)
-
-
-def test_onto_must_be_this_editors(editors):
-    editor = editors("llama")
-    requests = make_requests("llama", 2)
-    edits = editor.edit(requests[:1], **QUIET)
-    other = Editor(editor.model, make_processor("llama"), routed())
-    other.build_memory(make_triplets("llama", 6), **QUIET)
-    other.fit()
-    layers = make_editor("llama", replace(routed(), layers=(3, 4)))
-    for stranger in (other, layers, editors("opt")):
-        with pytest.raises(ValueError, match="another memory or other encoders"):
-            stranger.edit(requests[1:], onto=edits)
-    for change, named in (
-        ({"neurons": replace(editor.config.neurons, beta=0.9)}, "neurons.beta: 0.1 and 0.9"),
-        ({"shift": ShiftConfig(k=3)}, "shift.k: 40 and 3"),
-        ({"routing": RoutingConfig()}, "routing.mode: routed and always"),
-    ):
-        other.states, other.fits, other.config = editor.states, editor.fits, replace(editor.config, **change)
-        with pytest.raises(ValueError, match=rf"other settings \(its own, this editor's\): {named}"):
-            other.edit(requests[1:], onto=edits)
-    half = editor.edit(requests[1:], onto=edits.to(dtype=torch.float64), **QUIET)
-    assert half.ids == ["e0", "e1"] and half.layers[4].keys.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"target": "moon"}, "request 1 needs a non-empty string 'prompt', but has None"),
-        ({"prompt": "what", "target": "  "}, "request 1 needs a non-empty string 'target'"),
-        ({"prompt": "what", "target": ["moon"]}, "request 1 needs .* but has \\['moon'\\]"),
-        ({"prompt": "what", "target": "zebra", "id": 1}, "request '1': .* no token for a part of the target 'zebra'"),
-        ({"prompt": "what", "target": "moon", "id": ""}, "the request of prompt 'what' has an empty id"),
-        ({"prompt": "what " * 64, "target": "moon", "id": 1}, "request '1' is 67 tokens long, but .* positions for 64"),
-        ("what", "request 1 must be a dict, but is 'what'"),
-        (
-            {"prompt": "what", "target": "moon", "imge": "cat.png"},
-            "request 1 has an unknown key 'imge'; known: id, prompt, target, image",
-        ),
-        ({"prompt": "what \ud800", "target": "moon"}, r"request 1: prompt holds '\\ud800', which is half a character"),
-        ({"prompt": "what", "target": "moon", "id": [1]}, r"the id of request 1 must be .* but is \[1\]"),
-    ],
-)
-def test_bad_requests_are_named_before_anything_is_trained(request_, message, editors, monkeypatch):
-    monkeypatch.setattr(Editor, "_append", None)
-    with pytest.raises(ValueError, match=message):
-        editors("opt").edit([{"prompt": "which", "target": "moon"}, request_], independent=False, **QUIET)
-    with pytest.raises(ValueError, match="no requests given"):
-        editors("opt").edit([])
-    with pytest.raises(ValueError, match="requests must be a list of dicts, but are a dict"):
-        editors("opt").edit({"prompt": "which", "target": "moon"})
-
-
-def test_a_bad_picture_of_a_request_is_named_before_anything_is_trained(editors, monkeypatch, tmp_path):
-    monkeypatch.setattr(Editor, "_append", None)
-    good, bad = make_requests("blip2", 2)
-    (tmp_path / "cut.png").write_bytes(b"no picture")
-    for image in (tmp_path / "cut.png", "mistyped.png"):
-        with pytest.raises((OSError, ValueError), match="request 'e1': "):
-            editors("blip2").edit([good, {**bad, "image": image}], **QUIET)
-
-
-def test_an_editor_prints_what_it_has(editors):
-    assert repr(editors("opt")) == "Editor(OPTForCausalLM, layers [2, 4], 12 memory items, encoders fitted)"
-    fresh = repr(Editor(make_model("opt"), make_processor("opt"), routed()))
-    assert fresh == "Editor(OPTForCausalLM, layers [2, 4], no memory yet, no encoders yet)"
-
-
-def test_inputs_of_triplets_and_cases_are_named_before_anything_is_computed(editors, monkeypatch, tmp_path):
-    monkeypatch.setattr(editor_module, "Extraction", None)
-    monkeypatch.setattr(editor_module, "tap_rows", None)
-    editor, good = editors("blip2"), make_triplets("blip2", 2)
-    (tmp_path / "cut.png").write_bytes(b"no picture")
-    cut, long = {**good[1], "image": tmp_path / "cut.png"}, {**good[1], "prompt": "what " * 60}
-    near = {**good[1], "prompt": "what " * 45}  # the answer that is asked of the model would not fit behind it
-    for entry, message in (
-        (cut, r": .*cut\.png cannot be read as a picture"),
-        (long, " is 6. tokens long, but the model has positions for 64"),
-        (near, " is 50 tokens long and may be answered with 24, but the model has positions for 64"),
-        ({**good[1], "prompt": "<image> what ?"}, ": the prompt holds '<image>', which the Blip2Processor puts in"),
-        ({**good[1], "image": "nofile.png"}, ": there is no picture 'nofile.png'"),
-    ):
-        with pytest.raises((OSError, ValueError), match=f"triplet 1{message}"):
-            editor.build_memory([good[0], entry], **QUIET)
-        if entry is not near:
-            with pytest.raises((OSError, ValueError), match="calibration case 1"):
-                editor.calibrate([good[0], entry], **QUIET)
-    with pytest.raises(ValueError, match="the prediction of triplet 1: .* no token for a part of the target 'zebra'"):
-        editor.build_memory([good[0], good[1] | {"prediction": "zebra"}], **QUIET)
-    probe = {"kind": "t_loc", "prompt": "what " * 70, "target": "moon"}
-    with pytest.raises(ValueError, match="probe 0 is 72 tokens long, but the model has positions for 64"):
-        editor.check(None, [probe])
-
-
-def test_an_unknown_key_is_refused_wherever_dicts_are_taken(editors, monkeypatch):
-    """A misspelt "image" would make an edit, a memory item or a probe of text alone."""
-    monkeypatch.setattr(editor_module, "Extraction", None)
-    monkeypatch.setattr(editor_module, "tap_rows", None)
-    editor = editors("blip2")
-    odd = {"prompt": "what", "target": "moon", "picture": "cat.png"}
-    calls = {
-        "triplet 0": lambda: editor.build_memory([odd]),
-        "sample to exclude 0": lambda: editor.build_memory(make_triplets("blip2"), exclude=[odd]),
-        "calibration case 0": lambda: editor.calibrate([odd]),
-        "probe 0": lambda: editor.check(None, [odd | {"kind": "rel"}]),
-    }
-    for what, call in calls.items():
-        with pytest.raises(ValueError, match=f"{what} has an unknown key 'picture'; known: id, prompt, target, image"):
-            call()
-
-
-# Memory, encoders, calibration
-
-
-def test_the_memory_leaves_out_what_is_edited(editors):
-    editor = make_editor("blip2")
-    triplets = make_triplets("blip2")
-    leaked = {**triplets[2], "target": "moon", "id": "x"}
-    with pytest.warns(UserWarning, match=r"already holds picture and prompt of 1 requests \(x\).*exclude=requests"):
-        editor.edit([leaked], **QUIET)
-    other = {**ask("blip2", triplets[3]["prompt"], 77), "target": "moon"}  # the same prompt, another picture
-    states = editor.build_memory(triplets, exclude=[leaked, other], **QUIET)
-    assert len(states.cases) == 11 and len(editor.triplets) == 11
-    editor.fit()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        edits = editor.edit([leaked, other], **QUIET)
-    assert len(edits.shared[2].h_sem) == 11
-    with pytest.raises(ValueError, match="every triplet is excluded"):
-        editor.build_memory(triplets[:2], exclude=triplets, **QUIET)
-
-
-def test_a_memory_needs_wrong_answers(editors):
-    editor = Editor(editors("opt").model, make_processor("opt"), routed())
-    triplets = [{**t, "prediction": t["target"]} for t in make_triplets("opt", 3)]
-    with pytest.raises(ValueError, match="answers all 3 triplets right"):
-        editor.build_memory(triplets, **QUIET)
-    assert editor.states is None
-    with pytest.raises(ValueError, match="no triplets given"):
-        editor.build_memory([])
-    with pytest.raises(ValueError, match="triplet 0 needs a non-empty string 'target'"):
-        editor.build_memory([{"prompt": "what", "target": ""}])
-
-
-def test_the_order_of_calls_is_said():
-    editor = Editor(make_model("opt"), make_processor("opt"), routed())
-    for call in (editor.fit, lambda: editor.edit(make_requests("opt", 1)), lambda: editor.calibrate([])):
-        with pytest.raises(ValueError, match=r"call build_memory\(triplets\) first"):
-            call()
-    editor.build_memory(make_triplets("opt"), **QUIET)
-    with pytest.raises(ValueError, match=r"call fit\(\) first"):
-        editor.edit(make_requests("opt", 1))
-    editor.config = replace(routed(beta=0.0), shift=ShiftConfig(alpha=0.5))  # neither zeta nor Enc_sem is asked for
-    edits = editor.edit(make_requests("opt", 1), **QUIET)
-    assert edits.shared[2].encoder == ()
-
-
-def test_fit_reports_and_belongs_to_its_memory(editors):
-    editor = make_editor("llama")
-    table = str(editor.fit())
-    assert [line.split()[0] for line in table.splitlines()] == ["layer", "2", "4"]
-    editor.build_memory(make_triplets("llama", 6), **QUIET)
-    assert not editor.fits  # the old encoders are of another memory
-
-
-@pytest.mark.parametrize("attention", ["projected", "raw"])
-def test_encoders_see_what_an_item_injects(attention):
-    """With alpha 1 and one item, h_know is the encoders' input: grouped heads, biases and all."""
-    config = replace(routed(), shift=ShiftConfig(alpha=1.0, attention=attention, k=1))
-    editor = make_editor("llama", config)
-    (request,) = make_requests("llama", 1)
-    edits = editor.edit([request], **QUIET)
-    injected = editor.injected(2, edits.layers[2].h_pos)
-    if attention == "raw":
-        assert torch.equal(injected, edits.layers[2].h_pos)
-        return
-    for shared in edits.shared.values():
-        shared.h_sem, shared.h_pos = shared.h_sem[:0], shared.h_pos[:0]
-    batch = editor.collator.batch(samples_of([{**request, "target": None}]), [0])
-    found = []
-    with uk.patch(editor.model, edits, routing="always"), torch.no_grad():
-        hook = editor.model.model.layers[2].self_attn.register_forward_hook(lambda m, a, out: found.append(out[0]))
-        editor.model(**batch.inputs)
-        hook.remove()
-    torch.testing.assert_close(found[0][0], injected.expand_as(found[0][0]), rtol=1e-4, atol=1e-5)
-
-
-def test_w_zeta_trained_over_edits():
-    config = replace(routed(), encoders=EncoderConfig(steps=20, w_zeta="trained", w_zeta_edits=6))
-    editor = make_editor("blip2", config)
-    plain = make_editor("blip2")
-    for i in editor.layers:
-        fit = editor.fits[i]
-        torch.testing.assert_close(fit.zeta_prime, fit.w_zeta @ fit.zeta)
-        assert torch.equal(fit.zeta, plain.fits[i].zeta) and fit.zeta_prime.isfinite().all()
-        assert fit.zeta_prime.norm() > 1e-3 and not torch.equal(fit.zeta_prime, plain.fits[i].zeta_prime)
-    assert editor.edit(make_requests("blip2", 2), **QUIET).entries[0].success
-
-
-def test_zeta_prime_is_shared_unless_it_is_learned(editors):
-    for lr, same in ((0.0, True), (1e-2, False)):
-        editor = make_editor("opt", routed(lr_zeta=lr))
-        edits = editor.edit(make_requests("opt", 2), **QUIET)
-        for i in editor.layers:
-            wanted = editor.fits[i].zeta_prime.expand(2, -1)
-            assert torch.equal(edits.layers[i].zeta, wanted) is same
-
-
-def test_calibration_cases_add_up(editors):
-    editor = make_editor("blip2")
-    cases = [ask("blip2", QUESTIONS[i % 3], None if i == 1 else 50 + i) for i in range(3)]
-    editor.calibrate(cases)
-    editor.calibrate(cases[:1])
-    assert editor.cases is not None and len(editor.cases) == 12 + 3 + 1
-    torch.testing.assert_close(editor.cases[-1], editor.cases[12], rtol=1e-4, atol=1e-5)
-    own = editor.own_items([Sample(cases[1]["prompt"], "moon", None)])
-    torch.testing.assert_close(editor.cases[13][None], own[2][0], rtol=1e-4, atol=1e-5)
-    calibration = editor.edit(make_requests("blip2", 1), **QUIET).calibration
-    assert calibration is not None and calibration.layer == 2 and torch.equal(calibration.cases, editor.cases)
-    assert editor.states is not None
-    torch.testing.assert_close(calibration.center, editor.states.layers[2].h_sem.mean(dim=0))
-
-
-@pytest.mark.parametrize(("layers", "used"), [((4, 2), (2, 4)), ((3, 3), (3,)), (None, (1, 2, 3, 4))])
-def test_layers(layers, used):
-    editor = make_editor("llama", replace(routed(), layers=layers))
-    edits = editor.edit(make_requests("llama", 2), **QUIET)
-    assert editor.layers == tuple(edits.layers) == used and all(e.success for e in edits.entries)
-
-
-def test_layers_that_are_not_there():
-    with pytest.raises(ValueError, match=r"layers \[5\] must be some of 0 to 4"):
-        Editor(make_model("llama"), make_processor("llama"), UnikeConfig(layers=(5,)))
-
-
-def test_own_items_and_the_training_patch_may_be_overridden():
-    class Traced(Editor):
-        def own_items(self, samples):
-            return {i: (sem, torch.ones_like(pos)) for i, (sem, pos) in super().own_items(samples).items()}
-
-        def training_patch(self, edits, max_neurons):
-            handle = super().training_patch(edits, max_neurons)
-            patches.append((len(edits), max_neurons, handle))
-            return handle
-
-    patches: list = []
-    editor = Traced(make_model("opt"), make_processor("opt"), routed())
-    editor.build_memory(make_triplets("opt"), **QUIET)
-    editor.fit()
-    edits = editor.edit(make_requests("opt", 2), independent=False, **QUIET)
-    assert [p[:2] for p in patches] == [(1, 10), (2, 20)]
-    assert all((layer.h_pos == 1).all() for layer in edits.layers.values())
-
-
-def test_progress_goes_to_stderr_and_can_be_left_out(editors, capsys):
-    editor = make_editor("opt")
-    steps = {
-        f"{len(editor.layers)}/{len(editor.layers)}": editor.fit,
-        "3/3": lambda progress: editor.calibrate(make_requests("opt", 3), progress=progress),
-        "2/2": lambda progress: editors("opt").edit(make_requests("opt", 2), progress=progress),
-    }
-    for done, step in steps.items():
-        for progress in (True, False):
-            step(progress=progress)
-            out, err = capsys.readouterr()
-            assert out == "" and (done in err) is progress and bool(err) is progress
-
-
-# A saved editor
-
-
-@pytest.mark.parametrize("name", ["llama", "blip2"])
-def test_a_saved_editor_makes_the_same_edits(name, tmp_path, editors):
-    editor = make_editor(name)
-    editor.calibrate([ask(name, "what ?", 7)])
-    path = tmp_path / "folder" / "editor.safetensors"
-    editor.save(path)
-    loaded = Editor(make_model(name), make_processor(name), routed())
-    loaded.load(path)
-    requests = make_requests(name, 2)
-    a, b = editor.edit(requests, **QUIET), loaded.edit(requests, **QUIET)
-    assert a.entries == b.entries and str(loaded.fits) == str(editor.fits)
-    for x, y in zip(a.named_tensors().values(), b.named_tensors().values(), strict=True):
-        assert torch.equal(x, y)
-    again = tmp_path / "again.safetensors"
-    loaded.save(again)
-    assert again.read_bytes() == path.read_bytes()
-    assert str(loaded.fit()) == str(editor.fits)  # the states are all there
-    with pytest.warns(UserWarning, match="already holds picture and prompt of 1 requests"):
-        loaded.edit([{**make_triplets(name)[0], "id": "x"}], **QUIET)
-    assert [p.name for p in path.parent.iterdir()] == ["editor.safetensors"]
-
-
-def test_another_editors_state_is_refused(tmp_path, editors):
-    path = tmp_path / "editor.safetensors"
-    editors("blip2").save(path)
-    other_weights = make_model("blip2", seed=1)
-    for model, config, message in (
-        (make_model("opt"), routed(), "other weights"),  # the language model of the same sizes
-        (other_weights, routed(), "other weights"),
-        (make_model("llama"), routed(), "family: 'opt' and 'llama'"),
-        (make_model("blip2"), replace(routed(), layers=(1, 4)), r"layers: \[2, 4\] and \[1, 4\]"),
-        (make_model("blip2"), replace(routed(), encoders=EncoderConfig(steps=3)), "encoders: .*steps=20.*steps=3"),
-        (make_model("blip2"), replace(routed(), shift=ShiftConfig(attention="raw")), "attention: projected and raw"),
-    ):
-        name = "llama" if "Llama" in type(model).__name__ else "opt"
-        editor = Editor(model, make_processor("blip2" if "Blip2" in type(model).__name__ else name), config)
-        with pytest.raises(ValueError, match=message):
-            editor.load(path)
-        assert editor.states is None and not editor.fits
-    trained = Editor(make_model("blip2"), make_processor("blip2"), routed(beta=0.5))  # no part of what was saved
-    trained.load(path)
-    trained.config = replace(trained.config, encoders=replace(FAST, w_zeta="trained"))
-    with pytest.raises(ValueError, match="no pictures to train W_zeta on"):
-        trained.fit()
-
-
-SAID = {
-    "format": "it has format 9, but this package reads format 1",
-    "no format": "it has no 'format_version'",
-    "no states": "it has no 'states.2.h_sem'",
-}
-
-
-@pytest.mark.parametrize("damage", ["cut", "other", "format", "no format", "no states"])
-def test_a_damaged_editor_is_refused(damage, tmp_path, editors):
-    path = tmp_path / "editor.safetensors"
-    editors("blip2").save(path)
-    good = path.read_bytes()
-    names = {
-        "format": (b'\\"format_version\\": 1', b'\\"format_version\\": 9'),
-        "no format": (b"format_version", b"format_vision_"),
-        "no states": (b"states.2.h_sem", b"states.2.h_pem"),
-    }
-    if damage in names:
-        path.write_bytes(good.replace(*names[damage]))
-    else:
-        path.write_bytes(good[:-50] if damage == "cut" else b"{}" * 40)
-    editor = Editor(make_model("blip2"), make_processor("blip2"), routed())
-    with pytest.raises(
-        ValueError, match=f"editor.safetensors is not a saved editor, or is damaged: {SAID.get(damage, '')}"
-    ):
-        editor.load(path)
-    with pytest.raises(FileNotFoundError):
-        editor.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="call build_memory"):
-        editor.save(tmp_path / "empty")
-
-
-def test_a_failed_save_keeps_the_file_of_before(tmp_path, editors, monkeypatch):
-    path = tmp_path / "editor.safetensors"
-    editors("blip2").save(path)
-    good = path.read_bytes()
-
-    def fail(tensors, name, metadata):
-        name.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(saved, "save_file", fail)
-    with pytest.raises(OSError, match="no space"):
-        editors("blip2").save(path)
-    assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-# Where neurons start
-
-
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_keys_start_just_active_where_the_target_is_predicted(name, center):
@@ -845,66 +386,6 @@ def test_long_targets_have_a_neuron_along_all_of_their_length():
     assert edits.entries[0].success
     with uk.patch(editor.model, edits):
         assert editor.collator.generate(samples_of([request]), max_new_tokens=12) == [request["target"]]
-
-
-# check
-
-
-def make_probes():
-    (request,) = make_requests("blip2", 1)
-    asked = {"prompt": request["prompt"], "target": request["target"], "image": request["image"]}
-    return request, [
-        {"kind": "rel", **asked},
-        {"kind": "t_gen", **asked, "prompt": "which thing do you see ?"},
-        {"kind": "m_gen", **asked, "image": picture(9)},
-        {"kind": "t_loc", "prompt": "what is the moon ?", "target": "star"},
-        {"kind": "m_loc", **ask("blip2", "which one is old ?", 8), "target": "house"},
-    ]
-
-
-def test_check_reports_the_five_metrics(editors):
-    editor = editors("blip2")
-    request, probes = make_probes()
-    edits = editor.edit([request], **QUIET)
-    report = editor.check(edits, probes)
-    assert report.before == {"rel": 0.0, "t_gen": 0.0, "m_gen": 0.0, "t_loc": 100.0, "m_loc": 100.0}
-    assert report.metrics["rel"] == report.exact["rel"] == 100.0
-    assert report.metrics["mean"] == pytest.approx(sum(report.metrics[k] for k in report.before) / 5)
-    assert report.locality_b.keys() == {"t_loc", "m_loc"}
-    rel, *_, m_loc = report.rows
-    assert rel.answer_after == request["target"] != rel.answer_before and rel.locality_b is None
-    assert m_loc.answer_before == answers(editor, [probes[-1]])[0][: len(m_loc.answer_before)] and m_loc.before == 1.0
-    assert editor.check(edits, probes) == report
-    head, before, after, *_, counts = str(report).splitlines()
-    assert head.split() == ["percent", "rel", "t_gen", "m_gen", "t_loc", "m_loc", "mean"]
-    assert before.split() == ["before", "0.0", "0.0", "0.0", "100.0", "100.0"]
-    assert after.split()[1] == "100.0" and counts.split() == ["probes", "1", "1", "1", "1", "1"]
-
-
-def test_check_of_always_on_edits_and_of_some_kinds(editors):
-    editor = editors("blip2")
-    request, probes = make_probes()
-    edits = editor.edit([request], **QUIET)
-    report = editor.check(edits, [probes[0], probes[3], probes[4]], routing="always")
-    assert report.metrics.keys() == {"rel", "t_loc", "m_loc"} and report.metrics["rel"] == 100.0
-    assert min(report.metrics["t_loc"], report.metrics["m_loc"], *report.locality_b.values()) < 100.0
-    assert str(report).splitlines()[1].split() == ["before", "0.0", "100.0", "100.0"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": "reliability"}, "probe 4 needs a kind of rel, t_gen, m_gen, t_loc, m_loc, but has 'reliability'"),
-        ({"target": ""}, "probe 4 needs a non-empty string 'target'"),
-        ({"prompt": None}, "probe 4 needs a non-empty string 'prompt'"),
-    ],
-)
-def test_bad_probes_are_named(change, message, editors):
-    editor = editors("blip2")
-    request, probes = make_probes()
-    edits = editor.edit([request], **QUIET)
-    with pytest.raises(ValueError, match=message):
-        editor.check(edits, [*probes[:4], {**probes[4], **change}])
 
 
 def test_routing_modes_pick_how_requests_train(monkeypatch):
