@@ -246,7 +246,9 @@ def test_claims_from_saved_results(tmp_path):
     assert one("a truthful zeta helps", "no zeta").verdict == "undecided"  # half a point, errors of 0.7
     assert one("a random zeta hurts", "").ours.value == 9.5
     assert one("a truthful zeta helps", "random zeta").ours.value == 10.0
-    assert one("adaptive alpha beats a fixed one", "best of 5 fixed (1)").ours.value == pytest.approx(90 - 60.5)
+    assert one(
+        "adaptive alpha beats a fixed one", "best of 5 fixed (on other concepts: 1)"
+    ).ours.value == pytest.approx(90 - 60.5)
     for kind in ("generality", "locality"):  # 40 items against one: 39 / 200 of 100 points
         assert one("more items help", kind).ours == claims.Difference(pytest.approx(19.5), 0.0)
     assert one("UniKE is above all baselines", "UniKE, routed").ours.value == pytest.approx(40.0)
@@ -326,6 +328,9 @@ def test_the_best_row_is_named_by_hand():
     unsure = replace(other, errors=dict.fromkeys(KINDS, 1.0))
     told = paper_tables.best({"SERAC": unsure, "UniKE, routed": routed})
     assert told.endswith("difference -0.4 ± 1.0, level: within 2 standard errors)")
+    fewer = Found(metrics=dict.fromkeys((*KINDS, "mean"), 97.5))  # on those edits that the other row is of
+    told = paper_tables.best({"SERAC": other, "UniKE, routed": routed}, lambda rival: fewer)
+    assert told.startswith("- met:") and "difference +0.3" in told
 
 
 def test_a_quick_report_says_so(tmp_path):
@@ -475,3 +480,18 @@ def test_a_bench_is_made_on_the_device_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(cells, "Examiner", lambda collator, batch_size: None)
     cells.Bench(0, replace(cells.QUICK, device="meta"))
     assert made == [{"quick": True, "device": "meta"}]
+
+
+def test_the_best_of_several_is_chosen_on_other_concepts_than_it_is_judged_on():
+    labels = tuple(("name 0 4", f"c{i // 2}") for i in range(8))  # concepts c0 to c3, two edits each
+
+    def row(*means):
+        values = {kind: [float(m) for m in means for _ in range(2)] for kind in (*KINDS, "mean")}
+        metrics = {kind: sum(v) / len(v) for kind, v in values.items()}
+        return Found(8, metrics, values=values, labels=labels)
+
+    # c0 and c2 are one half, c1 and c3 the other: "a" is best on the first half, "b" on the second
+    found, names = claims.chosen_on_others({"a": row(90, 10, 90, 10), "b": row(20, 80, 20, 80)})
+    assert names == "b, a" and found.metrics["mean"] == 15.0  # each judged where it was not chosen
+    same, names = claims.chosen_on_others({"a": row(50, 50, 50, 50), "b": row(40, 40, 40, 40)})
+    assert names == "a" and same.metrics["rel"] == 50.0

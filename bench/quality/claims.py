@@ -184,7 +184,7 @@ def _baselines(cell: Get, task: str) -> list[Claim]:
             Claim(
                 "UniKE is above all baselines",
                 compared,
-                difference(cell(ours), rows[best], ALL),
+                difference(cell(ours, like=rows[best]), rows[best], ALL),
                 gap if ours == "UniKE" else None,
             )
         )
