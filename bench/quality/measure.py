@@ -61,6 +61,10 @@ VARIANTS = (
     *(Variant("beta", f"{b:g}", neurons(beta=b)) for b in (0.0, 0.03, 0.1, 0.3, 0.9)),
     *(Variant("rate of the keys", f"{r:g}", neurons(lr_keys=r)) for r in (0.0, 1e-3, 3e-3, 1e-2, 3e-2)),
     *(Variant("rate of the values", f"{r:g}", neurons(lr_values=r)) for r in (3e-3, 1e-2, 3e-2)),
+    *(
+        Variant("both rates", f"keys {k:g}, values {v:g}", neurons(lr_keys=k, lr_values=v))
+        for k, v in ((1e-2, 1e-2), (1e-2, 3e-3), (3e-3, 3e-3), (3e-3, 1e-3), (1e-3, 1e-3))
+    ),
     *(Variant("threshold of the keys", f"{t:g}", neurons(key_threshold=t)) for t in (0.0, 0.3, 0.5, 0.7)),
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50, 200)),
     *(Variant("margin", f"{m:g}", neurons(margin=m)) for m in (1.0, 2.0)),
