@@ -109,7 +109,7 @@ CHANGED = {
     "items, in place": lambda model, handle: [own.h_pos.mul_(2) for own in handle.edits.shared.values()],
     "neurons that were written over": lambda model, handle: [t.values.zero_() for t in neurons_of(handle)],
     "items that were written over": lambda model, handle: [s.memory.keys.zero_() for s in shifts_of(handle)],
-    "projections": lambda model, handle: [weights.data_ptr() and double(weights) for weights in projections_of(model)],
+    "projections": lambda model, handle: [double(weights) for weights in projections_of(model)],
     "dtype, and back": lambda model, handle: model.bfloat16().float(),
 }
 

@@ -79,7 +79,7 @@ class ExternalMemory(ChoosesBackend):
         return lack(self.capacity, n, "items (max_items at patch time)")
 
     def load(self, sem: Tensor, keys: Tensor, values: Tensor, shared: int, start: int = 0) -> None:
-        """Replaces the items from `start` on, in place, the first `shared` of all are of no single edit.
+        """Replaces the items from `start` on, in place; the first `shared` of all are of no single edit.
 
         sem [n - start, d], keys and values [n - start, ...].
         """

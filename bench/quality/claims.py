@@ -147,9 +147,7 @@ def chosen_on_others(rows: dict[str, Found]) -> tuple[Found, str]:
         return sum(values) / max(1, len(values))
 
     chosen = [max(rows, key=lambda name: mean_there(rows[name], 1 - here)) for here in (0, 1)]
-    values = {
-        kind: [rows[chosen[s]].values[kind][i] for i, s in enumerate(side)] for kind in first.values
-    }  # of each edit
+    values = {kind: [rows[chosen[s]].values[kind][i] for i, s in enumerate(side)] for kind in first.values}
     metrics = {kind: sum(v) / max(1, len(v)) for kind, v in values.items()}
     return replace(first, values=values, metrics=metrics), ", ".join(dict.fromkeys(chosen))
 

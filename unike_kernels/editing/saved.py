@@ -69,12 +69,13 @@ def read(path: Path) -> tuple[dict[str, Any], Learned]:
         with safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})["editor"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
-        if (found := document["format_version"]) != FORMAT_VERSION:
-            raise ValueError(f"it has format {found}, but this package reads format {FORMAT_VERSION}")
-        return document, _learned(document, tensors)
+        found = document["format_version"]
+        if found == FORMAT_VERSION:
+            return document, _learned(document, tensors)
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as err:
         what = f"it has no {err}" if isinstance(err, KeyError) else err
         raise ValueError(f"{path} is not a saved editor, or is damaged: {what}") from err
+    raise ValueError(f"{path} has format {found}, but this package reads format {FORMAT_VERSION}")
 
 
 def _learned(document: dict[str, Any], tensors: dict[str, Tensor]) -> Learned:

@@ -25,6 +25,7 @@ class Interval:
 
 
 def score_after(p: Asked) -> float:
+    """What one question counts in its metric, a share of 1: locality A, or the accuracy on the target."""
     return p.outcome.locality_a if p.kind in LOCAL else p.outcome.after
 
 

@@ -273,23 +273,26 @@ def descend(
     return found
 
 
-class TrainedApart(Baseline):
-    """A method that trains every edit by itself, on what edits before it left: many of them can train side by side.
+class ChangesMaps(Baseline):
+    """A method that changes linear maps, edit by edit, on what edits before it left: many can be made side by side.
 
-    So one-step edits do, up to `TOGETHER` in one batch; what comes out is what each alone gives, to rounding.
+    So one-step edits are, up to `together` in one batch; what comes out is what each alone gives, to rounding.
     """
 
-    TOGETHER = 50
+    together = 50
 
     @abstractmethod
-    def train(self, samples: Sequence[Sample], before: Change) -> Change:
-        """What each sample's edit adds to the base with `before` on it, [E, out, in] by map: E edits apart."""
+    def change(self, samples: Sequence[Sample], before: Change) -> Change:
+        """The changes [E, out, in] of E edits, each made on its own of the model that carries `before`.
+
+        samples: all with a picture or all without.
+        """
 
     def edit(self, samples: Sequence[Sample]) -> Change:
         """The sum of what every edit added, one after another, [1, out, in] by map."""
         total: Change = {}
         for sample in samples:
-            total = summed(total, self.train([sample], total))
+            total = summed(total, self.change([sample], total))
         return total
 
     def active(self, state: Change) -> AbstractContextManager[None]:
@@ -297,16 +300,16 @@ class TrainedApart(Baseline):
         return changed(self.host, state)
 
     def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Edited]]:
-        """Trains up to `TOGETHER` requests in one batch, and puts them on one by one."""
+        """Makes up to `together` requests in one batch, and puts them on one by one."""
         self.check(requests)
-        for at in range(0, len(requests), self.TOGETHER):
-            some = requests[at : at + self.TOGETHER]
+        for at in range(0, len(requests), self.together):
+            some = requests[at : at + self.together]
             changes: dict[int, Change] = {}
             for has in (True, False):
                 here = [i for i, r in enumerate(some) if (r.image is not None) is has]
                 if here:
                     with base_only(self.host.model):
-                        found = self.train([some[i] for i in here], {})
+                        found = self.change([some[i] for i in here], {})
                     changes |= {i: {n: d[e : e + 1] for n, d in found.items()} for e, i in enumerate(here)}
             yield from (self.carrying(changes[i]) for i in range(len(some)))
 

@@ -16,7 +16,7 @@ import torch
 
 from unike_kernels.editing.inputs import Sample
 
-from .base import Change, TrainedApart, changed, descend_apart, summed
+from .base import Change, ChangesMaps, changed, descend_apart, summed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LoraConfig:
     seed: int = 0
 
 
-class Lora(TrainedApart):
+class Lora(ChangesMaps):
     """One low-rank adapter per edit."""
 
     name = "LoRA"
@@ -42,7 +42,7 @@ class Lora(TrainedApart):
         """Four rates."""
         return tuple(LoraConfig(lr=lr) for lr in (5e-4, 2e-4, 1e-3, 2e-3))
 
-    def train(self, samples: Sequence[Sample], before: Change) -> Change:
+    def change(self, samples: Sequence[Sample], before: Change) -> Change:
         """The adapters' products: merging them is what LoRA does after training."""
         host, c = self.host, self.config
         batch = host.collator.batch(samples, list(range(len(samples))))

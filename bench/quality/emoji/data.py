@@ -104,7 +104,7 @@ def split_of() -> dict[str, str]:
 
 
 def drawings(members: tuple[Concept, ...] | None = None) -> list[tuple[Concept, str]]:
-    """Return (concept, artist) of every drawing of `members`, all concepts by default."""
+    """(concept, artist) of every drawing of `members`, all concepts by default."""
     return [(concept, artist) for concept in members or concepts() for artist in concept.artists]
 
 
@@ -119,18 +119,18 @@ def name_prompts() -> list[str]:
 
 
 def sorting_questions(concept: Concept) -> list[tuple[str, str]]:
-    """Return (prompt, target) of every question about a picture's group and kind."""
+    """(prompt, target) of every question about a picture's group and kind."""
     return [(ask(q), concept.group) for q in GROUP] + [(ask(q), concept.kind) for q in KIND]
 
 
 def facts(concept: Concept) -> list[tuple[str, str]]:
-    """Return (prompt, target) of every text-only fact of a concept."""
+    """(prompt, target) of every text-only fact of a concept."""
     group = [(ask(q.format(name=concept.name)), concept.group) for q in FACT_GROUP]
     return group + [(ask(q.format(name=concept.name)), concept.kind) for q in FACT_KIND]
 
 
 def picture_questions(concept: Concept) -> list[tuple[str, str]]:
-    """Return (prompt, target) of what is taught about a concept's pictures; the name only if the concept is known."""
+    """(prompt, target) of what is taught about a concept's pictures; the name only if the concept is known."""
     pairs = sorting_questions(concept)
     if split_of()[concept.id] == "known":
         pairs = [(prompt, concept.name) for prompt in name_prompts()] + pairs

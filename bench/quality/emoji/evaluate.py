@@ -34,7 +34,7 @@ def _inputs(processor: Any, texts: list[str], with_image: bool, side: str) -> di
 
 @torch.no_grad()
 def exact(model: Any, processor: Any, cases: Sequence[Case], pixels: Tensor | None = None, batch: int = 128) -> Tensor:
-    """Return [N] bool: is every target token and the ending </s> the model's first choice (as greedy decoding gives)?
+    """[N] bool: is every target token and the ending </s> the model's first choice (as greedy decoding gives)?
 
     All cases have a picture or none has; `pixels` [N, 3, H, W] replaces the pictures.
     """

@@ -74,7 +74,7 @@ class LanguageStage:
         return tensor.to(self.device, non_blocking=True)
 
     def _loss(self, states: Tensor | None, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-        """Return (negative log-likelihood per sequence [B], exact match per sequence [B]) of the targets."""
+        """(negative log-likelihood per sequence [B], exact match per sequence [B]) of the targets."""
         images = 0 if states is None else states.shape[1]
         length = max(len(prompt) + len(target) for prompt, target in pairs)
         ids = torch.zeros(len(pairs), length, dtype=torch.long)

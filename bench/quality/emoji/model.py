@@ -133,7 +133,7 @@ def weights_file(seed: int) -> Path:
 
 
 def load(seed: int = 0) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    """Return (model in fp32 eval mode, processor) from the shipped fp16 weights of `seed`."""
+    """(model in fp32 eval mode, processor) from the shipped fp16 weights of `seed`."""
     model = make_model(seed)
     state = {name: tensor.float() for name, tensor in load_file(weights_file(seed)).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -42,7 +42,7 @@ def edited(split: str, task: str) -> tuple[Concept, ...]:
 
 
 def records(split: str = "reported", task: str = "name", n: int = 300, seed: int = 0) -> list[dict[str, Any]]:
-    """Return `n` edits, balanced over the concepts of `split`, each with a drawn artist and phrasing.
+    """`n` edits, balanced over the concepts of `split`, each with a drawn artist and phrasing.
 
     "name" teaches the name of a concept that was never named, "caption" the same through a caption, and "rename" gives
     a known concept the name of another one. Beside MMEdit's keys: `id`, `concept`, `rephrases` (all other phrasings),
@@ -175,7 +175,7 @@ def triplets(phrasings: int = 4, task: str = "name") -> list[dict[str, str]]:
 
 
 def calibration_prompts(n: int | None = 4000, seed: int = 0) -> list[tuple[str | None, str]]:
-    """Return `n` (image or None, prompt) that calibrate routing: pictures with any question, and facts.
+    """`n` (image or None, prompt) that calibrate routing: pictures with any question, and facts.
 
     They show the 90 triplet concepts and the 130 known ones that no record edits or compares. None returns all.
     """
