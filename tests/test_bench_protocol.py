@@ -1,11 +1,15 @@
 """Methods of the benchmark through the protocols: rows with their controls, and runs that go on."""
 
+from copy import copy
+from dataclasses import replace
+
 import pytest
 
 from bench.quality import protocol, world
 from bench.quality.rows import CONTROLS, ROWS, Row
 from tests.editing_tiny import make_editor
 from tests.test_protocols import make_records
+from unike_kernels.config import RATES, NeuronConfig
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
 
@@ -36,18 +40,14 @@ def test_a_rows_control_is_on_every_patch(editor):
     assert zero.settings()["row"]["memory"] == "zero" and zero.settings()["memory"] > 0
 
 
-def test_rows_that_differ_in_routing_share_their_edits(editor, monkeypatch):
-    plan, made = protocols.plan("one-step", [make_records(3)]), {}
-    examiner, rows = Examiner(editor.collator), (Row("UniKE"), Row("UniKE, routed", routed=True))
-    alone = [list(protocols.run(plan, protocol.RowMethod(row, editor), examiner)) for row in rows]
-    assert [list(protocols.run(plan, protocol.RowMethod(row, editor, made), examiner)) for row in rows] == alone
-    assert len(made) == 1 and len(next(iter(made.values()))) == 3
-    list(protocols.run(plan, protocol.RowMethod(Row("no zeta", zeta="none"), editor, made), examiner))
-    assert len(made) == 2
-    monkeypatch.setattr(protocol, "KEPT", 2)
-    other = protocols.plan("one-step", [make_records(2)])
-    list(protocols.run(other, protocol.RowMethod(rows[0], editor, made), examiner))
-    assert [len(edits) for edits in made.values()] == [3, 2]
+def test_a_row_trains_at_the_rate_of_its_routing(editor):
+    like, rates = copy(editor), {}
+    like.config = replace(editor.config, neurons=NeuronConfig())
+    for row in (Row("UniKE"), Row("UniKE, routed", routed=True)):
+        method = protocol.RowMethod(row, like)
+        rates[method.routing] = method.editor.config.training().lr_keys
+        assert method.settings()["config"]["routing"]["mode"] == method.routing
+    assert rates == RATES
 
 
 def test_a_measured_plan_goes_on_and_is_then_read(editor, tmp_path, monkeypatch):

@@ -240,14 +240,10 @@ def run(
     before = out["seconds"]
     rows = [*ROWS, *(CONTROLS if controls else ())]
     mean_alpha = out["rows"].get("UniKE", {}).get("alpha", {}).get("rel")
-    made: dict[str, tuple[RowEditor, Edits]] = {}
     for row in tqdm(rows, desc=f"model {seed}", unit="row"):
         if row.name in out["rows"]:
             continue
-        twin = row.name.removesuffix(", routed")  # routed rows reuse the edits of their always-on twin
-        if twin not in made:
-            made[twin] = world.make(row, mean_alpha)
-        editor, edits = made[twin]
+        editor, edits = world.make(row, mean_alpha)
         result = world.score(row, editor, edits)
         result["missed"] = sum(not e.success for e in edits.entries)
         out["rows"][row.name] = result | {"control": row.control}

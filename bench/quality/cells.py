@@ -17,7 +17,6 @@ from bench.quality.baselines import METHODS
 from bench.quality.baselines.ike import Ike
 from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.rows import FIGURES, ROWS, Row, default_config
-from unike_kernels.edits import Edits
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
 from unike_kernels.evaluation.methods import Method
@@ -254,7 +253,6 @@ class Bench:
         self.editor = world.prepared(base, default_config(), quick=scale.quick, device=scale.device)
         self.examiner = Examiner(self.editor.collator, batch_size=64)
         self.made: dict[str, Method] = {}
-        self.edits: dict[str, list[Edits]] = {}  # that rows share
         self.training = TRAINING // (8 if scale.quick else 1)
 
     def method(self, name: str) -> Method:
@@ -265,8 +263,7 @@ class Bench:
 
     def _make(self, name: str) -> Method:
         if name in OF_ROWS:
-            options = {"made": self.edits, "cache": world.CACHE / "groups", "progress": True}
-            return protocol.RowMethod(OF_ROWS[name], self.editor, **options)
+            return protocol.RowMethod(OF_ROWS[name], self.editor, cache=world.CACHE / "groups", progress=True)
         config, processor = baseline_config(name, self.scale.brief), self.editor.collator.processor
         return fitted(name, self.editor.model, processor, self.base, config=config, training=self.training)
 
@@ -295,7 +292,8 @@ def settings(cell: Cell, scale: Scale) -> str:
     """A digest of all that makes the cell another one beside its key: a cell saved with other settings is stale."""
     told: dict[str, Any] = {"brief": scale.brief, "quick": scale.quick}
     if cell.method in OF_ROWS:
-        row, config = OF_ROWS[cell.method], asdict(default_config())
+        row, base = OF_ROWS[cell.method], default_config()
+        config = asdict(replace(base, neurons=row.config(base, None).training()))
         if not row.routed:  # always on: nothing is routed
             del config["routing"]
         told |= {"row": asdict(row), "config": config}

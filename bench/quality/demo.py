@@ -15,7 +15,7 @@ import unike_kernels as uk
 from bench.quality.ablation import World
 from bench.quality.emoji import model as emoji
 from bench.quality.emoji import records
-from bench.quality.rows import ROWS, RowEditor, default_config
+from bench.quality.rows import ROWS, default_config
 from bench.quality.tables import HEADS, KINDS, number
 from bench.quality.world import picture
 from unike_kernels.editing.inputs import Collator, Sample
@@ -74,18 +74,15 @@ def measured(world: World) -> tuple[dict[str, dict[str, Any]], Edits]:
     """What every row gives, by its name, and the edits of the last one, which is routed."""
     rows = [r for r in ROWS if r.name != "intrinsic only, routed"]
     found = {"base": world.score_base()}
-    made: dict[str, tuple[RowEditor, Edits]] = {}
     with tqdm(rows, desc="making and measuring edits", unit="row") as bar:
         for row in bar:
             bar.set_postfix_str(row.name)
-            twin = row.name.removesuffix(", routed")
-            if twin not in made:
-                made[twin] = world.make(row)
-            missed = sum(not e.success for e in made[twin][1].entries)
-            found[row.name] = world.score(row, *made[twin]) | {"missed": missed if row.neurons else 0}
+            editor, edits = world.make(row)
+            missed = sum(not e.success for e in edits.entries)
+            found[row.name] = world.score(row, editor, edits) | {"missed": missed if row.neurons else 0}
     assert row.routed  # ROWS ends with the routed row
-    found[f"{row.name}, 20 stacked"] = world.stacked(row, *made[twin])
-    return found, made[twin][1]
+    found[f"{row.name}, 20 stacked"] = world.stacked(row, editor, edits)
+    return found, edits
 
 
 def legend(found: dict[str, Any]) -> Table:

@@ -10,6 +10,7 @@ from bench.quality.ablation import World
 from bench.quality.rows import Row, RowEditor, default_config
 from bench.quality.world import request
 from unike_kernels.config import RoutingConfig, UnikeConfig
+from unike_kernels.edits import Edits
 
 Change = Callable[[UnikeConfig], UnikeConfig]
 
@@ -63,7 +64,10 @@ VARIANTS = (
     *(Variant("rate of the values", f"{r:g}", neurons(lr_values=r)) for r in (3e-3, 1e-2, 3e-2)),
     *(
         Variant("both rates", f"keys {k:g}, values {v:g}", neurons(lr_keys=k, lr_values=v))
-        for k, v in ((1e-2, 1e-2), (1e-2, 3e-3), (3e-3, 3e-3), (3e-3, 1e-3), (1e-3, 1e-3))
+        for k, v in (
+            *((r, r) for r in (1e-2, 5e-3, 3e-3, 2e-3, 1e-3)),
+            *((3e-2, 1e-2), (1e-2, 3e-3), (5e-3, 3e-3), (3e-3, 1e-2), (3e-3, 1e-3)),
+        )
     ),
     *(Variant("threshold of the keys", f"{t:g}", neurons(key_threshold=t)) for t in (0.0, 0.3, 0.5, 0.7)),
     *(Variant("steps", f"{n}", neurons(steps=n)) for n in (25, 50, 200)),
@@ -81,7 +85,8 @@ VARIANTS = (
 def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """UniKE, always on, routed, and routed in stacks, under every variant (of `points`); one result a variant."""
     world = World(seed, items, default_config())
-    out, trained = [], ""
+    out: list[dict[str, Any]] = []
+    made: dict[str, Edits] = {}  # by all that training depends on: variants of routing alone share them
     chosen = [v for v in VARIANTS if points is None or v.point in points]
     for variant in tqdm(chosen, desc=f"model {seed}", unit="variant"):
         like = RowEditor(world.editor.model, world.editor.collator.processor, variant.change(world.editor.config))
@@ -89,15 +94,16 @@ def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None
         like.config = variant.change(like.config)
         if variant.refit:
             like.fit()
-        editor = RowEditor(world.editor.model, world.editor.collator.processor, like.config)
-        editor.prepare(Row("UniKE"), like)
-        unrouted = replace(like.config, routing=RoutingConfig()).to_json()
-        if trained != unrouted:  # edits are trained always on: variants of routing alone share them
-            edits = editor.edit([request(r) for r in items], independent=True, progress=False)
-            always, trained = world.score(Row("UniKE"), editor, edits), unrouted
-        edits = replace(edits, config=like.config)
-        row = Row("UniKE, routed", routed=True)
-        routed, stacked = world.score(row, editor, edits), world.stacked(row, editor, edits)
+        found: dict[str, dict[str, Any]] = {}
+        for row in (Row("UniKE"), Row("UniKE, routed", routed=True)):
+            editor = RowEditor(world.editor.model, world.editor.collator.processor, like.config).prepare(row, like)
+            key = replace(editor.config, routing=RoutingConfig(), neurons=editor.config.training()).dumps()
+            if key not in made:
+                made[key] = editor.edit([request(r) for r in items], independent=True, progress=False)
+            edits = replace(made[key], config=editor.config)
+            found[row.name] = world.score(row, editor, edits)
+        always, routed = found.values()
+        stacked = world.stacked(row, editor, edits)
         out.append(
             {
                 "point": variant.point,

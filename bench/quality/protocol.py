@@ -17,7 +17,6 @@ from bench.quality.baselines import METHODS
 from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.rows import CONTROLS, ROWS, Row, RowEditor, default_config
 from unike_kernels.editing.editor import Editor
-from unike_kernels.editing.inputs import Sample, image_digest
 from unike_kernels.edits import Edits
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
@@ -29,21 +28,17 @@ from unike_kernels.evaluation.unike import Unike
 from unike_kernels.patching import PatchHandle
 
 app = typer.Typer(add_completion=False)
-KEPT = 16  # batches of edits that rows share: those of one cell of a table, with the usual batches of 32
 
 
 class RowMethod(Unike):
     """A row of the ablation as a method: the row's settings, and its control on every patch."""
 
-    def __init__(self, row: Row, like: Editor, made: dict[str, list[Edits]] | None = None, **options: Any) -> None:
-        """like: the prepared editor of the base model.
-
-        made: edits of one step that another row has made; rows that differ in routing alone make the same ones.
-        """
+    def __init__(self, row: Row, like: Editor, **options: Any) -> None:
+        """like: the prepared editor of the base model."""
         if row.alpha == "mean":
             raise ValueError(f"{row.name!r} needs the mean alpha of another row: run the ablation")
         fresh = RowEditor(like.model, like.collator.processor, like.config)
-        self.row, self.made = row, made
+        self.row = row
         super().__init__(
             fresh.prepare(row, like), routing="routed" if row.routed else "always", name=row.name, **options
         )
@@ -53,17 +48,6 @@ class RowMethod(Unike):
         states, cases = self.editor.states, self.editor.cases
         sizes = {"memory": len(states.kept) if states else 0, "cases": 0 if cases is None else len(cases)}
         return super().settings() | {"row": asdict(self.row)} | sizes
-
-    def _many(self, requests: Sequence[Sample]) -> list[Edits]:
-        if self.made is None:
-            return super()._many(requests)
-        asked = [(r.prompt, r.target, image_digest(r.image)) for r in requests]
-        key = repr((replace(self.row, name="", routed=False), asked))
-        if key not in self.made:
-            while len(self.made) >= KEPT:
-                del self.made[next(iter(self.made))]
-            self.made[key] = super()._many(requests)
-        return self.made[key]
 
     def patched(self, edits: Edits) -> PatchHandle:
         """The edits on the model, with the row's control."""

@@ -40,7 +40,7 @@ class Row:
             base,
             shift=replace(base.shift, enabled=self.shift, alpha=alpha, own_item=self.own_item, k=k),
             neurons=replace(base.neurons, enabled=self.neurons, beta=base.neurons.beta if self.zeta != "none" else 0.0),
-            routing=replace(base.routing, mode="always"),
+            routing=replace(base.routing, mode="routed" if self.routed else "always"),
         )
 
 
