@@ -165,7 +165,7 @@ class TestOfAMemory:
         assert memory.kept.index is None
         self.check(memory)
         index = memory.kept.index
-        places = [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.centre)]
+        places = [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.center)]
         for change in (
             lambda: self.other(memory, 580),
             lambda: self.other(memory, 510),
@@ -176,7 +176,7 @@ class TestOfAMemory:
             self.check(memory)
             self.check(memory, torch.tensor([[3, -1], [-1, -1]], device=DEVICE))
             assert memory.kept.index is index
-            assert places == [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.centre)]
+            assert places == [t.data_ptr() for t in (index.codes, index.scale, index.residual, index.center)]
         memory.to(torch.bfloat16)
         memory.q = memory.q.bfloat16()
         memory.search(memory.q, 7)

@@ -75,7 +75,7 @@ class CudaInt8Index:
         self.signs = (2 * signs - 1).to(device, torch.float32)
         self.codes = torch.zeros(n, self.padded, dtype=torch.int8, device=device)
         self.scale, self.residual = torch.zeros(2, n, device=device)
-        self.centre = torch.zeros(self.padded, device=device)
+        self.center = torch.zeros(self.padded, device=device)
         self.habit = torch.zeros(3, dtype=torch.long, device=device)  # as csrc/int8_search.cuh has it
         self.reranked = torch.zeros(0, dtype=torch.int32, device=device)
         self.encode()
@@ -94,7 +94,7 @@ class CudaInt8Index:
             torch.linalg.vector_norm(keys.float(), dim=1, out=self.key_norm)
         elif norm.data_ptr() != self.key_norm.data_ptr():
             self.key_norm.copy_(norm)
-        self.centre[: keys.shape[1]] = self._mean()
+        self.center[: keys.shape[1]] = self._mean()
         for start in range(0, len(keys), CHUNK):
             self._encode(slice(start, start + CHUNK))
         self.habit.zero_()
@@ -103,7 +103,7 @@ class CudaInt8Index:
     @property
     def bytes(self) -> int:
         """Memory that the copy takes."""
-        parts = (self.codes, self.scale, self.residual, self.centre, self.signs)
+        parts = (self.codes, self.scale, self.residual, self.center, self.signs)
         return sum(part.numel() * part.element_size() for part in parts)
 
     def search(self, q: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class CudaInt8Index:
             return scores, indices
         q = q.detach().float().contiguous()
         ranges = None if ranges is None else ranges.contiguous()
-        places = [self.codes, self.scale, self.residual, self.centre, self.signs]
+        places = [self.codes, self.scale, self.residual, self.center, self.signs]
         index = (
             *(address(part) for part in places),
             *(self.padded, self.window, address(self.keys), address(self.key_norm), name_of(self.keys.dtype)),
@@ -183,13 +183,13 @@ class CudaInt8Index:
         """Codes, scales and residuals of some rows; what int8 cannot hold has no code and an infinite residual."""
         u = torch.nn.functional.pad(self._normalised(rows), (0, self.padded - self.keys.shape[1]))
         length = u.double().square().sum(dim=1).sqrt()
-        v = self._rotate(u - self.centre)
+        v = self._rotate(u - self.center)
         scale = v.abs().amax(dim=1) / 127
         over = torch.where(scale > 0, 1 / scale, 0.0)
         usable = length.isfinite() & over.isfinite()
         codes = torch.where(usable[:, None], (v * over[:, None]).round().clamp(-127, 127), 0.0)
         left = (v.double() - scale.double()[:, None] * codes.double()).square().sum(dim=1).sqrt()
-        bound = (left + self.slack * (length + self.centre.double().norm())).float()
+        bound = (left + self.slack * (length + self.center.double().norm())).float()
         bound = torch.nextafter(bound, torch.full_like(bound, math.inf))
         self.codes[rows] = codes.to(torch.int8)
         self.scale[rows] = torch.where(usable, scale, 0.0)

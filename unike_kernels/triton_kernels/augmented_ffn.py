@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import reference
 from . import launching, tuning
 from .arithmetic import activate
+from .launching import contiguous_rows
 
 TOKENS = 64  # at most so many go through the kernels of this file, whose tiles hold all tokens
 ALIGNED = 16  # columns of the hidden workspace start and end at multiples of it, for 16-byte loads
@@ -334,11 +335,11 @@ def _launch(
 ) -> None:
     """Both launches: y [T, d] for x [T, d], T at most TOKENS."""
     (tokens, d), (width, n) = x.shape, (len(w_k), len(keys))
-    x, w_k, w_v, keys, values = (rows(t) for t in (x, w_k, w_v, keys, values))
+    x, w_k, w_v, keys, values = (contiguous_rows(t) for t in (x, w_k, w_v, keys, values))
     b_k, b_v, b_up, key_bias, up_bias, zeta = (
         t if t is None else t.contiguous() for t in (b_k, b_v, b_up, key_bias, up_bias, zeta)
     )
-    w_up, up = (None if t is None else rows(t) for t in (w_up, up))
+    w_up, up = (None if t is None else contiguous_rows(t) for t in (w_up, up))
     columns = max(16, triton.next_power_of_2(tokens))  # a dot takes 16 and more
     # Tensors of several widths, and rows that allow no wide loads, take the small tiles of float32: others spill.
     narrow = d % 8 == 0 and width % 8 == 0
@@ -417,11 +418,6 @@ def _launch(
         BT=columns,
         **output,
     )
-
-
-def rows(t: Tensor) -> Tensor:
-    """t [rows, columns] with a contiguous last dimension: itself, or a copy where that is not so."""
-    return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
 
 
 def _aligned(columns: int) -> int:

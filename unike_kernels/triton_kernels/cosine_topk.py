@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching, tuning
+from .launching import contiguous_rows
 
 CHUNK = 8192  # queries at a time
 MOST_LISTS = 512  # of a query: a chunk of what is merged has room for one of each
@@ -289,10 +290,8 @@ def cosine_topk(
     Workspace: 8 KP bytes for each of CHUNK + 8448 lists at most (16 MiB for k = 128), whatever T and N are.
     """
     lead, d = q.shape[:-1], keys.shape[1]
-    q = q.reshape(-1, d)
-    q = q if q.stride(1) == 1 or d == 1 else q.contiguous()
-    keys = keys if keys.stride(1) == 1 or d == 1 else keys.contiguous()
-    ranges = ranges if ranges is None or ranges.stride(1) == 1 else ranges.contiguous()
+    q, keys = contiguous_rows(q.reshape(-1, d)), contiguous_rows(keys)
+    ranges = None if ranges is None else contiguous_rows(ranges)
     tokens = q.shape[0]
     scores = launching.new((tokens, k), torch.float32, q.device)
     indices = launching.new((tokens, k), torch.int64, q.device)

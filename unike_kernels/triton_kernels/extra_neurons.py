@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import launching, tuning
 from .extra_neurons_kernels import hidden, neuron_groups, selected_rows, selected_tiles, weighted_rows
+from .launching import contiguous_rows
 
 Maybe: TypeAlias = Tensor | None
 FEW_TOKENS = 64  # up to here a decode step, where tokens seldom share a case; this operator's own choice of kernel
@@ -72,13 +73,6 @@ def extra_neurons_(y: Tensor, x: Tensor, *rest: Any) -> None:
     _run(flat, True, x, *rest)
     if flat.data_ptr() != y.data_ptr():  # strides that no [T, d_out] view has
         y.copy_(flat.view(y.shape))
-
-
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy if its last dimension is not contiguous."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return launching.new(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
 def flat_rows(tensor: Tensor) -> Tensor:

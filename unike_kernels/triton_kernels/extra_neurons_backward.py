@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import launching, tuning
-from .extra_neurons import TRITON, WORKSPACE, Maybe, contiguous_rows, dot_dtype, flat_rows, groups_of, slow, weighted
+from .extra_neurons import TRITON, WORKSPACE, Maybe, dot_dtype, flat_rows, groups_of, slow, weighted
 from .extra_neurons import stride as stride_of
 from .extra_neurons_grads import bias_grads, hidden_grads, route_grads, route_of_selected, rows_grads, zeta_grads
+from .launching import contiguous_rows
 
 tuning.ROWS += [
     tuning.Row("route_of_selected", 0, {}, {"BG": 256, "num_warps": 4}),

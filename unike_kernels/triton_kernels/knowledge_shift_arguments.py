@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import reference
+from .launching import contiguous_rows
 
 
 class Shift(NamedTuple):
@@ -67,8 +68,8 @@ def arguments(*args: Any) -> Shift:
         q, item_keys, item_values = q[:, None], item_keys[:, None], item_values[:, None]
     if item_keys.shape[0] == 0:
         indices = indices[:, :0]
-    h_input, q, item_keys, item_values = (_columns(t) for t in (h_input, q, item_keys, item_values))
-    encoder_rows = None if encoder_rows is None else _columns(encoder_rows[:, None])
+    h_input, q, item_keys, item_values = (contiguous_rows(t) for t in (h_input, q, item_keys, item_values))
+    encoder_rows = None if encoder_rows is None else contiguous_rows(encoder_rows[:, None])
     alpha, token_to_case, case_tokens, bias, folded_bias = (
         None if t is None else t.contiguous() for t in (alpha, token_to_case, case_tokens, bias, folded_bias)
     )
@@ -78,7 +79,3 @@ def arguments(*args: Any) -> Shift:
         h_input, q, item_keys, item_values, indices.contiguous(), alpha, token_to_case, case_tokens, weight, bias,
         weights, encoder_act, orientation, clamp, scaling, softcap, raw and rescale, encoder_rows, folded, folded_bias,
     )  # fmt: skip
-
-
-def _columns(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()

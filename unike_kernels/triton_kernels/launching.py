@@ -18,6 +18,13 @@ def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if its last dimension is not contiguous."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return new(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants) on the device of the first tensor. Nothing is started for an empty grid.
 

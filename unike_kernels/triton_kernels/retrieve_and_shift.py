@@ -13,6 +13,7 @@ from . import launching
 from .cosine_topk import scan
 from .knowledge_shift import attend, project
 from .knowledge_shift_arguments import arguments
+from .launching import contiguous_rows
 from .tickets import COUNTERS
 
 
@@ -50,7 +51,7 @@ def retrieve_and_shift(
         h_input, q, item_keys, item_values, indices, alpha, None, None, weight, bias, [], "identity", orientation,
         clamp, *rest, encoder_rows, folded, folded_bias,
     )._replace(indices=indices)  # fmt: skip
-    tap, sem = (t if t.stride(-1) == 1 else t.contiguous() for t in (tap, sem))
+    tap, sem = contiguous_rows(tap), contiguous_rows(sem)
     spans = spans.contiguous()
     ranges = spans[1 if selected is None else 0].expand(tokens, 2)
     token_to_case, selected = (None if t is None else t.contiguous() for t in (token_to_case, selected))

@@ -147,17 +147,17 @@ def geometry(model: Any, processor: Any, split: str = "development", layer: int 
         calibration.append((None, rng.choice(data.facts(concept))[0]))
     rows = taps(model, processor, calibration, layer)
     memory = [(row["image"], row["prompt"]) for row in records.triplets()]
-    centre = taps(model, processor, memory, layer).mean(0)
+    center = taps(model, processor, memory, layer).mean(0)
 
     def unit(cases: list[tuple[str | None, str]]) -> Tensor:
-        return torch.nn.functional.normalize(taps(model, processor, cases, layer) - centre, dim=-1)
+        return torch.nn.functional.normalize(taps(model, processor, cases, layer) - center, dim=-1)
 
     base = unit([(c.image(a), prompt) for c, a in drawn])
     cosine = base @ base.T
     same = torch.tensor([[c == d for d, _ in drawn] for c, _ in drawn])
     kind = torch.tensor([[c.kind == d.kind for d, _ in drawn] for c, _ in drawn])
     artists, kin = cosine[same & ~torch.eye(len(drawn), dtype=torch.bool)], cosine[kind & ~same]
-    false = torch.nn.functional.normalize(rows - centre, dim=-1) @ base.T  # [calibration, edits]
+    false = torch.nn.functional.normalize(rows - center, dim=-1) @ base.T  # [calibration, edits]
     one, many = torch.quantile(false.flatten(), 0.99), torch.quantile(false[:, ::3].max(1).values, 0.99)
     figures = {
         "cosine, other phrasing": (base * unit([(c.image(a), other) for c, a in drawn])).sum(-1).mean(),
