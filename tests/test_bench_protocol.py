@@ -1,15 +1,14 @@
 """Methods of the benchmark through the protocols: rows with their controls, and runs that go on."""
 
-from copy import copy
 from dataclasses import replace
 
 import pytest
 
 from bench.quality import protocol, world
-from bench.quality.rows import CONTROLS, ROWS, Row
+from bench.quality.rows import CONTROLS, RATE, ROWS, Row, default_config
 from tests.editing_tiny import make_editor
 from tests.test_protocols import make_records
-from unike_kernels.config import RATES, NeuronConfig
+from unike_kernels.config import UnikeConfig
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
 
@@ -40,14 +39,11 @@ def test_a_rows_control_is_on_every_patch(editor):
     assert zero.settings()["row"]["memory"] == "zero" and zero.settings()["memory"] > 0
 
 
-def test_a_row_trains_at_the_rate_of_its_routing(editor):
-    like, rates = copy(editor), {}
-    like.config = replace(editor.config, neurons=NeuronConfig())
-    for row in (Row("UniKE"), Row("UniKE, routed", routed=True)):
-        method = protocol.RowMethod(row, like)
-        rates[method.routing] = method.editor.config.training().lr_keys
-        assert method.settings()["config"]["routing"]["mode"] == method.routing
-    assert rates == RATES
+def test_rows_train_at_the_rate_searched_for_them_and_routed_ones_at_the_librarys():
+    for row in (*ROWS, *CONTROLS):
+        found, library = row.config(default_config(), 0.3).neurons, row.config(UnikeConfig(), 0.3).neurons
+        assert (found.lr_keys, found.lr_values) == ((1e-2, 1e-2) if row.routed else (RATE, RATE))
+        assert library == replace(found, lr_keys=1e-2, lr_values=1e-2)
 
 
 def test_a_measured_plan_goes_on_and_is_then_read(editor, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from unike_kernels.config import RATES, EncoderConfig, NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
+from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
 
 
 def test_json_round_trip():
@@ -18,15 +18,6 @@ def test_json_round_trip():
     )
     assert UnikeConfig.from_json(json.loads(config.dumps())) == config
     assert UnikeConfig.from_json({}) == UnikeConfig()
-
-
-@pytest.mark.parametrize("mode", RATES)
-def test_rates_are_those_set_else_those_of_the_mode(mode):
-    config = UnikeConfig(routing=RoutingConfig(mode=mode), neurons=NeuronConfig(steps=7))
-    assert config.training() == NeuronConfig(steps=7, lr_values=RATES[mode], lr_keys=RATES[mode])
-    slow = replace(config, neurons=NeuronConfig(lr_keys=0.0))
-    assert slow.training() == NeuronConfig(lr_values=RATES[mode], lr_keys=0.0)
-    assert UnikeConfig.from_json(json.loads(slow.dumps())) == slow
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from bench.quality.emoji import model as emoji
 from tests.second_device import second_device
 from tests.test_datasets import DATA, drawn
 from unike_kernels.cli import app
-from unike_kernels.config import EncoderConfig, NeuronConfig, RoutingConfig, UnikeConfig
+from unike_kernels.config import EncoderConfig, NeuronConfig, UnikeConfig
 from unike_kernels.editing.loading import load
 from unike_kernels.evaluation import datasets, evaluate, runs
 from unike_kernels.evaluation.evaluate import Job, across, run
@@ -369,13 +368,13 @@ def test_a_models_class_device_and_type(place):
 
 
 def test_a_large_group_goes_on_where_its_edits_were_stopped(tmp_path, monkeypatch):
-    from tests.editing_tiny import make_editor, routed
+    from tests.editing_tiny import make_editor
     from tests.test_protocols import sample
     from unike_kernels.evaluation import unike
 
     monkeypatch.setattr(unike, "SAVED_EVERY", 2)
     assert SAVED_EVERY > 2
-    editor = make_editor("blip2", replace(routed(), routing=RoutingConfig()))
+    editor = make_editor("blip2")
     requests = [sample(i) for i in range(5)]
     with Unike(editor).apply(requests) as edited:
         whole = edited.handle.edits

@@ -293,7 +293,7 @@ def settings(cell: Cell, scale: Scale) -> str:
     told: dict[str, Any] = {"brief": scale.brief, "quick": scale.quick}
     if cell.method in OF_ROWS:
         row, base = OF_ROWS[cell.method], default_config()
-        config = asdict(replace(base, neurons=row.config(base, None).training()))
+        config = asdict(replace(base, neurons=row.config(base, None).neurons))
         if not row.routed:  # always on: nothing is routed
             del config["routing"]
         told |= {"row": asdict(row), "config": config}

@@ -7,10 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.quality.ablation import World
-from bench.quality.rows import Row, RowEditor, default_config
+from bench.quality.rows import Row, RowEditor
 from bench.quality.world import request
 from unike_kernels.config import RoutingConfig, UnikeConfig
-from unike_kernels.edits import Edits
 
 Change = Callable[[UnikeConfig], UnikeConfig]
 
@@ -83,10 +82,9 @@ VARIANTS = (
 
 
 def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """UniKE, always on, routed, and routed in stacks, under every variant (of `points`); one result a variant."""
-    world = World(seed, items, default_config())
-    out: list[dict[str, Any]] = []
-    made: dict[str, Edits] = {}  # by all that training depends on: variants of routing alone share them
+    """UniKE, always on, routed, and routed in stacks, under every variant (of `points`) of the library's defaults."""
+    world = World(seed, items, UnikeConfig())
+    out, trained = [], ""
     chosen = [v for v in VARIANTS if points is None or v.point in points]
     for variant in tqdm(chosen, desc=f"model {seed}", unit="variant"):
         like = RowEditor(world.editor.model, world.editor.collator.processor, variant.change(world.editor.config))
@@ -94,16 +92,15 @@ def run(seed: int, items: Sequence[dict[str, Any]], points: Sequence[str] | None
         like.config = variant.change(like.config)
         if variant.refit:
             like.fit()
-        found: dict[str, dict[str, Any]] = {}
-        for row in (Row("UniKE"), Row("UniKE, routed", routed=True)):
-            editor = RowEditor(world.editor.model, world.editor.collator.processor, like.config).prepare(row, like)
-            key = replace(editor.config, routing=RoutingConfig(), neurons=editor.config.training()).dumps()
-            if key not in made:
-                made[key] = editor.edit([request(r) for r in items], independent=True, progress=False)
-            edits = replace(made[key], config=editor.config)
-            found[row.name] = world.score(row, editor, edits)
-        always, routed = found.values()
-        stacked = world.stacked(row, editor, edits)
+        editor = RowEditor(world.editor.model, world.editor.collator.processor, like.config)
+        editor.prepare(Row("UniKE"), like)
+        unrouted = replace(like.config, routing=RoutingConfig()).to_json()
+        if trained != unrouted:  # edits are trained always on: variants of routing alone share them
+            edits = editor.edit([request(r) for r in items], independent=True, progress=False)
+            always, trained = world.score(Row("UniKE"), editor, edits), unrouted
+        edits = replace(edits, config=like.config)
+        row = Row("UniKE, routed", routed=True)
+        routed, stacked = world.score(row, editor, edits), world.stacked(row, editor, edits)
         out.append(
             {
                 "point": variant.point,

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from unike_kernels import reference
-from unike_kernels.config import NeuronConfig, RoutingConfig, ShiftConfig, UnikeConfig
+from unike_kernels.config import NeuronConfig, UnikeConfig
 from unike_kernels.editing.disentangle import LayerFit
 from unike_kernels.editing.editor import Editor
 from unike_kernels.edits import Edits
 from unike_kernels.models import get_module
 from unike_kernels.patching import PatchHandle
 
+# Of keys and values of edits that are always on, on the emoji models: searched as every baseline's rate was
+# (`python -m bench.quality.run --rows measure --points "both rates"`). Routed rows have the library's own.
+RATE = 3e-3
 FIXED_ALPHA = 0.5  # of the rows without adaptive alpha; the prototype's middle setting
 
 
@@ -34,13 +37,18 @@ class Row:
 
     def config(self, base: UnikeConfig, mean_alpha: float | None) -> UnikeConfig:
         """The configuration of this row; `mean_alpha` is what "mean" stands for."""
+        neurons = replace(base.neurons, enabled=self.neurons)
+        if self.zeta == "none":
+            neurons = replace(neurons, beta=0.0)
+        if self.routed:
+            neurons = replace(neurons, lr_keys=NeuronConfig().lr_keys, lr_values=NeuronConfig().lr_values)
         alpha = mean_alpha if self.alpha == "mean" else self.alpha
         k = base.shift.k if self.items is None else self.items
         return replace(
             base,
             shift=replace(base.shift, enabled=self.shift, alpha=alpha, own_item=self.own_item, k=k),
-            neurons=replace(base.neurons, enabled=self.neurons, beta=base.neurons.beta if self.zeta != "none" else 0.0),
-            routing=replace(base.routing, mode="routed" if self.routed else "always"),
+            neurons=neurons,
+            routing=replace(base.routing, mode="always"),
         )
 
 
@@ -150,5 +158,5 @@ class RowEditor(Editor):
 
 
 def default_config() -> UnikeConfig:
-    """The library's defaults: what the reported rows use."""
-    return UnikeConfig(shift=ShiftConfig(), neurons=NeuronConfig(), routing=RoutingConfig())
+    """The library's defaults, but for RATE: what the reported rows start from."""
+    return UnikeConfig(neurons=NeuronConfig(lr_keys=RATE, lr_values=RATE))

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.quality.emoji import records
-from bench.quality.rows import Row, RowEditor, default_config
+from bench.quality.rows import Row, RowEditor
 from bench.quality.tables import markdown
 from bench.quality.world import request, with_memory
+from unike_kernels.config import UnikeConfig
 from unike_kernels.editing.train import GroupTrainer, _Pass
 from unike_kernels.edits_schema import EditEntry
 from unike_kernels.models import get_module
@@ -27,8 +28,6 @@ ONE_AT_A_TIME = (NAIVE, ONE)
 SLOW = 24  # edits of these two on a GPU, whose minutes are dear
 SIZES = (32, 128)  # edits in a batch: the default, and what a small model has room for
 SAME_LOSS = 1e-2  # of the edits' final losses, on average: float sums in another order move single steps
-
-ROW = Row("UniKE, routed", routed=True)  # routed edits are independent, so that they can be trained together
 
 Way = Callable[[RowEditor, list[dict[str, Any]]], list[EditEntry]]
 
@@ -64,7 +63,7 @@ def naive(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
     out = []
     for asked in requests:
         model = copy.deepcopy(editor.model)
-        alone = NaiveEditor(model, editor.collator.processor, editor.config).prepare(ROW, editor)
+        alone = NaiveEditor(model, editor.collator.processor, editor.config).prepare(Row("UniKE"), editor)
         out += alone.edit([asked], independent=False, progress=False).entries
     return out
 
@@ -84,7 +83,7 @@ def in_batches(size: int) -> Way:
 
     def way(editor: RowEditor, requests: list[dict[str, Any]]) -> list[EditEntry]:
         neurons = replace(editor.config.neurons, batch_size=size)
-        like = RowEditor(editor.model, editor.collator.processor, editor.config).prepare(ROW, editor)
+        like = RowEditor(editor.model, editor.collator.processor, editor.config).prepare(Row("UniKE"), editor)
         like.config = replace(like.config, neurons=neurons)
         return together(like, requests)
 
@@ -119,8 +118,7 @@ def run(
     slow: edits of the two ways that train one at a time, the first of them (None: all); their rate is per edit anyway.
     """
     device = torch.device(device)
-    config = ROW.config(default_config(), None)
-    base = with_memory(seed, config, RowEditor, quick=quick, device=device)
+    base = with_memory(seed, UnikeConfig(), RowEditor, quick=quick, device=device)
     base.fit(progress=False)
     requests = [request(r) for r in records.records("development", "name", edits)]
     found: dict[str, list[EditEntry]] = {}

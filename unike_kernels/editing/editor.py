@@ -317,7 +317,7 @@ class Editor:
         maps: W_zeta [d, d] by layer to learn along, in place; otherwise zeta' is what `fit` found.
         """
         samples = [r.sample() for r in requests]
-        gated, neurons = self.decoder.layers[self.layers[0]].gated, self.config.training()
+        gated, neurons = self.decoder.layers[self.layers[0]].gated, self.config.neurons
         own = self.own_items(samples)
         entries = [r.entry(self.layers) for r in requests]
         grown = appended(edits, entries, {i: new_layer(own[i], gated) for i in self.layers})

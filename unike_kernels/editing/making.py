@@ -226,7 +226,7 @@ def _saved(editor: Editor, known: Sequence[dict[str, Any]], job: Job) -> Path | 
     config = editor.config
     told: list[Any] = [editor.base.to_json(), editor.collator.fingerprint()]
     told += [sorted({str(p.dtype) for p in editor.model.parameters()})]  # the probe's digits are too few to tell them
-    told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.training())]
+    told += [config.layers, asdict(config.encoders), config.shift.attention, asdict(config.neurons)]
     told += [[asked(t), *(t.get(k) for k in ("target", "prediction", "question"))] for t in known]
     return job.cache / f"editor-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.safetensors"
 

@@ -6,8 +6,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,10 +80,6 @@ class Unike(Method):
         """
         if routing not in ("always", "routed"):
             raise ValueError(f"routing must be 'always' or 'routed', but is {routing!r}")
-        if editor.config.routing.mode != routing:  # which also decides how fast edits are trained
-            config = replace(editor.config, routing=replace(editor.config.routing, mode=routing))
-            editor = copy(editor)
-            editor.config = config
         self.editor, self.routing = editor, routing
         self.name = name or ("UniKE" if routing == "always" else "UniKE, routed")
         self.cache, self.progress = None if cache is None else Path(cache), progress

@@ -22,8 +22,10 @@ from bench.quality.baselines import METHODS
 from bench.quality.baselines.ike import Ike
 from bench.quality.baselines.learned import TRAINING, fitted
 from bench.quality.baselines.training_split import benchmark_records, training_records
+from bench.quality.cells import UNIKE
 from bench.quality.emoji import model
-from bench.quality.rows import default_config
+from bench.quality.protocol import RowMethod
+from bench.quality.rows import ROWS, default_config
 from bench.quality.run import RESULTS, environment
 from bench.quality.tables import HEADS, markdown, number
 from bench.quality.world import prepared
@@ -33,7 +35,6 @@ from unike_kernels.evaluation.examiner import Examiner
 from unike_kernels.evaluation.methods import Edited, Method
 from unike_kernels.evaluation.records import KINDS, Record
 from unike_kernels.evaluation.summary import Summary
-from unike_kernels.evaluation.unike import Unike
 
 BRIEF = 4  # a trial trains for a quarter of the steps
 app = typer.Typer(add_completion=False)
@@ -209,7 +210,7 @@ def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> 
     if "UniKE" in names:
         editor = prepared(seed, default_config())
         examiner = Examiner(editor.collator)
-        for method in (Unike(editor), Unike(editor, routing="routed")):
+        for method in (RowMethod(row, editor) for row in ROWS if row.name in UNIKE):
             of = bench.settings(method)
             if kept(path)["rows"].get(method.name, {}).get("of") != of:
                 save(path, method.name, bench.asked(method, examiner) | {"of": of})

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from bench.quality import ablation, tables
-from bench.quality.rows import ROWS, default_config
+from bench.quality.rows import ROWS
 from bench.quality.run import RESULTS, environment
 from bench.quality.world import triplets
+from unike_kernels.config import NeuronConfig, UnikeConfig
 
 from . import facts, latent, model, world
 
@@ -54,14 +55,16 @@ def run_latent(task: world.Task, n: int, dtype: str) -> None:
     experiment.run(latent.points())
 
 
-def run_ablation(task: world.Task, n: int, dtype: str, controls: bool) -> None:
+def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: float | None) -> None:
     """One-step rows with their controls, routed stacks, and edits one after another."""
-    path = where(f"ablation-{task}")
+    path = where(f"ablation-{task}" if rate is None else f"ablation-{task}-rate-{rate:g}")
     check_saved(path, edits=n, dtype=dtype)
-    items, config = world.items(task, n), default_config()
-    made = world.SmolWorld(task, items, config, dtype=DTYPES[dtype])
+    items = world.items(task, n)
+    neurons = NeuronConfig() if rate is None else NeuronConfig(lr_keys=rate, lr_values=rate)
+    made = world.SmolWorld(task, items, UnikeConfig(neurons=neurons), dtype=DTYPES[dtype])
     if not path.exists():
         about = {"task": task, "dtype": dtype, "environment": environment(), "seed": 0, "edits": n, "seconds": 0.0}
+        about |= {} if rate is None else {"rate": rate}
         fits = {str(i): ablation.fit_report(f) for i, f in made.editor.fits.items()}
         ablation.write(path, about | {"rows": {"base": made.score_base()}, "fit": fits})
     result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made)
@@ -81,8 +84,9 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool) -> None:
 
 def ablation_section(result: dict[str, Any]) -> str:
     """One task's tables."""
+    rate = f", always on at a rate of {result['rate']:g}" if "rate" in result else ""
     parts = [
-        f"## Edits: {TITLES[result['task']]}",
+        f"## Edits: {TITLES[result['task']]}{rate}",
         f"{result['edits']} edits, language model in {result['dtype']}; in percent, standard errors clustered by "
         "concept, controls in italics, locality A unless B is named.",
         tables.five_metrics(result),
@@ -132,8 +136,7 @@ def write_page() -> Path:
                 if kind in found["base"]:
                     parts += [f"{tables.HEADS[kind]}:", latent.table(found, items, kind)]
     for task in world.TASKS:
-        path = where(f"ablation-{task}")
-        if path.exists():
+        for path in sorted(RESULTS.glob(where(f"ablation-{task}*").name)):
             parts.append(ablation_section(json.loads(path.read_text())))
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return PAGE
@@ -146,6 +149,7 @@ def main(
     edits: Annotated[int, typer.Option(help="Edits of the reported split.")] = 40,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the language model.")] = "float32",
     controls: Annotated[bool, typer.Option(help="Also the rows that say what a gain comes from.")] = True,
+    rate: Annotated[float | None, typer.Option(help="Of keys and values of always-on rows, if another.")] = None,
 ) -> None:
     """Runs one experiment on one task; a stopped run goes on with the same command.
 
@@ -155,7 +159,7 @@ def main(
     if part == "latent":
         run_latent(task, edits, dtype)
     elif part == "ablation":
-        run_ablation(task, edits, dtype, controls)
+        run_ablation(task, edits, dtype, controls, rate)
     path = write_page()
     Console().print(Markdown(path.read_text(encoding="utf-8")))
 
