@@ -35,8 +35,10 @@ sys.path.insert(0, str(HERE.parent))  # the package of this checkout, installed 
 
 from unike_kernels.triton_kernels import launching, tuning  # noqa: E402
 
-FULL = 90  # all variants are built for this architecture, the first of each kernel for the others
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+# All variants are built for this architecture; for the others the first of each kernel, and those that the table says
+# to take nearly all the shared memory there is there.
+FULL = 90
+SHARED = tuning.SHARED
 # Instructions: loads of 16 bytes per thread, and each generation's tensor cores.
 SASS = {
     "wide": r"\b(?:LDG|LDGSTS)(?:\.\w+)*\.128\b|\bUTMALDG\b",
@@ -121,11 +123,17 @@ def variants(cases: Mapping[str, Callable[[], None]], arch: int) -> tuple[list[V
     return list(found.values()), failures
 
 
-def first_of_each_kernel(all_of_them: list[Variant]) -> list[Variant]:
+def some_of(all_of_them: list[Variant], table: Mapping[str, Mapping[str, int]]) -> list[Variant]:
+    """The first of each kernel, and what takes more than 85 % of this architecture's shared memory on the other."""
     firsts: dict[str, Variant] = {}
     for variant in all_of_them:
         firsts.setdefault(f"{variant.kernel.__module__}.{variant.kernel.__name__}", variant)
-    return list(firsts.values())
+    chosen = list(firsts.values())
+    for variant in all_of_them:
+        there = table.get(f"sm_{FULL} {variant.name}", {}).get("shared", 0)
+        if variant not in chosen and there > 0.85 * SHARED[variant.arch]:
+            chosen.append(variant)
+    return chosen
 
 
 def build(variant: Variant) -> dict[str, int]:
@@ -202,16 +210,16 @@ def main() -> int:
         arch, _, name = key.partition(" ")
         return int(arch[3:]) in archs and (not options.only or any(part in name for part in options.only))
 
+    stored = json.loads(options.table.read_text()) if options.table.exists() else {"triton": None, "variants": {}}
+    table = stored["variants"]
     cases = read_cases(options.cases)
     failures: list[str] = []
     for arch in archs:
         found, failed = variants(cases, arch)
-        found = found if arch == FULL else first_of_each_kernel(found)
+        found = found if arch == FULL else some_of(found, table)
         _work.extend(variant for variant in found if chosen(f"sm_{arch} {variant.name}"))
         failures += [f for f in failed if not options.only or any(part in f.split(":")[0] for part in options.only)]
 
-    stored = json.loads(options.table.read_text()) if options.table.exists() else {"triton": None, "variants": {}}
-    table = stored["variants"]
     comparable = stored["triton"] == triton.__version__
     rows: dict[str, dict[str, int]] = {}
     print(f"{len(_work)} variants of {len(cases)} cases, triton {triton.__version__}, {options.jobs} processes")

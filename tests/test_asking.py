@@ -108,10 +108,10 @@ def test_more_features_than_cases_make_up_no_difference():
     assert asking(states, [str(i % 3) for i in range(240)], [i // 2 for i in range(240)]) is None
 
 
-def make_router(config, asks):
+def make_router(config, asks, groups=2):
     calibration = Calibration(2, torch.zeros(4), torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
     calibration.asking = asks
-    router = Router.fitting(calibration, config, 2, torch.zeros(4))
+    router = Router.fitting(calibration, config, groups, torch.zeros(4))
     return router, calibration
 
 
@@ -131,6 +131,26 @@ def test_an_edit_acts_only_where_its_question_is_asked():
     without.load(edit, calibration)
     assert without(near)[1].flatten().tolist() == [0, 0] and len(without.asking) == 0
     assert router.half().asking.dtype == router.asks.dtype == torch.float32
+
+
+def test_without_edits_none_acts_whatever_is_asked():
+    router, calibration = make_router(RoutingConfig(mode="routed"), torch.randn(1, 4), groups=0)
+    router.load(torch.zeros(0, 4), calibration)
+    assert router(torch.randn(3, 4))[1].flatten().tolist() == [-1, -1, -1]
+
+
+def test_autocast_does_not_round_what_is_asked():
+    """Far along a direction, half precision would move a case by more than what tells two questions apart."""
+    generator = torch.Generator().manual_seed(0)
+    asks, edit = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[700.0, 900.0, 0.0, 0.0]])
+    near = edit + torch.rand(64, 4, generator=generator) * torch.tensor([2.0, 1.0, 1.0, 1.0])
+    router, calibration = make_router(RoutingConfig(mode="routed", cohort=1, margin=-2.0, false_accept_rate=0.5), asks)
+    router.load(edit, calibration)
+    plain = router(near)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = router(near)
+    assert all(torch.equal(a, b) for a, b in zip(plain, rounded, strict=True))
+    assert 0 < int((plain[1] >= 0).sum()) < len(near)
 
 
 def test_cases_that_ask_something_else_do_not_raise_the_threshold():

@@ -95,6 +95,15 @@ def test_near_identical_keys_are_all_scored_and_the_scan_is_left_out():
     assert spread.reranked.tolist()[0] >= 5
 
 
+def test_the_default_device_is_none_of_its_business():
+    keys, q = torch.randn(2000, 16), torch.randn(2, 16)
+    index = native.Int8Index(keys)
+    expected = index.search(q, 3)
+    with torch.device("meta"):
+        found = index.search(q, 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and index.reranked.is_cpu
+
+
 def test_threads_do_not_change_the_result():
     generator = torch.Generator().manual_seed(3)
     keys, q = torch.randn(9000, 512, generator=generator), torch.randn(3, 512, generator=generator)

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import unike_kernels as uk
 from tests.case_passes import CLOSE, CONFIGS, GREEDY, assert_same_decisions, decisions, patched
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, row_of
+from unike_kernels.cases import as_if_capturing
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -135,6 +136,24 @@ def test_case_tokens_that_are_overwritten_are_followed():
     own.copy_(torch.tensor([3, 11]))
     model(input_ids=packed, position_ids=position)
     assert handle.record.runtime.tracker.current.case_tokens.tolist() == [3, 11]
+
+
+def test_a_captured_step_computes_nothing_that_the_next_naming_reads():
+    """A capture runs no kernel: what it wrote would be read before it is there, and what it read would be freed."""
+    model, inputs, handle = patched("llama", ROUTED, rows=(6, 6))
+    packed, position = inputs["input_ids"].reshape(1, -1), torch.arange(6).repeat(2)[None]
+    tracker = handle.record.runtime.tracker
+    with torch.no_grad():
+        handle.set_cases(torch.tensor([0] * 6 + [1] * 6), torch.tensor([5, 11]))
+        cache = model(input_ids=packed, position_ids=position, use_cache=True).past_key_values
+        handle.set_cases(torch.tensor([0, 1]), torch.tensor([-1, -1]))
+        named = tracker.explicit
+        decided = named.state.known, [d.alpha for d in named.state.layers.values()]
+        with as_if_capturing():
+            model(input_ids=torch.tensor([[7, 8]]), position_ids=torch.tensor([[6, 6]]), past_key_values=cache)
+    assert named.state.known is named.known and torch.equal(decided[0], named.known)
+    assert all(d.alpha is a for d, a in zip(named.state.layers.values(), decided[1], strict=True))
+    handle.set_cases(torch.tensor([0, 1]), torch.tensor([-1, -1]))  # both are known still
 
 
 def test_the_last_chunk_of_a_packed_prompt_decides():
@@ -264,6 +283,8 @@ def test_cases_named_wrongly(what):
             *(a and torch.tensor(a) for a in args), **{name: torch.tensor(value) for name, value in kwargs.items()}
         )
     assert before == (tracker.explicit, tracker.positions)
+    with pytest.raises(ValueError, match="token_to_case is on meta, but case_tokens are on cpu"):
+        handle.set_cases(torch.tensor([0], device="meta"), torch.tensor([0]))
 
 
 def test_flattened_inputs_need_named_cases():

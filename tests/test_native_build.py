@@ -262,7 +262,7 @@ def test_a_module_of_other_sources_is_not_called(monkeypatch):
 @pytest.fixture
 def two_devices(monkeypatch):
     """A module built for sm_80 on device 0, without an image for device 1; tells where its kernel was tried."""
-    asked, entered = [], []
+    asked, entered, full = [], [], set()
 
     @contextmanager
     def on(index):
@@ -273,7 +273,9 @@ def two_devices(monkeypatch):
     def probe():
         asked.append(entered[-1])
         if entered[-1] == 1:
-            raise RuntimeError("launching probe: no kernel image")
+            raise native.NoImageError("launching probe: no kernel image")
+        if entered[-1] in full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return 80
 
     monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures="80", device_count=lambda: 2))
@@ -282,7 +284,7 @@ def two_devices(monkeypatch):
     for name, value in {"is_available": True, "current_device": 0, "is_current_stream_capturing": False}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "device", on)
-    return asked
+    return SimpleNamespace(asked=asked, full=full)
 
 
 def test_a_device_is_asked_once_what_its_code_was_built_for(two_devices):
@@ -294,7 +296,15 @@ def test_a_device_is_asked_once_what_its_code_was_built_for(two_devices):
         assert native.no_cuda(torch.device("cuda:1")).startswith(
             "launching probe: no kernel image; it was built for 80"
         )
-    assert two_devices == [0, 1]
+    assert two_devices.asked == [0, 1]
+
+
+def test_a_full_device_is_asked_again(two_devices):
+    two_devices.full.add(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        native.no_cuda()
+    two_devices.full.clear()
+    assert native.built_for(torch.device("cuda:0")) == 80
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(two_devices, monkeypatch):
@@ -303,7 +313,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(two_devices, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert native.no_cuda() is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert native.no_cuda() is None and two_devices == [0]
+    assert native.no_cuda() is None and two_devices.asked == [0]
 
 
 @needs_compiler

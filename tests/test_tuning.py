@@ -43,6 +43,22 @@ def test_the_first_row_that_fits_wins(monkeypatch):
         tuning.choose("other", CPU)
 
 
+def test_what_has_no_room_gets_fewer_stages_then_narrower_ones():
+    choice, meta = {"BLOCK_N": 128, "BLOCK_D": 128, "num_stages": 4}, torch.device("meta")
+    for arch, rows, expected in (
+        (90, 144, (128, 4)),
+        (80, 144, (128, 4)),
+        (89, 144, (128, 3)),  # two buffers of 36 KiB of 99
+        (120, 144, (128, 2)),  # not known: as little as any has
+        (90, 528, (64, 2)),
+        (89, 1040, (32, 2)),
+    ):
+        with tuning.pretend(arch):
+            found = tuning.fitting(choice, rows, 2, meta)
+        assert (found["BLOCK_D"], found["num_stages"]) == expected and found["BLOCK_N"] == 128
+    assert tuning.fitting(choice, 10**6, 2, torch.device("cpu")) == choice  # the interpreter has room for all
+
+
 @pytest.mark.usefixtures("table")
 def test_a_file_is_asked_first(tuned):
     tuned([ROW])

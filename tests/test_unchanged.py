@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -172,6 +173,21 @@ def test_edits_of_inference_mode_are_written_every_time():
             own.values.mul_(2)
         handle.swap(edits)
     assert same(written(handle), patched(model, edits))
+
+
+@pytest.mark.parametrize("config", [ALWAYS, ROUTED], ids=["always", "routed"])
+def test_what_a_move_replaced_is_free(config):
+    """On a GPU it is gigabytes."""
+    model = make_model("llama")
+    edits = edits_for(model, config)
+    with uk.patch(model, edits, **ROOM) as handle:
+        layer = handle.record.layers[0]
+        parts = [layer.neurons, layer.shift.memory]
+        old = [weakref.ref(t) for part in parts for t in part.buffers() if t.is_floating_point()]
+        assert len(old) > 5 and all(ref() is not None for ref in old)
+        model.to(torch.bfloat16)
+        assert all(ref() is None for ref in old)
+        handle.swap(edits)
 
 
 def test_seen_tensors_are_the_same_until_one_changes():

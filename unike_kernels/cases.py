@@ -154,6 +154,7 @@ class Cases:
     state: CaseState
     decided: bool = False  # True: every case was decided before, nothing to retrieve
     fresh: bool = False  # True: every case is decided in this pass, nothing to keep
+    known: Tensor | None = None  # [C] bool: had a case token when this pass is over; of cases that are named by hand
     native: bool = False  # few tokens of decided cases on the CPU, which native code may serve past the dispatcher
     once: dict[Any, Tensor] = field(default_factory=dict)  # what is the same for all layers of the pass
     steps: dict[Any, Any] = field(default_factory=dict, repr=False)  # by module: its prepared native call, or None

@@ -94,7 +94,8 @@ class PatchHandle:
         that they had, unchanged as far as torch counts it; otherwise see `refresh`.
 
         ValueError, and nothing changed, when they do not fit the capacities given to `patch`, or when their encoders,
-        config, layers or base differ, and inside `choosing`. KV caches of before are refused at their next use.
+        config, layers or base differ, and inside `choosing`. KV caches of before are refused at their next use. On a
+        GPU the new rows are written on the current stream: passes on others must be over before, and wait after.
         """
         holder, record = self._holder(), self.record
         if record.runtime.tracker.chosen is not None:

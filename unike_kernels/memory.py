@@ -100,7 +100,10 @@ class ExternalMemory(ChoosesBackend):
 
     @to_keep()
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "ExternalMemory":
+        before = self.sem
         super()._apply(fn, *args, **kwargs)  # .to(), .half(), .cuda()
+        if self.sem is not before:
+            self.kept = KeptIndex()  # the old one would keep the old rows
         self.sem_norm = self.sem_norm.to(compute_dtype(self.sem))
         self._measure()
         return self

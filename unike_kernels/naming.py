@@ -24,6 +24,8 @@ def named_cases(
         if token_to_case is not None or case_tokens is not None:
             raise ValueError("set_cases takes both token_to_case and case_tokens, or None for both")
         return None
+    if token_to_case.device != case_tokens.device:
+        raise ValueError(f"token_to_case is on {token_to_case.device}, but case_tokens are on {case_tokens.device}")
     token_to_case, case_tokens = token_to_case.long().reshape(-1), case_tokens.long().reshape(-1)
     tokens, size = token_to_case.numel(), case_tokens.numel()
     _check_range("token_to_case", token_to_case, size, f"{size} case tokens")
@@ -53,9 +55,9 @@ def named_cases(
         )
         raise ValueError(f"cases {missing} have no case token in this pass and {why}")
     if before is None or bool(new.all()):
-        return Cases(token_to_case, case_tokens, CaseState(version, size), fresh=True)
+        return Cases(token_to_case, case_tokens, CaseState(version, size), fresh=True, known=new)
     state = replace(before, layers=dict(before.layers), known=known)
-    return Cases(token_to_case, case_tokens, state, decided=not bool(new.any()))
+    return Cases(token_to_case, case_tokens, state, decided=not bool(new.any()), known=known | new)
 
 
 def _check_range(name: str, index: Tensor, size: int, what: str, lowest: int = -1) -> None:

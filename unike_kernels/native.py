@@ -91,14 +91,21 @@ def _image(device: torch.device) -> int | str:
                 return f"none of its kernels has run on device {index}, and a graph is captured: call one before"
             try:
                 _images[index] = _probe()
-            except RuntimeError as error:
+            except NoImageError as error:
                 _images[index] = f"{error}; it was built for {cuda().architectures} (UNIKE_CUDA_ARCHS)"
     return _images[index]
 
 
+class NoImageError(RuntimeError):
+    """The CUDA module's kernels do not start on a device."""
+
+
 def _probe() -> int:
-    out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    cuda().probe(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")  # a full GPU is no reason to do without the module for good
+    try:
+        cuda().probe(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    except RuntimeError as error:
+        raise NoImageError(str(error)) from error
     return int(out)
 
 
@@ -151,9 +158,11 @@ class Int8Index:
             raise ValueError(f"ranges must be [{len(q)}, 2] int64, but got {list(ranges.shape)}, {ranges.dtype}")
         unit = reference._unit(q.detach().float()).contiguous()
         ranges = None if ranges is None else ranges.contiguous()
-        scores, indices = torch.empty(len(q), k), torch.empty(len(q), k, dtype=torch.long)
+        # Said, and not left to the default device: C++ writes to these addresses.
+        scores = torch.empty(len(q), k, device="cpu")
+        indices = torch.empty(len(q), k, dtype=torch.long, device="cpu")
         # Kept here, not by `self`, while C++ writes: another thread's search would free it.
-        reranked = torch.empty(len(q), dtype=torch.long)
+        reranked = torch.empty(len(q), dtype=torch.long, device="cpu")
         self._index.search(
             *(unit.data_ptr(), len(q), k, 0 if ranges is None else ranges.data_ptr()),
             *(scores.data_ptr(), indices.data_ptr(), reranked.data_ptr(), torch.get_num_threads()),

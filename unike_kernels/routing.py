@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -143,8 +144,11 @@ class Router(ChoosesBackend):
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [C, top] fp32, selected [C, top] int64, -1 padded) for the case tokens' tap [C, d]."""
-        centred = self._centred(tap.detach())
-        scores, selected = self._nearest(centred)
+        kind = tap.device.type
+        off = kind != "meta" and torch.is_autocast_enabled(kind)  # it would round what is asked to half precision
+        with torch.autocast(kind, enabled=False) if off else nullcontext():
+            centred = self._centred(tap.detach())
+            scores, selected = self._nearest(centred)
         others, _ = self._search(centred, self.cases, self.n_cases, self.config.cohort)  # [C, cohort], best first
         floor = self.threshold.clamp(min=self.config.margin)
         bar = average(others) + floor.where(self.threshold.isfinite(), -torch.inf)  # of no case: nothing to protect
@@ -153,7 +157,7 @@ class Router(ChoosesBackend):
 
     def _nearest(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """(scores, selected) [C, top] of the edits nearest to the states [C, d] that ask what these ask."""
-        if len(self.asking) == 0:
+        if len(self.asking) == 0 or len(self.keys) == 0:
             return self._search(centred, self.keys, self.n_groups, self.config.top)
         scores, selected = self._search(centred, self.keys, self.n_groups, max(self.config.top, CANDIDATES))
         apart = self.asks[selected.clamp(min=0)] - (centred @ self.asking.T)[:, None]  # [C, candidates, a]

@@ -294,9 +294,7 @@ class CaseTracker:
         if self.current is None:
             return
         if self.explicit is not None:
-            state = self.current.state
-            now = self.current.case_tokens >= 0
-            state.known = now if state.known is None else now | state.known.to(now.device)
+            self.current.state.known = self.explicit.known  # made by now: what a graph captures is not computed
             self.slots = self.current.settled(self.slots)
             return
         cache = cache_of(output, self._given(args, kwargs))

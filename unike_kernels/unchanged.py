@@ -1,6 +1,7 @@
 """Whether tensors are still what they were, so that what was made of them need not be made again."""
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ class Seen:
     """Tensors, as they were when something was made of them.
 
     What counts is torch's own count of changes in place, which `.data` and numpy pass by. Tensors of inference mode,
-    of which nobody counts the changes, are never the same as before; nor are those of a copy, which count anew.
+    of which nobody counts the changes, are never the same as before; nor are those of a copy, which count anew. They
+    are not kept alive: what `.to()` replaced on a GPU is to be free.
     """
 
     def __init__(self) -> None:
-        self._as_they_were: list[tuple[Tensor, int]] | None = None
+        self._as_they_were: list[tuple[Callable[[], Tensor | None], int]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return vars(Seen())
@@ -27,14 +29,14 @@ class Seen:
         """Remembers them as they are now."""
         there = list(tensors)
         counted = not any(t.is_inference() for t in there)
-        self._as_they_were = [(t, t._version) for t in there] if counted else None
+        self._as_they_were = [(weakref.ref(t), t._version) for t in there] if counted else None
 
     def same(self, tensors: Iterable[Tensor]) -> bool:
         """Whether these are the very tensors noted, not changed since."""
         before, there = self._as_they_were, list(tensors)
         if before is None or len(before) != len(there):
             return False
-        return all(t is old and t._version == count for t, (old, count) in zip(there, before, strict=True))
+        return all(t._version == count and t is old() for t, (old, count) in zip(there, before, strict=True))
 
 
 class Written:

@@ -70,8 +70,8 @@ class CudaInt8Index:
         # As csrc/cpu/int8_search.cpp: a dot product, two rotations and the sums around them; doubled for the norms.
         self.slack = 2 * (d / 32 + 64) / 2**24
         device = keys.device
-        draw = torch.Generator().manual_seed(0)  # any: the result does not depend on it
-        signs = torch.randint(0, 2, (2, self.padded), generator=draw)
+        draw = torch.Generator("cpu").manual_seed(0)  # any: the result does not depend on it
+        signs = torch.randint(0, 2, (2, self.padded), generator=draw, device="cpu")
         self.signs = (2 * signs - 1).to(device, torch.float32)
         self.codes = torch.zeros(n, self.padded, dtype=torch.int8, device=device)
         self.scale, self.residual = torch.zeros(2, n, device=device)

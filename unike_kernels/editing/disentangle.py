@@ -118,14 +118,14 @@ def _on_cpu(encoder: Encoder) -> Encoder:
 
 def untrained(d: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Encoder:
     """Two linear maps [d, d] as initialised: rows of variance 1 / d, zero biases."""
-    weights = [torch.randn(d, d, generator=generator) / d**0.5 for _ in range(2)]
+    weights = [torch.randn(d, d, generator=generator, device="cpu") / d**0.5 for _ in range(2)]
     return tuple((w.to(device), torch.zeros(d, device=device)) for w in weights)
 
 
 def split_groups(groups: Sequence[str], held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(train, test) indices: a share `held_out` of the groups goes to test; of two and more at least one, unless 0."""
     names = sorted(set(groups))
-    order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    order = [names[i] for i in torch.randperm(len(names), generator=generator, device="cpu").tolist()]
     n = min(max(1, round(held_out * len(order))), len(order) - 1) if order and held_out else 0
     out = set(order[:n])
     test = [i for i, g in enumerate(groups) if g in out]
@@ -182,7 +182,7 @@ def _train(
         optimizer = torch.optim.AdamW([t for pair in leaves for t in pair], config.lr, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         for _ in range(config.steps):
-            rows = train[torch.randperm(len(train), generator=generator)[: config.batch_size]]
+            rows = train[torch.randperm(len(train), generator=generator, device="cpu")[: config.batch_size]]
             states = [t[rows] for t in plain] + [reference.encode(t[rows], leaves, config.activation) for t in encoded]
             optimizer.zero_grad()
             loss_of(*states, config.temperature).backward()

@@ -219,7 +219,7 @@ class GroupTrainer:
             origin = torch.cat([rows[_spread(len(rows), ne)] for rows in predicting]) - mean  # [E * ne, d]
             size = origin.norm(dim=-1, keepdim=True).clamp(min=1e-6)
             # the same for every edit, so that an edit does not depend on those trained beside it
-            noise = torch.randn(ne, x.shape[-1], generator=generator).to(x) / x.shape[-1] ** 0.5
+            noise = torch.randn(ne, x.shape[-1], generator=generator, device="cpu").to(x) / x.shape[-1] ** 0.5
             unit = origin / size + self.config.key_noise * noise.repeat(len(x), 1)
             keys = unit / size / (1 - theta)
             rows = {"keys": keys, "key_bias": -theta / (1 - theta) - keys @ mean, "values": torch.zeros_like(keys)}

@@ -86,7 +86,7 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(draws):
-        drawn = torch.randint(g, (g,), generator=generator)
+        drawn = torch.randint(g, (g,), generator=generator, device="cpu")
         means.append(sums[drawn].sum() / sizes[drawn].sum())
     tail = (1 - level) / 2
     low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()

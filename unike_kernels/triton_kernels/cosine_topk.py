@@ -335,12 +335,14 @@ def scan(
     """
     tokens, (n, d) = q.shape[0], keys.shape
     wide = q.dtype != keys.dtype or q.dtype == torch.float32
-    choice = dict(tuning.choose("cosine_topk", q.device, T=tokens, bytes=4 if wide else 2))
+    size = 4 if wide else 2
+    choice = dict(tuning.choose("cosine_topk", q.device, T=tokens, bytes=size))
     block_n, block_t, most = choice["BLOCK_N"], choice["BLOCK_T"], choice.pop("programs")
     kp = max(16, triton.next_power_of_2(k))
     width = 0 if selected is None else selected.shape[1]
     block_m = max(16, triton.next_power_of_2(width))
     choice["BLOCK_N"] = block_n = max(block_n, kp, block_m)  # a block holds at least as many rows as are kept of it
+    choice = tuning.fitting(choice, block_n + block_t, size, q.device)
     tiles = triton.cdiv(tokens, block_t)
     programs = min(triton.cdiv(n, block_n), max(1, min(most, MOST_LISTS - 1) // tiles))
     own = 0 if selected is None else min(tokens, block_t)

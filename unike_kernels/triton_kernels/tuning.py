@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 INTERPRETER = 1  # the "architecture" of CPU tensors
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have; of others, the least
 _pretended: int | None = None
 _try: Any = None
 
@@ -56,6 +57,23 @@ def choose(kernel: str, device: torch.device, **sizes: int) -> Mapping[str, int]
             if all(sizes[size] <= most for size, most in row.at_most.items()):
                 return dict(row.choice if _try is None else _try(row))
     raise LookupError(f"no launch choice for {kernel} on architecture {arch} at {sizes}")
+
+
+def fitting(choice: Mapping[str, int], rows: int, size: int, device: torch.device) -> dict[str, int]:
+    """`choice` with fewer stages, then narrower ones, where what they hold has no room in a block's shared memory.
+
+    Each stage holds `rows` rows of BLOCK_D elements of `size` bytes; before sm_90 Triton takes one buffer less.
+    """
+    arch, out = architecture(device), dict(choice)
+    if arch == INTERPRETER:
+        return out
+    room = SHARED.get(arch, min(SHARED.values()))
+    while out["BLOCK_D"] > 16 and rows * size * out["BLOCK_D"] * (out["num_stages"] - (arch < 90)) > room:
+        if out["num_stages"] > 2:
+            out["num_stages"] -= 1
+        else:
+            out["BLOCK_D"] //= 2
+    return out
 
 
 def rows() -> tuple[Row, ...]:
