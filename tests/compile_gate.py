@@ -124,14 +124,14 @@ def variants(cases: Mapping[str, Callable[[], None]], arch: int) -> tuple[list[V
 
 
 def some_of(all_of_them: list[Variant], table: Mapping[str, Mapping[str, int]]) -> list[Variant]:
-    """The first of each kernel, and what takes more than 85 % of this architecture's shared memory on the other."""
+    """The first of each kernel, and what takes more than 90 % of this architecture's shared memory on the other."""
     firsts: dict[str, Variant] = {}
     for variant in all_of_them:
         firsts.setdefault(f"{variant.kernel.__module__}.{variant.kernel.__name__}", variant)
     chosen = list(firsts.values())
     for variant in all_of_them:
         there = table.get(f"sm_{FULL} {variant.name}", {}).get("shared", 0)
-        if variant not in chosen and there > 0.85 * SHARED[variant.arch]:
+        if variant not in chosen and there > 0.9 * SHARED[variant.arch]:
             chosen.append(variant)
     return chosen
 
