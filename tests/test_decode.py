@@ -239,6 +239,70 @@ def test_recorded_step_follows_swaps_and_new_cases(config):
     assert torch.equal(seen[0], seen[6])
 
 
+class NamedStepping(Stepping):
+    """The same, with its cases named by hand: the step's index tensors stay where they are."""
+
+    def __init__(self, model, handle, device="cpu"):
+        super().__init__(model)
+        self.handle, self.token = handle, self.token.to(device)
+        self.owner, self.decided = torch.zeros(1, device=device).long(), torch.full((1,), -1, device=device)
+
+    def prefill(self, inputs):
+        length = inputs["input_ids"].numel()
+        owner = self.owner.expand(length).contiguous()
+        self.handle.set_cases(owner, torch.full_like(self.owner, length - 1))
+        super().prefill(inputs)
+        self.handle.set_cases(self.owner, self.decided)
+
+
+def follow_named_cases(run, replay, logits, rows, tokens=(9, 8, 7)):
+    """Replays of a step that was captured with named cases, against steps that run; -1 names what a prefill decided."""
+    for row in rows:
+        run.prefill(row)
+        wanted = []
+        for token in tokens:
+            run.token.fill_(token)
+            wanted.append(run.step().clone())
+        run.prefill(row)
+        for token, expected in zip(tokens, wanted, strict=True):
+            run.token.fill_(token)
+            replay()
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        run.handle.set_cases(run.owner, run.decided)  # after a replay, too, the case is one that was decided
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_recorded_step_of_named_cases(config):
+    model, inputs, handle = patched("llama", CONFIGS[config])
+    rows = [row_of(inputs, i) for i in range(3)]
+    with torch.no_grad():
+        run = NamedStepping(model, handle)
+        run.prefill(rows[0])
+        with as_if_capturing(), Recorder() as recorder:
+            logits = run.step()
+        follow_named_cases(run, recorder.replay, logits, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_cuda_graph_of_named_cases(config):
+    model, inputs, handle = patched("llama", CONFIGS[config], dtype=torch.float32)
+    model.cuda()
+    rows = [{k: v.cuda() for k, v in row_of(inputs, i).items()} for i in range(3)]
+    with torch.no_grad():
+        run = NamedStepping(model, handle, "cuda")
+        run.prefill(rows[0])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = run.step()
+        follow_named_cases(run, graph.replay, logits, rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS)
 def test_cuda_graph_follows_swaps_and_new_cases(config):

@@ -144,7 +144,7 @@ def main(
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)
         console.print(f"report: {write_report(folder)}")
     if rows is not None or not (wanted or drawn or speed_):
-        of_rows(rows or "ablation", bases, edits or 300, split, task, quick, controls, points, console)
+        of_rows(rows or "ablation", bases, edits or Scale().edits, split, task, quick, controls, points, console)
 
 
 def of_rows(
