@@ -136,7 +136,7 @@ def write_page() -> Path:
                 if kind in found["base"]:
                     parts += [f"{tables.HEADS[kind]}:", latent.table(found, items, kind)]
     for task in world.TASKS:
-        for path in sorted(RESULTS.glob(where(f"ablation-{task}*").name)):
+        for path in sorted(RESULTS.glob(where(f"ablation-{task}*").name), key=lambda path: len(path.name)):
             parts.append(ablation_section(json.loads(path.read_text())))
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return PAGE
