@@ -283,6 +283,20 @@ def test_recorded_step_of_named_cases(config):
         follow_named_cases(run, recorder.replay, logits, rows)
 
 
+def captured(step):
+    """A CUDA graph of the step, which has run twice before on a stream of its own, and the logits that it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    return graph, logits
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS)
 def test_cuda_graph_of_named_cases(config):
@@ -292,14 +306,7 @@ def test_cuda_graph_of_named_cases(config):
     with torch.no_grad():
         run = NamedStepping(model, handle, "cuda")
         run.prefill(rows[0])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = run.step()
+        graph, logits = captured(run.step)
         follow_named_cases(run, graph.replay, logits, rows)
 
 
@@ -320,15 +327,7 @@ def test_cuda_graph_follows_swaps_and_new_cases(config):
     with torch.no_grad():
         run = fresh()
         run.prefill(rows[0])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = run.step()
+        graph, logits = captured(run.step)
         for edits in (first, second, first):
             handle.swap(edits)
             for row in rows:
