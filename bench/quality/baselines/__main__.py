@@ -36,7 +36,6 @@ from unike_kernels.evaluation.methods import Edited, Method
 from unike_kernels.evaluation.records import KINDS, Record
 from unike_kernels.evaluation.summary import Summary
 
-BRIEF = 4  # a trial trains for a quarter of the steps
 app = typer.Typer(add_completion=False)
 
 
@@ -176,24 +175,17 @@ def save(path: Path, name: str, row: dict[str, Any]) -> None:
     write(path, found | {"environment": environment()})
 
 
-def brief(config: Any) -> Any:
-    """A trained method's config for a trial: fewer steps."""
-    steps = {name: v // BRIEF for name, v in asdict(config).items() if name in ("steps", "answer_steps")}
-    return replace(config, **steps)
-
-
 def search(bench: Bench, names: Sequence[str], console: Console) -> None:
     """Every method's four settings on development edits of names and of captions; the mean of five metrics decides."""
     path = RESULTS / "baselines-search.json"
     for name in names:
         for config in METHODS[name].trials():
-            used = brief(config) if METHODS[name].trained else config
             told = json.dumps(asdict(config), sort_keys=True)
             for task in ("name", "caption"):
                 label = f"{name}, base model {bench.seed}, {task}: {told}"
-                of = bench.settings(METHODS[name](bench.model, bench.processor, used))
+                of = bench.settings(METHODS[name](bench.model, bench.processor, config))
                 if kept(path)["rows"].get(label, {}).get("of") != of:
-                    save(path, label, bench.of(task).measured(name, used, whole=False) | {"of": of})
+                    save(path, label, bench.of(task).measured(name, config, whole=False) | {"of": of})
                 after = kept(path)["rows"][label].get("after", {})
                 console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
 
