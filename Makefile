@@ -6,6 +6,8 @@ TORCH  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'to
 # CUDA builds of torch bring their own triton. Beside a CPU build this one, which needs no driver, runs and compiles the kernels
 # for the tests; the table of the compile gate was made with it.
 TRITON ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 'triton==3.6.0')
+# Without a GPU nobody would call the CUDA module: the gate of the tests compiles the same kernels, for the same architectures.
+export UNIKE_BUILD_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 PY := $(VENV)/bin/python

@@ -1,6 +1,7 @@
 """The compile gate of the CUDA C++ kernels, in its own process, and that it fails when it should."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def test_no_kernel_is_worse_than_in_the_table() -> None:
     assert done.returncode == 0, done.stderr
     if "NOT COMPARED" in done.stdout:
         pytest.skip("compiled, but not compared: the table is another nvcc's (see the gate's output)")
+
+
+def test_what_ships_is_what_the_gate_compiles() -> None:
+    """Only the gate builds for every architecture where there is no GPU (see the Makefile)."""
+    (shipped,) = re.findall(r'^ARCHS = "(.+)"$', (nvcc_gate.HERE.parent / "setup.py").read_text(), re.M)
+    assert tuple(shipped.split()) == nvcc_gate.ARCHS
 
 
 def test_no_kernel_spills_and_those_that_stream_do_it_as_intended() -> None:
