@@ -88,8 +88,8 @@ def test_the_model_may_lie_on_another_device(place, tmp_path):
         arguments = ["--device", str(there), "--protocol", "sequential", "-k", "2"]
         result = runner.invoke(app, command(place, tmp_path / "run", *arguments))
     assert result.exit_code == 0, result.output
-    found = rows(tmp_path / "run/seed0")  # 6 of the 7 records, in 3 groups
-    assert len({r["id"] for r in found}) == 6 and {r["group"] for r in found} == {0, 1, 2}
+    found = rows(tmp_path / "run/seed0")  # 6 of the 7 records, in 3 sequences
+    assert len({r["id"] for r in found}) == 6 and {r["sequence"] for r in found} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("file", ["vqa_eval.json", "vqa_train.json"])
@@ -143,7 +143,7 @@ def test_a_stopped_command_goes_on_and_ends_as_if_it_had_not_been(place, tmp_pat
     assert sorted(found, key=lambda r: r["id"]) == sorted(wanted, key=lambda r: r["id"])
     for name in ("seed0/summary.txt", "run.json", "seed0/run.json"):
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    assert "1 records are left out, too few for another group of 3" in result.output
+    assert "1 records are left out, too few for another sequence of 3" in result.output
     assert "edits made since" in result.output and "own edit acts" in result.output
     assert "memory and encoders as saved in" in result.output
 
@@ -256,7 +256,7 @@ def test_cross_task_mixes_questions_and_captions_over_seeds(place, tmp_path):
     assert result.exit_code == 0, result.output
     for seed in (0, 1):
         found = rows(tmp_path / f"run/seed{seed}")
-        assert Counter((r["group"], r["task"]) for r in found) == {
+        assert Counter((r["sequence"], r["task"]) for r in found) == {
             (g, t): 1 for g in (0, 1) for t in ("vqa", "caption")
         }
         assert all(p["exact"] is None for r in found for p in r["probes"])

@@ -34,7 +34,7 @@ from unike_kernels.evaluation.scoring import Score
 SMALL = Scale(bases=(0,), draws=(0, 1), edits=4, stacked=20, figure=4, large=(1000,))
 
 
-def results(levels, n=4, acted=None, groups=None):
+def results(levels, n=4, acted=None, sequences=None):
     """n records of two concepts; record i's five metrics are levels[i % len(levels)] in shares of 1."""
     out = []
     for i in range(n):
@@ -43,7 +43,7 @@ def results(levels, n=4, acted=None, groups=None):
             outcome = Outcome(0.1, level, level, 0.5, level == 1.0, "a", "b", None if acted is None else [])
             own, others = (None, None) if acted is None else acted
             asked.append(Asked(kind, "", "what ?", "cat", outcome, own, others))
-        out.append(Result(f"r{i}", "name", f"concept {i // 2}", groups[i] if groups else i, 0, tuple(asked)))
+        out.append(Result(f"r{i}", "name", f"concept {i // 2}", sequences[i] if sequences else i, 0, tuple(asked)))
     return out
 
 
@@ -123,14 +123,16 @@ def test_draws_are_pooled_and_the_largest_number_of_edits_counts(tmp_path):
     assert found.errors["rel"] == 0.0 and store.bases() == [0]
 
 
-def test_the_error_of_edits_that_were_on_the_model_together_counts_their_groups(tmp_path):
+def test_the_error_of_edits_that_were_on_the_model_together_counts_their_sequences(tmp_path):
     store = Store(tmp_path)
     cell = Cell(0, "sequential", 2, "name", 0, 4, "FT")
     levels = [(1.0,) * 5, (0.0,) * 5]  # each concept has one right and one wrong
-    for groups, error in (([0, 1, 0, 1], 50.0), ([0, 1, 1, 0], 0.0), ([0, 0, 0, 0], 0.0)):
-        store.add(0, cell, cells.saved(results(levels, groups=groups)))
+    for sequences, error in (([0, 1, 0, 1], 50.0), ([0, 1, 1, 0], 0.0), ([0, 0, 0, 0], 0.0)):
+        store.add(0, cell, cells.saved(results(levels, sequences=sequences)))
         found = store.found(0, "sequential", 2, "name", "FT")
-        assert found.errors["rel"] == pytest.approx(error)  # the right ones in one group; one in each; a single group
+        assert found.errors["rel"] == pytest.approx(
+            error
+        )  # the right ones in one sequence; one in each; a single sequence
 
 
 def test_a_stopped_table_loses_one_row_at_most(tmp_path, monkeypatch):

@@ -57,23 +57,23 @@ class Fake(Method):
     name = "fake"
 
     def __init__(self, fail_at=None):
-        self.groups, self.fail_at = [], fail_at
+        self.sequences, self.fail_at = [], fail_at
 
     @contextmanager
     def apply(self, requests):
-        if len(self.groups) == self.fail_at:
+        if len(self.sequences) == self.fail_at:
             raise KeyboardInterrupt
-        self.groups.append(list(requests))
+        self.sequences.append(list(requests))
         yield Edited()
 
 
 # Plans
 
 
-def test_groups_are_disjoint_in_the_seeds_order():
+def test_sequences_are_disjoint_in_the_seeds_order():
     records = make_records(7)
     plan = protocols.plan("sequential", [records], k=3, seed=4)
-    assert [len(g) for g in plan.groups] == [3, 3] and plan.left_out == 1
+    assert [len(g) for g in plan.sequences] == [3, 3] and plan.left_out == 1
     assert len({r.id for r in plan.records}) == 6
     assert plan == protocols.plan("sequential", [records], k=3, seed=4)
     assert plan.records != protocols.plan("sequential", [records], k=3, seed=5).records
@@ -82,12 +82,12 @@ def test_groups_are_disjoint_in_the_seeds_order():
     assert protocols.plan("sequential", [records], k=2, seed=4, limit=5).records == plan.records[:4]
 
 
-def test_cross_task_groups_have_the_same_share_of_each_task():
+def test_cross_task_sequences_have_the_same_share_of_each_task():
     questions, captions = make_records(12), make_records(9, "caption", 12)
     plan = protocols.plan("cross-task", [questions, captions], k=5)
-    assert [Counter(r.task for r in g) for g in plan.groups] == 4 * [{"vqa": 3, "caption": 2}]
+    assert [Counter(r.task for r in g) for g in plan.sequences] == 4 * [{"vqa": 3, "caption": 2}]
     assert plan.left_out == 1
-    orders = {tuple(r.task for r in g) for g in plan.groups}
+    orders = {tuple(r.task for r in g) for g in plan.sequences}
     assert len(orders) > 1  # mixed, not one task after the other
 
 
@@ -124,9 +124,9 @@ def test_a_method_that_changes_nothing_leaves_everything(editor, k):
     records, method = make_records(4), Fake()
     plan = protocols.plan("sequential", [records], k=k)
     results = list(protocols.run(plan, method, examiner_of(editor)))
-    assert method.groups == [[r.request for r in group] for group in plan.groups]
+    assert method.sequences == [[r.request for r in sequence] for sequence in plan.sequences]
     assert [r.id for r in results] == [r.id for r in plan.records]
-    assert [(r.group, r.age) for r in results] == [(i // k, k - 1 - i % k) for i in range(4)]
+    assert [(r.sequence, r.age) for r in results] == [(i // k, k - 1 - i % k) for i in range(4)]
     summary = Summary.of(results)
     assert summary.after["rel"].mean == summary.before["rel"]
     assert summary.after["t_loc"].mean == summary.after["m_loc"].mean == 100.0
@@ -230,7 +230,7 @@ def test_the_model_is_the_base_after_every_end(editor):
     plan = protocols.plan("sequential", [records], k=2)
     running = protocols.run(plan, Unike(editor), examiner_of(editor))
     next(running)
-    assert uk.status(model)  # a group of two is being handed on
+    assert uk.status(model)  # a sequence of two is being handed on
     running.close()
     with torch.no_grad():
         assert not uk.status(model) and torch.equal(before, model(**batch.inputs).logits)
@@ -328,7 +328,7 @@ def test_another_runs_folder_is_refused_by_what_differs(tmp_path):
 # Summaries
 
 
-def result_of(name, group, age, values, cluster=None, own=None):
+def result_of(name, sequence, age, values, cluster=None, own=None):
     """A result by hand: kind -> (before, after, locality A, locality B, exact)."""
     from unike_kernels.evaluation.examiner import Outcome
 
@@ -337,7 +337,7 @@ def result_of(name, group, age, values, cluster=None, own=None):
         for kind, vs in values.items()
         for v in vs
     )
-    return protocols.Result(name, "vqa", cluster or name, group, age, probes)
+    return protocols.Result(name, "vqa", cluster or name, sequence, age, probes)
 
 
 def five(rel, t_gen, m_gen, t_loc, m_loc):

@@ -117,7 +117,7 @@ def test_protocols_run_there(there):
     method.fit(make_records(6, start=40))
     plan = protocols.plan("sequential", [make_records(4)], k=2, seed=0)
     results = list(protocols.run(plan, method, Examiner(editor.collator, batch_size=4)))
-    assert [r.group for r in results] == [0, 0, 1, 1]
+    assert [r.sequence for r in results] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["FT", "LoRA", "T-Patcher", "GRACE", "MEND", "KE", "SERAC, image-aware"])

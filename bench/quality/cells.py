@@ -114,7 +114,7 @@ class Found:
 
     values: by kind, of every edit; labels: which draw and concept each is, so that two rows can be compared edit by
     edit. Both are empty where only means were saved. reason: why there is nothing else. Where edits were on the model
-    together, an error is the larger of those by concept and by group: what one group suffers, all in it do.
+    together, an error is the larger of those by concept and by sequence: what one sequence suffers, all in it do.
     """
 
     edits: int = 0
@@ -134,7 +134,7 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
     """What is kept of a cell: means, clustered errors, and every edit's values in tenths of a percent."""
     summary = Summary.of(results)
     order = sorted(results, key=lambda r: r.id)
-    clusters, groups = [r.cluster for r in order], [r.group for r in order]
+    clusters, sequences = [r.cluster for r in order], [r.sequence for r in order]
     found = {kind: per_record(order, kind, score_after) for kind in KINDS}
     values = {kind: [found[kind][r.id] for r in order] for kind in KINDS}
     values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
@@ -148,7 +148,7 @@ def saved(results: Sequence[Result]) -> dict[str, Any]:
         "others": summary.others,
         "locality_b": summary.locality_b,
         **compact({kind: values[kind] for kind in KINDS}, clusters),
-        **({"groups": " ".join(map(str, groups))} if len(set(groups)) < len(groups) else {}),
+        **({"sequences": " ".join(map(str, sequences))} if len(set(sequences)) < len(sequences) else {}),
     }
 
 
@@ -164,17 +164,19 @@ def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
         kinds = [k for k in rows[0][1][name] if all(k in row[name] for _, row in rows)]
         return {k: sum(n * row[name][k] for n, (_, row) in zip(sizes, rows, strict=True)) / sum(sizes) for k in kinds}
 
-    concepts, groups = [c for _, c in labels], groups_of(rows)
-    errors = {kind: larger(clustered_error(v, concepts), clustered_error(v, groups)) for kind, v in values.items()}
+    concepts, sequences = [c for _, c in labels], sequences_of(rows)
+    errors = {kind: larger(clustered_error(v, concepts), clustered_error(v, sequences)) for kind, v in values.items()}
     shares = (pooled(name) for name in ("before", "exact", "own", "others"))
     return Found(sum(sizes), pooled("metrics"), errors, *shares, values, labels, draws=len(rows))
 
 
-def groups_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Each edit's (draw, group of edits that were on the model together); its concept where it was alone there."""
+def sequences_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Each edit's (draw, sequence of edits that were on the model together); its concept where it was alone there."""
     out: list[tuple[str, str]] = []
     for draw, row in rows:
-        out += [(draw, g) for g in row["groups"].split()] if "groups" in row else [("", c) for c in _concepts(row)]
+        out += (
+            [(draw, s) for s in row["sequences"].split()] if "sequences" in row else [("", c) for c in _concepts(row)]
+        )
     return out
 
 
@@ -183,7 +185,7 @@ def _concepts(row: dict[str, Any]) -> list[str]:
 
 
 def larger(first: float, second: float) -> float:
-    """The larger of two errors; the first where the second is none: of a single group."""
+    """The larger of two errors; the first where the second is none: of a single sequence."""
     return first if math.isnan(second) else max(first, second)
 
 
@@ -263,7 +265,7 @@ class Bench:
 
     def _make(self, name: str) -> Method:
         if name in OF_ROWS:
-            return protocol.RowMethod(OF_ROWS[name], self.editor, cache=world.CACHE / "groups", progress=True)
+            return protocol.RowMethod(OF_ROWS[name], self.editor, cache=world.CACHE / "sequences", progress=True)
         config, processor = baseline_config(name, self.scale.brief), self.editor.collator.processor
         return fitted(name, self.editor.model, processor, self.base, config=config, training=self.training)
 

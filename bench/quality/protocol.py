@@ -64,7 +64,7 @@ def method(name: str, editor: Editor, seed: int, training: int = TRAINING) -> Me
     """The method of this name on the editor's base model `seed`; trained ones learn, or load what they learned."""
     for row in (*ROWS, *CONTROLS):
         if row.name == name:
-            return RowMethod(row, editor, cache=world.CACHE / "groups", progress=True)
+            return RowMethod(row, editor, cache=world.CACHE / "sequences", progress=True)
     if name not in METHODS:
         raise ValueError(f"the method must be one of {', '.join(names())}, but is {name!r}")
     return fitted(name, editor.model, editor.collator.processor, seed, training=training)

@@ -56,7 +56,7 @@ class Job:
     progress: bool = True
 
     @property
-    def group(self) -> int:
+    def together(self) -> int:
         """K."""
         return self.k if self.k is not None else 1 if self.protocol == "one-step" else 10
 
@@ -73,7 +73,7 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
     read, train = _read(job.data), _read(job.train_data)
     _report(read, train, say)
     _check_pictures(read, train, job)
-    protocols.plan(job.protocol, [_blank(d) for d in read], k=job.group, limit=job.limit)
+    protocols.plan(job.protocol, [_blank(d) for d in read], k=job.together, limit=job.limit)
     if not train:
         raise ValueError("the memory needs training data: a file of the training split")
     check_style(job.prompts)
@@ -87,8 +87,10 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
     settings = asked | _found(job, editor)
     claim(job.out, settings)
     runs = {seed: Run(job.out / f"seed{seed}", settings | {"seed": seed}) for seed in job.seeds}
-    method = Unike(editor, routing=job.routing, cache=job.out / "groups", progress=job.progress)
-    plans = {seed: protocols.plan(job.protocol, tasks, k=job.group, seed=seed, limit=job.limit) for seed in job.seeds}
+    method = Unike(editor, routing=job.routing, cache=job.out / "sequences", progress=job.progress)
+    plans = {
+        seed: protocols.plan(job.protocol, tasks, k=job.together, seed=seed, limit=job.limit) for seed in job.seeds
+    }
     lacking = {r.id: r for seed, plan in plans.items() for r in plan.records if r.id not in runs[seed].done}
     if lacking:
         _check_inputs(editor, list(lacking.values()), job, free=job.generate)
@@ -97,7 +99,7 @@ def run(job: Job, say: Callable[[str], None]) -> list[Summary]:
     found = []
     for seed, plan in plans.items():
         if plan.left_out:
-            say(f"seed {seed}: {plan.left_out} records are left out, too few for another group of {plan.k}")
+            say(f"seed {seed}: {plan.left_out} records are left out, too few for another sequence of {plan.k}")
         _fill(runs[seed], plan, method, examiner, job)
         summary = Summary.of(runs[seed].results)
         found.append(summary)
@@ -181,7 +183,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "data": [[p.name, _digest(p)] for p in job.data],
         "train_data": [[p.name, _digest(p)] for p in job.train_data],
         "protocol": job.protocol,
-        "k": job.group,
+        "k": job.together,
         "limit": job.limit,
         "prompts": job.prompts,
         "metrics": sorted(job.metrics),

@@ -1,7 +1,7 @@
 """Protocols: which edits are on the model together, and which questions are asked then. Any `Method` runs through them.
 
 one-step: every edit alone. sequential: K edits one after another, then all K are tested ("after the K-th edit").
-cross-task: as sequential, the K edits mixed from several tasks. The order is a seed's; every record is in one group.
+cross-task: as sequential, the K edits mixed from several tasks. The order is a seed's; every record is in one sequence.
 """
 
 import random
@@ -32,12 +32,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Result:
-    """One record's results. group: which K edits it was tested with; age: how many edits were made after it."""
+    """One record's results. sequence: which K edits it was tested with; age: how many edits were made after it."""
 
     id: str
     task: str
     cluster: str
-    group: int
+    sequence: int
     age: int
     probes: tuple[Asked, ...]
 
@@ -62,25 +62,25 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which records are tested together, in order: groups of K; left_out: too few for another group."""
+    """Which records are tested together, in order: sequences of K; left_out: too few for another sequence."""
 
     name: str
-    groups: tuple[tuple[Record, ...], ...]
+    sequences: tuple[tuple[Record, ...], ...]
     left_out: int = 0
     k: int = field(default=1)
 
     @property
     def records(self) -> list[Record]:
         """All records that are tested, in order."""
-        return [r for group in self.groups for r in group]
+        return [r for sequence in self.sequences for r in sequence]
 
 
 def plan(name: str, tasks: Sequence[Sequence[Record]], *, k: int = 1, seed: int = 0, limit: int | None = None) -> Plan:
-    """The groups of a protocol.
+    """The sequences of a protocol.
 
-    tasks: the records of each task: several for "cross-task", where every group has the same share of each (the first
-    ones one more, where K does not divide), otherwise one. seed: of the order. limit: at most this many records, the
-    first in that order. ValueError for an unknown protocol, and where not even one group is full.
+    tasks: the records of each task: several for "cross-task", where every sequence has the same share of each (the
+    first ones one more, where K does not divide), otherwise one. seed: of the order. limit: at most this many records,
+    the first in that order. ValueError for an unknown protocol, and where not even one sequence is full.
     """
     if name not in NAMES:
         raise ValueError(f"the protocol must be one of {', '.join(NAMES)}, but is {name!r}")
@@ -99,12 +99,12 @@ def plan(name: str, tasks: Sequence[Sequence[Record]], *, k: int = 1, seed: int 
     if full < 1:
         sizes = " + ".join(str(len(task)) for task in tasks) + ("" if limit is None else f" (limit {limit})")
         raise ValueError(f"{name} with K = {k} needs at least {k} records, but there are {sizes}")
-    groups = []
-    for g in range(full):
-        group = [r for task, n in zip(shuffled, shares, strict=True) for r in task[g * n : (g + 1) * n]]
-        groups.append(tuple(random.Random(f"{seed} {g} order").sample(group, k) if len(tasks) > 1 else group))
+    sequences = []
+    for s in range(full):
+        sequence = [r for task, n in zip(shuffled, shares, strict=True) for r in task[s * n : (s + 1) * n]]
+        sequences.append(tuple(random.Random(f"{seed} {s} order").sample(sequence, k) if len(tasks) > 1 else sequence))
     left = (len(ids) if limit is None else min(limit, len(ids))) - full * k
-    return Plan(name, tuple(groups), left, k)
+    return Plan(name, tuple(sequences), left, k)
 
 
 def run(
@@ -112,32 +112,32 @@ def run(
 ) -> Iterator[Result]:
     """Results, record by record, in the plan's order; records whose ids are in `done` are left out.
 
-    While results of a group of several are handed on, the model carries its edits; after the last, and whenever the
-    iterator is closed, it is the base. A group of which some records are done is edited again whole, since methods are
-    deterministic. generate: the first probe of every kind is also answered freely, for exact match.
+    While results of a sequence of several are handed on, the model carries its edits; after the last, and whenever the
+    iterator is closed, it is the base. A sequence of which some records are done is edited again whole, since methods
+    are deterministic. generate: the first probe of every kind is also answered freely, for exact match.
     """
-    todo = [(g, group) for g, group in enumerate(plan.groups) if any(r.id not in done for r in group)]
+    todo = [(s, sequence) for s, sequence in enumerate(plan.sequences) if any(r.id not in done for r in sequence)]
     if plan.k == 1:
         at = 0
         while at < len(todo):  # in blocks, so that what `before` keeps stays small
             block = todo[at : at + AT_ONCE]
-            records = [group[0] for _, group in block]
+            records = [sequence[0] for _, sequence in block]
             before = _before(examiner, records, generate)
             edits = method.one_step([r.request for r in records])
-            for (g, _), record, was, edit in zip(block, records, before, edits, strict=True):
+            for (s, _), record, was, edit in zip(block, records, before, edits, strict=True):
                 with edit as edited:
-                    (result,) = _after(examiner, [record], [was], edited, g, [(0, 0)])
+                    (result,) = _after(examiner, [record], [was], edited, s, [(0, 0)])
                 yield result
             at += len(block)
         return
-    for g, group in todo:
-        wanted = [i for i, r in enumerate(group) if r.id not in done]
-        before = _before(examiner, [group[i] for i in wanted], generate)
-        with method.apply([r.request for r in group]) as edited:
+    for s, sequence in todo:
+        wanted = [i for i, r in enumerate(sequence) if r.id not in done]
+        before = _before(examiner, [sequence[i] for i in wanted], generate)
+        with method.apply([r.request for r in sequence]) as edited:
             for at in range(0, len(wanted), AT_ONCE):
                 part = wanted[at : at + AT_ONCE]
-                places = [(i, len(group) - 1 - i) for i in part]
-                yield from _after(examiner, [group[i] for i in part], before[at : at + AT_ONCE], edited, g, places)
+                places = [(i, len(sequence) - 1 - i) for i in part]
+                yield from _after(examiner, [sequence[i] for i in part], before[at : at + AT_ONCE], edited, s, places)
 
 
 def _before(examiner: Examiner, records: Sequence[Record], generate: bool) -> list[list[Before]]:
@@ -159,7 +159,7 @@ def _after(
     records: Sequence[Record],
     before: Sequence[Sequence[Before]],
     edited: Edited,
-    group: int,
+    sequence: int,
     places: Sequence[tuple[int, int]],
 ) -> list[Result]:
     """places: of each record, (index among the requests, age)."""
@@ -174,5 +174,5 @@ def _after(
             own = None if acted is None else index in acted
             others = None if acted is None else len(set(acted) - {index})
             asked.append(Asked(p.kind, p.part, p.sample.prompt, p.sample.target or "", outcome, own, others))
-        out.append(Result(record.id, record.task, record.cluster or record.id, group, age, tuple(asked)))
+        out.append(Result(record.id, record.task, record.cluster or record.id, sequence, age, tuple(asked)))
     return out

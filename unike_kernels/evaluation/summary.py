@@ -9,14 +9,14 @@ from .records import KINDS, LOCAL
 
 NAMES = {"rel": "Rel", "t_gen": "T-Gen", "m_gen": "M-Gen", "t_loc": "T-Loc", "m_loc": "M-Loc", "mean": "mean"}
 NAMES |= {"port": "Port"}
-AGES = 5  # parts into which the K edits of a group are divided, by age
+AGES = 5  # parts into which the K edits of a sequence are divided, by age
 
 
 @dataclass(frozen=True)
 class Interval:
     """A mean in percent and its 95 % bootstrap interval over clusters (nan with fewer than two).
 
-    The interval is for other records in the same groups of edits; how another order or grouping would do, seeds say.
+    The interval is for other records in the same sequences of edits; how another order or division would do, seeds say.
     """
 
     mean: float
@@ -92,7 +92,7 @@ class Summary:
 
 
 def retention(results: Sequence[Result], k: int) -> list[tuple[str, dict[str, str]]]:
-    """Rel, T-Gen and M-Gen of groups of K by age, oldest edits first: (edits made since, cell by kind)."""
+    """Rel, T-Gen and M-Gen of sequences of K by age, oldest edits first: (edits made since, cell by kind)."""
     parts = min(AGES, k)
     out = []
     for n in reversed(range(parts)):

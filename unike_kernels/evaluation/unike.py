@@ -18,7 +18,7 @@ from ..patching import PatchHandle, patch
 from .methods import Edited, Method
 from .records import LOCAL, Record
 
-SAVED_EVERY = 32  # edits of a group: what a stop loses
+SAVED_EVERY = 32  # edits of a sequence: what a stop loses
 
 
 class UnikeEdited(Edited):
@@ -75,8 +75,8 @@ class Unike(Method):
     ) -> None:
         """editor: with its memory and encoders, or one that `fit` is still to be called for.
 
-        cache: a folder where the edits of a large group are kept while it is made, so that a stopped run goes on.
-        progress: a bar while a group is made.
+        cache: a folder where the edits of a long sequence are kept while it is made, so that a stopped run goes on.
+        progress: a bar while a sequence is made.
         """
         if routing not in ("always", "routed"):
             raise ValueError(f"routing must be 'always' or 'routed', but is {routing!r}")
@@ -106,7 +106,7 @@ class Unike(Method):
     @contextmanager
     def apply(self, requests: Sequence[Sample]) -> Iterator[Edited]:
         """Makes the edits and patches the model with them; what is kept of them goes once all was asked."""
-        edits, folder = self._group(requests)
+        edits, folder = self._sequence(requests)
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, _ids(range(len(requests))))
         if folder is not None:
@@ -130,13 +130,13 @@ class Unike(Method):
         with self.patched(edits) as handle:
             yield UnikeEdited(handle, edits.ids)
 
-    def _group(self, requests: Sequence[Sample]) -> tuple[Edits, Path | None]:
-        """The edits of a group, made in parts that are kept on disk, and where."""
+    def _sequence(self, requests: Sequence[Sample]) -> tuple[Edits, Path | None]:
+        """The edits of a sequence, made in parts that are kept on disk, and where."""
         folder = None
         if self.cache is not None and len(requests) > SAVED_EVERY:
             asked = [(r.prompt, r.target, image_digest(r.image)) for r in requests]
             told = [self.name, self.settings(), self.editor.base.to_json(), asked]
-            folder = self.cache / f"group-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+            folder = self.cache / f"sequence-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
         edits, at = self._kept(folder)
         with tqdm(
             total=len(requests), initial=at, desc="edits", unit="edit", leave=False, disable=not self.progress
@@ -149,11 +149,11 @@ class Unike(Method):
                 bar.update(len(part))
                 if folder is not None:
                     edits.save_pretrained(folder)
-        assert edits is not None  # a group has a request
+        assert edits is not None  # a sequence has a request
         return edits, folder
 
     def _kept(self, folder: Path | None) -> tuple[Edits | None, int]:
-        """The edits that a stopped run of this editor left, and how many of the group's requests they stand for."""
+        """The edits that a stopped run of this editor left, and how many of the sequence's requests they stand for."""
         if folder is None or not folder.exists():
             return None, 0
         try:
