@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,16 @@ from .checks import check_inputs, check_probe_inputs, check_triplets
 from .editor import Editor
 from .inputs import Sample
 from .loading import load
-from .requests import Request, asked, check_dicts, check_questions, check_samples, read_requests
+from .requests import (
+    Request,
+    asked,
+    check_dicts,
+    check_questions,
+    check_samples,
+    check_unique,
+    read_requests,
+    warn_of_replaced,
+)
 
 SAVED_EVERY = 32  # edits that are made one after another: what a stop loses at most
 SHOWN = 20  # edits, and probes answered wrong, that are told one by one
@@ -140,18 +148,15 @@ def _left(requests: Sequence[dict[str, Any]], there: Edits | None) -> tuple[list
     ids = {made[key]: r.id for r in latest if (key := (r.prompt, r.target, r.digest)) in made}
     newer = {(r.digest, r.prompt): r.id for r in left}
     gone = {e.id: newer[e.image, e.prompt] for e in there.entries if (e.image, e.prompt) in newer}
-    for old, new in gone.items():
-        warnings.warn(f"request {new!r} replaces {old!r}: the same picture and prompt", stacklevel=3)
+    warn_of_replaced([(new, old) for old, new in gone.items()])
     ids = {e.id: ids.get(e.id, e.id) for e in there.entries if e.id not in gone}
-    counts = Counter([*ids.values(), *(r.id for r in left)])
-    twice = sorted(name for name, n in counts.items() if n > 1)
-    if twice:
-        raise ValueError(f"edit ids must be unique, but these come twice: {', '.join(map(repr, twice))}")
+    check_unique([*ids.values(), *(r.id for r in left)])
+    taken = {*ids.values(), *(r.id for r in left)}
     for old, new in gone.items():
         name = old
-        while name in counts and (name != old or old != new):
+        while name in taken and (name != old or old != new):
             name += " (replaced)"
-        counts[name] += 1
+        taken.add(name)
         ids[old] = name
     return left, replace(there, entries=[replace(e, id=ids[e.id]) for e in there.entries])
 

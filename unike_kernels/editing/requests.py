@@ -112,13 +112,22 @@ def read_requests(requests: Sequence[dict[str, Any]], onto: Edits | None) -> tup
         gone = {e.id: latest[e.image, e.prompt].id for e in onto.entries if (e.image, e.prompt) in latest}
         replaced += [(new, old) for old, new in gone.items()]
         onto = onto.remove(list(gone))
-    for newer, older in replaced:
-        warnings.warn(f"request {newer!r} replaces {older!r}: the same picture and prompt", stacklevel=3)
-    counts = Counter([*(r.id for r in latest.values()), *(onto.ids if onto is not None else ())])
-    twice = sorted(name for name, n in counts.items() if n > 1)
+    warn_of_replaced(replaced)
+    check_unique([*(r.id for r in latest.values()), *(onto.ids if onto is not None else ())])
+    return list(latest.values()), onto
+
+
+def warn_of_replaced(pairs: Sequence[tuple[str, str]]) -> None:
+    """A warning for each (newer, older) request, in the name of whoever called the caller."""
+    for newer, older in pairs:
+        warnings.warn(f"request {newer!r} replaces {older!r}: the same picture and prompt", stacklevel=4)
+
+
+def check_unique(ids: Sequence[str]) -> None:
+    """ValueError that names the ids that come more than once."""
+    twice = sorted(name for name, n in Counter(ids).items() if n > 1)
     if twice:
         raise ValueError(f"edit ids must be unique, but these come twice: {', '.join(map(repr, twice))}")
-    return list(latest.values()), onto
 
 
 def appended(edits: Edits, entries: Sequence[EditEntry], layers: dict[int, LayerEdits]) -> Edits:
