@@ -8,7 +8,7 @@ import torch
 
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, inputs_for, make_model, text_inputs
-from tests.test_modules import shift_of
+from tests.sites_expected import shift_of
 from tests.test_patching import snapshot, tensors
 from unike_kernels.neurons import ExtraNeurons
 

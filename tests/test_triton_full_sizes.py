@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_tools import DEVICE, launches
-from test_triton_properties import check, ints, rand
+from operator_cases import check, ints, rand
 
 from unike_kernels import ops, reference
 

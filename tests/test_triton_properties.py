@@ -1,103 +1,40 @@
-"""What holds of the Triton operators whatever the numbers are; tiles, sizes and chunks that other tests do not take."""
+"""What holds of the Triton operators whatever the numbers are: order, linearity, equal runs, tiles, autocast."""
 
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import DEVICE, DTYPES, launches, poisoned
-from tolerance import assert_close_to_reference
+from kernel_tools import DEVICE, DTYPES, poisoned
+from operator_cases import (
+    FORMS,
+    NEURONS,
+    PARTS,
+    check,
+    check_gradients,
+    close,
+    ffn,
+    gradients,
+    ints,
+    neurons,
+    pointers,
+    rand,
+    run,
+    shift,
+    tokens_of,
+)
 
 from unike_kernels import ops, reference
 from unike_kernels.triton_kernels import tuning
 
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-FORMS = ["always", "route", "selected", "cases"]
 few = settings(max_examples=4)
 seeds = st.integers(0, 10_000)
 group_sizes = st.lists(st.integers(0, 18), min_size=1, max_size=4)
 
 
-def rand(*shape, dtype=torch.float32, fan=1):
-    return (torch.randn(shape) / max(1, fan) ** 0.5).to(DEVICE, dtype)
-
-
-def ints(values):
-    return torch.as_tensor(values, dtype=torch.int64, device=DEVICE)
-
-
-def pointers(sizes):
-    return ints([0, *sizes]).cumsum(0)
-
-
-def run(name, arguments, backend="triton"):
-    """The operator on poisoned memory; always a tuple."""
-    with poisoned():
-        result = getattr(ops, name)(**arguments, backend=backend)
-    return result if isinstance(result, tuple) else (result,)
-
-
-def cast(value, dtype):
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast(v, dtype) for v in value)
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def check(name, arguments):
-    """The kernels are as exact as rounding allows."""
-    exact = getattr(reference, name)(**{k: cast(v, torch.float64) for k, v in arguments.items()})
-    same = getattr(reference, name)(**arguments)
-    with launches() as counted:
-        found = run(name, arguments)
-    assert counted
-    for f, e, s in zip(found, *(r if isinstance(r, tuple) else (r,) for r in (exact, same)), strict=True):
-        assert_close_to_reference(f, e, s, 2)
-    return found
-
-
-def gradients(name, arguments, wanted, grad, backend):
-    leaves = {key: arguments[key].detach().clone().requires_grad_() for key in wanted}
-    operator = getattr(reference, name) if backend is None else partial(getattr(ops, name), backend=backend)
-    out = operator(**{**arguments, **leaves})
-    out = out[0] if isinstance(out, tuple) else out
-    return torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype), materialize_grads=True)
-
-
-def check_gradients(name, arguments, wanted):
-    grad = rand(*(arguments["x"] if "x" in arguments else arguments["h_input"]).shape)
-    wide = {k: cast(v, torch.float64) for k, v in arguments.items()}
-    with poisoned():
-        found = gradients(name, arguments, wanted, grad, "triton")
-    exact, same = gradients(name, wide, wanted, grad, None), gradients(name, arguments, wanted, grad, None)
-    for key, f, e, s in zip(wanted, found, exact, same, strict=True):
-        try:
-            assert_close_to_reference(f, e, s, 3)
-        except AssertionError as error:
-            raise AssertionError(f"{key}: {error}") from None
-
-
 # ---------------------------------------------------------------------------------------------------- extra_neurons
-
-
-def neurons(sizes, tokens=5, form="selected", *, d=20, dtype=torch.float32, gated=True):
-    """Arguments of extra_neurons; `cases` with more than 64 tokens takes the kernel of tiles."""
-    n, groups = sum(sizes), len(sizes)
-    r = partial(rand, dtype=dtype)
-    arguments = {"x": r(tokens, d), "keys": r(n, d, fan=d), "key_bias": r(n), "values": r(n, d, fan=n), "act": "silu"}
-    arguments |= {"zeta": r(groups, d, fan=n), "beta": 0.5, "group_ptr": pointers(sizes)}
-    if gated:
-        arguments |= {"up": r(n, d, fan=d), "up_bias": r(n)}
-    rows = 3 if form == "cases" else tokens
-    if form == "route":
-        arguments["route"] = (rand(rows, groups) * torch.randint(0, 2, (rows, groups)).to(DEVICE)).to(dtype)
-    elif form != "always":
-        arguments["selected"] = torch.randint(-1, groups, (rows, 2)).to(DEVICE)
-    if form == "cases":
-        arguments["token_to_case"] = torch.randint(-1, rows, (tokens,)).to(DEVICE)
-    return arguments
 
 
 def taking(arguments, order):
@@ -114,11 +51,6 @@ def taking(arguments, order):
         place = ints([order.index(g) if g in order else -1 for g in range(len(ptr) - 1)] + [-1])
         taken["selected"] = place[arguments["selected"]]
     return taken
-
-
-def tokens_of(form):
-    """More for a route: each of its gradients is a sum that cancels, and a few say nothing of the usual error."""
-    return {"cases": 66, "route": 20}.get(form, 5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -188,16 +120,6 @@ def test_groups_that_are_not_selected_do_not_leak(form):
 # ---------------------------------------------------------------------------------------------------- augmented_ffn
 
 
-def ffn(tokens=5, n=21, *, d=24, width=40, dtype=torch.float32, gated=True):
-    r = partial(rand, dtype=dtype)
-    arguments = {"x": r(tokens, d), "w_k": r(width, d, fan=d), "b_k": r(width), "w_v": r(d, width, fan=width)}
-    arguments |= {"b_v": r(d), "keys": r(n, d, fan=d), "key_bias": r(n), "values": r(n, d, fan=n), "act": "gelu"}
-    arguments |= {"zeta": r(d, fan=n), "beta": 0.5}
-    if gated:
-        arguments |= {"w_up": r(width, d, fan=d), "b_up": r(width), "up": r(n, d, fan=d), "up_bias": r(n)}
-    return arguments
-
-
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @few
 @given(seed=seeds, tokens=st.sampled_from([1, 17, 70]), n=st.integers(0, 40), beta=st.sampled_from([0.0, 0.7]))
@@ -216,32 +138,6 @@ def test_an_ffn_whose_weights_were_concatenated(gated, seed, tokens, n, beta):
 
 
 # -------------------------------------------------------------------------------------------------- knowledge_shift
-
-
-def shift(tokens=5, *, heads=4, kv_heads=2, hd=8, items=9, k=4, d=None, dtype=torch.float32, cases=None, raw=False):
-    r = partial(rand, dtype=dtype)
-    width = d or heads * hd
-    if raw:
-        arguments = {"h_input": r(tokens, width), "q": r(tokens, width), "item_keys": r(items, width)}
-        arguments["item_values"] = r(items, width)
-    else:
-        arguments = {"h_input": r(tokens, width), "q": r(tokens, heads, hd), "item_keys": r(items, kv_heads, hd)}
-        arguments["item_values"] = r(items, kv_heads, hd)
-        if d:
-            arguments["out_proj"] = (r(d, heads * hd, fan=heads * hd), r(d))
-    # What is known and the input have something in common: the relative error of a cosine near 0 is chance.
-    common = r(width)
-    arguments["h_input"] += common
-    if raw:
-        arguments["item_keys"] += common
-        arguments["item_values"] += common
-    elif d:
-        arguments["out_proj"] = (arguments["out_proj"][0], arguments["out_proj"][1] + common)
-    rows = cases or tokens
-    arguments["indices"] = torch.stack([torch.randperm(items)[:k] for _ in range(rows)]).to(DEVICE)
-    if cases:
-        arguments["token_to_case"] = torch.randint(-1, cases, (tokens,)).to(DEVICE)
-    return arguments
 
 
 some_shifts = st.sampled_from(
@@ -320,9 +216,6 @@ def test_tokens_in_parts(seed, shape):
 
 
 # ------------------------------------------------------------------------------------- equal runs, tiles, autocast
-
-NEURONS = ["x", "keys", "key_bias", "values", "up", "up_bias", "zeta"]
-PARTS = ["h_input", "q", "item_keys", "item_values"]
 
 
 def operations(dtype=torch.bfloat16):
@@ -441,146 +334,3 @@ def test_opcheck(name, monkeypatch):
     getattr(ops, name)(**arguments, backend="triton")
     monkeypatch.undo()
     torch.library.opcheck(operator.default, calls[0])
-
-
-# ------------------------------------------------------------------------------------------------------------ sizes
-
-
-@pytest.mark.parametrize("hd", [64, 80, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_28_query_heads_on_4(hd, dtype):
-    arguments = shift(2, heads=28, kv_heads=4, hd=hd, dtype=dtype)
-    check("knowledge_shift", {**arguments, "alpha": torch.rand(2, device=DEVICE)})
-    if hd == 80:
-        check_gradients("knowledge_shift", {**arguments, "alpha": 0.5}, PARTS)
-        many = shift(65, heads=28, kv_heads=4, hd=hd, cases=2, k=2, dtype=dtype)
-        check("knowledge_shift", {**many, "alpha": 0.5})
-
-
-@pytest.mark.parametrize("d", [80, 112, 200, 37, 100])
-def test_hidden_sizes(d):
-    dtype = torch.bfloat16
-    for form in ("always", "selected"):
-        check("extra_neurons", neurons([3, 18], 3, form, d=d, dtype=dtype))
-    check("augmented_ffn", ffn(3, d=d, width=d + 9, dtype=dtype))
-    raw = shift(3, raw=True, d=d, dtype=dtype)
-    check("knowledge_shift", raw)
-    check("knowledge_shift", shift(3, d=d, dtype=dtype))
-    if d in (37, 112):
-        check_gradients("extra_neurons", neurons([3, 18], 3, d=d, dtype=dtype), NEURONS)
-        check_gradients("knowledge_shift", raw, PARTS)
-
-
-def test_one_group_of_many_resident_neurons():
-    """200,000 are in memory, ten of them are read: NaN everywhere else."""
-    n, d = 200_000, 16
-    arguments = {"x": rand(2, d, dtype=torch.float16), "act": "gelu", "group_ptr": ints([0, 150_000, n - 10, n])}
-    shapes = {"keys": (n, d), "key_bias": (n,), "values": (n, d)}
-    for name, shape in shapes.items():
-        arguments[name] = torch.full(shape, math.nan, dtype=torch.float16, device=DEVICE)
-        arguments[name][-10:] = rand(10, *shape[1:], dtype=torch.float16, fan=4)
-    (y,) = run("extra_neurons", {**arguments, "selected": ints([[2], [-1]])})
-    last = {name: arguments[name][-10:] for name in shapes}
-    expected = reference.extra_neurons(arguments["x"].double(), **cast_all(last), act="gelu")
-    same = reference.extra_neurons(arguments["x"], **last, act="gelu")
-    assert_close_to_reference(y[:1], expected[:1], same[:1], 2)
-    assert y[1].eq(0).all()
-
-
-def cast_all(tensors):
-    return {name: t.double() for name, t in tensors.items()}
-
-
-@pytest.mark.gpu
-def test_offsets_beyond_32_bits():
-    """Rows 2**31 elements into one buffer. Not for the interpreter, which would commit all of its 4.3 GB."""
-    n, d, gap = 200_000, 16, 10_800
-    buffer = torch.empty(n * gap, dtype=torch.float16, device=DEVICE)
-    keys, values = (buffer.as_strided((n, d), (gap, 1), offset) for offset in (0, d))
-    for rows in (keys, values):
-        rows[-10:] = rand(10, d, dtype=torch.float16, fan=4)
-    x, ptr = rand(2, d, dtype=torch.float16), ints([0, n - 10, n])
-    for selected, more in ((ints([[1], [1]]), {}), (None, {"route": ints([[0, 1], [0, 1]]).half()})):
-        y = ops.extra_neurons(
-            x, keys, None, values, act="gelu", group_ptr=ptr, selected=selected, backend="triton", **more
-        )
-        close(
-            y.float(),
-            reference.extra_neurons(x, keys[-10:], None, values[-10:], act="gelu").float(),
-            rtol=1e-2,
-            atol=1e-2,
-        )
-
-
-@pytest.mark.gpu
-def test_item_heads_that_lie_beyond_32_bits():
-    """Heads as the outer dimension of a memory: the third one starts 2**31 elements behind the first."""
-    heads, items, hd = 3, 9, 16
-    buffer = torch.empty(2**31 + items * hd, dtype=torch.float16, device=DEVICE)
-    view = buffer.as_strided((items, heads, hd), (hd, 2**30, 1))
-    near = rand(items, heads, hd, dtype=torch.float16)
-    view.copy_(near)
-    arguments = {**shift(3, heads=3, kv_heads=3, hd=hd, dtype=torch.float16), "alpha": torch.rand(3, device=DEVICE)}
-    far, wanted = (run("knowledge_shift", {**arguments, "item_keys": m, "item_values": m}) for m in (view, near))
-    assert all(torch.equal(a, b) for a, b in zip(far, wanted, strict=True))
-
-
-@pytest.mark.gpu
-def test_query_heads_that_lie_beyond_32_bits():
-    """Heads as the outer dimension of the tokens: the third one starts 2**31 elements behind the first."""
-    tokens, heads, hd = 5, 3, 16
-    buffer = torch.empty(2**31 + tokens * hd, dtype=torch.float16, device=DEVICE)
-    arguments = {**shift(tokens, heads=heads, kv_heads=1, hd=hd, dtype=torch.float16)}
-    arguments["alpha"] = torch.rand(tokens, device=DEVICE)
-    view = buffer.as_strided((tokens, heads, hd), (hd, 2**30, 1)).copy_(arguments["q"])
-    far, wanted = (run("knowledge_shift", {**arguments, "q": q}) for q in (view, arguments["q"]))
-    assert all(torch.equal(a, b) for a, b in zip(far, wanted, strict=True))
-    found = []
-    for q in (view, arguments["q"]):
-        parts = {**arguments, "item_keys": arguments["item_keys"].clone().requires_grad_(), "q": q}
-        run("knowledge_shift", parts)[0].sum().backward()
-        found.append(parts["item_keys"].grad)
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("form", ["always", "selected"])
-def test_thousands_of_groups_most_of_them_empty(form):
-    sizes = [3 if g % 100 == 50 else 0 for g in range(2500)]
-    arguments = neurons(sizes, 3, form, d=16)
-    if form == "selected":
-        arguments["selected"] = ints([[50, 51, 2499], [2450, -1, 50], [0, -1, -1]])
-    (y,) = check("extra_neurons", arguments)
-    assert (form == "always") == bool(y[2].any())
-    check_gradients("extra_neurons", arguments, ["x", "keys", "values"])
-
-
-# ----------------------------------------------------------------------------------------------------------- chunks
-
-
-def test_activations_in_chunks_of_tokens(monkeypatch):
-    arguments = neurons([9, 20], 260, "always")
-    whole = run("extra_neurons", arguments)[0]
-    monkeypatch.setattr("unike_kernels.triton_kernels.extra_neurons.WORKSPACE", 1)
-    with launches() as counted:
-        parts = check("extra_neurons", arguments)[0]
-        check("extra_neurons", {**arguments, "route": rand(260, 2)})
-        cases = {"route": rand(3, 2), "token_to_case": torch.randint(-1, 3, (260,)).to(DEVICE)}
-        check("extra_neurons", {**arguments, **cases})
-        y = rand(260, 20)
-        close(ops.extra_neurons_(y.clone(), **arguments, backend="triton"), y + whole)
-    assert counted["hidden"] == counted["weighted_rows"] == 12
-    assert torch.equal(parts, whole)
-    with launches() as counted:
-        check("augmented_ffn", ffn(130, 9))
-    assert counted["hidden"] == 2
-
-
-@pytest.mark.parametrize("form", ["always", "route", "selected"])
-def test_gradients_in_chunks_of_neurons(form, monkeypatch):
-    """Groups lie across the border of two chunks; sums over neurons go on from one to the next."""
-    arguments = neurons([100, 0, 100, 60], 4, form)
-    wanted = [*NEURONS, *(["route"] if form == "route" else [])]
-    monkeypatch.setattr("unike_kernels.triton_kernels.extra_neurons_backward.WORKSPACE", 1)
-    with launches() as counted:
-        check_gradients("extra_neurons", arguments, wanted)
-    assert counted["hidden_grads"] == 3

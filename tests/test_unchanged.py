@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import unike_kernels as uk
 from tests.models_tiny import ALWAYS, ROUTED, edits_for, make_model
-from tests.test_modules import shift_of
+from tests.sites_expected import shift_of
 from unike_kernels import planning, unchanged
 from unike_kernels.projections import Projections
 from unike_kernels.unchanged import Seen, Written
