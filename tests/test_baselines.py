@@ -322,3 +322,15 @@ def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
     lines = table({"IKE": {"in_context": 0.2, "without": 0.25}, "FT": shown}).splitlines()
     assert lines[2].startswith("| IKE (in-context accuracy 20.0, without 25.0) | n/a | n/a |")
     assert lines[3] == "| FT | 91.2 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 99.0 | 98.0 | 10.0 | 0.50 |"
+
+
+def test_the_search_shows_what_each_setting_changes_and_its_means():
+    from bench.quality.baselines.__main__ import searched, trial
+
+    first, second, *rest = METHODS["MEND"].trials()
+    means = {("name", first): 80.0, ("caption", first): 90.0, ("name", second): 81.0}
+    rows = {trial("MEND", task, config): {"after": {"mean": mean}} for (task, config), mean in means.items()}
+    lines = searched(rows, ["MEND"]).splitlines()
+    assert lines[0] == "| method | changed | names | captions | mean |" and len(lines) == 4 + len(rest)
+    assert lines[2] == "| MEND | chosen | 80.0 | 90.0 | 85.0 |"
+    assert lines[3] == "| MEND | edit_weight 1.0 | 81.0 | - | - |"

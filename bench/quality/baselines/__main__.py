@@ -36,6 +36,7 @@ from unike_kernels.evaluation.methods import Edited, Method
 from unike_kernels.evaluation.records import KINDS, Record
 from unike_kernels.evaluation.summary import Summary
 
+TASKS = ("name", "caption")  # that settings are searched on
 app = typer.Typer(add_completion=False)
 
 
@@ -169,7 +170,7 @@ def kept(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, name: str, row: dict[str, Any]) -> None:
-    """Adds a row to a saved file, or replaces it; the file is read anew, as another process may have added to it."""
+    """Adds a row to a saved file, or replaces it; a file is one base model's, so that two may be measured at a time."""
     found = kept(path)
     found["rows"][name] = row
     write(path, found | {"environment": environment()})
@@ -177,17 +178,34 @@ def save(path: Path, name: str, row: dict[str, Any]) -> None:
 
 def search(bench: Bench, names: Sequence[str], console: Console) -> None:
     """Every method's four settings on development edits of names and of captions; the mean of five metrics decides."""
-    path = RESULTS / "baselines-search.json"
+    path = RESULTS / f"baselines-search-seed{bench.seed}.json"
     for name in names:
         for config in METHODS[name].trials():
-            told = json.dumps(asdict(config), sort_keys=True)
-            for task in ("name", "caption"):
-                label = f"{name}, base model {bench.seed}, {task}: {told}"
+            for task in TASKS:
+                label = trial(name, task, config)
                 of = bench.settings(METHODS[name](bench.model, bench.processor, config))
                 if kept(path)["rows"].get(label, {}).get("of") != of:
                     save(path, label, bench.of(task).measured(name, config, whole=False) | {"of": of})
-                after = kept(path)["rows"][label].get("after", {})
-                console.print(f"{label}\n  { ({k: round(v, 1) for k, v in after.items()}) }", soft_wrap=True)
+    console.print(Markdown(searched(kept(path)["rows"], names)))
+
+
+def trial(name: str, task: str, config: Any) -> str:
+    """What a measured setting is saved under."""
+    return f"{name}, {task}: {json.dumps(asdict(config), sort_keys=True)}"
+
+
+def searched(rows: dict[str, Any], names: Sequence[str]) -> str:
+    """The settings that were measured, as markdown: what each changes of the chosen one, and its means."""
+    lines = []
+    for name in names:
+        chosen = asdict(METHODS[name].trials()[0])
+        for config in METHODS[name].trials():
+            changed = [f"{k} {v}" for k, v in asdict(config).items() if v != chosen[k]]
+            after = [rows.get(trial(name, task, config), {}).get("after") for task in TASKS]
+            means = [found["mean"] if found else None for found in after]
+            both = None if None in means else sum(means) / len(means)
+            lines.append([name, ", ".join(changed) or "chosen", *map(number, means), number(both)])
+    return markdown(["method", "changed", *(f"{task}s" for task in TASKS), "mean"], lines)
 
 
 def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> None:

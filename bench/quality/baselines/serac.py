@@ -49,7 +49,7 @@ class SeracConfig:
     """Widths and depths of both models, and their training: `steps` of the scope, `answer_steps` of the answers."""
 
     width: int = 128
-    depth: int = 3
+    depth: int = 2
     heads: int = 4
     embedding: int = 64  # of the classifier
     lr: float = 1e-3
@@ -165,8 +165,8 @@ class Serac(Baseline):
     @classmethod
     def trials(cls) -> tuple[SeracConfig, ...]:
         """Two depths, two rates, with and without made-up answers."""
-        shallow = SeracConfig(depth=2)
-        return SeracConfig(), shallow, replace(shallow, lr=3e-3), replace(shallow, made_up=0.0)
+        chosen = SeracConfig()
+        return chosen, replace(chosen, depth=3), replace(chosen, lr=3e-3), replace(chosen, made_up=0.0)
 
     # ------------------------------------------------------------------------------------------------ texts
 
@@ -268,6 +268,12 @@ class ImageAwareSerac(Serac):
     source = "Mitchell et al., ICML 2022, with a scope classifier that sees the picture"
     image_aware = True
     out_of_scope = LOCAL
+
+    @classmethod
+    def trials(cls) -> tuple[SeracConfig, ...]:
+        """The same four; here the deeper one is the chosen one."""
+        shallow, deep, *others = super().trials()
+        return deep, shallow, *others
 
 
 def list_of(host: Host, samples: Sequence[Sample]) -> list[Batch]:
