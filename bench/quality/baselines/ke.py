@@ -43,7 +43,7 @@ class KeConfig:
     hidden: int = 64
     condition: int = 128
     max_scale: float = 1.0
-    lr: float = 1e-3
+    lr: float = 3e-3
     lr_multiplier: float = 1e-1
     steps: int = 3200
     batch: int = 8
@@ -142,7 +142,7 @@ class Ke(GradientEditor):
     @classmethod
     def trials(cls) -> tuple[KeConfig, ...]:
         """Two scales, two rates."""
-        return KeConfig(), KeConfig(lr=3e-3), KeConfig(max_scale=0.3, lr=3e-3), KeConfig(max_scale=0.3)
+        return KeConfig(), KeConfig(lr=1e-3), KeConfig(max_scale=0.3), KeConfig(max_scale=0.3, lr=1e-3)
 
     def make(self) -> Network:
         """A fresh network."""
