@@ -330,7 +330,8 @@ def test_the_search_shows_what_each_setting_changes_and_its_means():
     first, second, *rest = METHODS["MEND"].trials()
     means = {("name", first): 80.0, ("caption", first): 90.0, ("name", second): 81.0}
     rows = {trial("MEND", task, config): {"after": {"mean": mean}} for (task, config), mean in means.items()}
-    lines = searched(rows, ["MEND"]).splitlines()
-    assert lines[0] == "| method | changed | names | captions | mean |" and len(lines) == 4 + len(rest)
-    assert lines[2] == "| MEND | chosen | 80.0 | 90.0 | 85.0 |"
-    assert lines[3] == "| MEND | edit_weight 1.0 | 81.0 | - | - |"
+    lines = searched({0: rows, 1: rows}, ["MEND"]).splitlines()
+    assert lines[0] == "| method | changed | names, 0 | captions, 0 | names, 1 | captions, 1 | mean |"
+    assert len(lines) == 4 + len(rest)
+    assert lines[2] == "| MEND | chosen | 80.0 | 90.0 | 80.0 | 90.0 | 85.0 |"
+    assert lines[3] == "| MEND | edit_weight 1.0 | 81.0 | - | 81.0 | - | - |"

@@ -150,8 +150,9 @@ def _left(requests: Sequence[dict[str, Any]], there: Edits | None) -> tuple[list
     gone = {e.id: newer[e.image, e.prompt] for e in there.entries if (e.image, e.prompt) in newer}
     warn_of_replaced([(new, old) for old, new in gone.items()])
     ids = {e.id: ids.get(e.id, e.id) for e in there.entries if e.id not in gone}
-    check_unique([*ids.values(), *(r.id for r in left)])
-    taken = {*ids.values(), *(r.id for r in left)}
+    names = [*ids.values(), *(r.id for r in left)]
+    check_unique(names)
+    taken = set(names)
     for old, new in gone.items():
         name = old
         while name in taken and (name != old or old != new):

@@ -57,7 +57,7 @@ class Job:
 
     @property
     def together(self) -> int:
-        """K."""
+        """K: how many edits are on the model together."""
         return self.k if self.k is not None else 1 if self.protocol == "one-step" else 10
 
 

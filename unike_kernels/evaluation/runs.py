@@ -58,7 +58,7 @@ class Run:
             try:
                 result = Result.from_json(json.loads(line))
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path} is damaged in line {n + 1}") from None
+                raise ValueError(f"{path} is damaged in line {n + 1}, or of another version of this package") from None
             found.setdefault(result.id, result)  # two processes in one folder compute the same
         self.results = list(found.values())
         if len(whole) < len(data):

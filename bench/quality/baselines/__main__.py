@@ -176,9 +176,14 @@ def save(path: Path, name: str, row: dict[str, Any]) -> None:
     write(path, found | {"environment": environment()})
 
 
-def search(bench: Bench, names: Sequence[str], console: Console) -> None:
-    """Every method's four settings on development edits of names and of captions; the mean of five metrics decides."""
-    path = RESULTS / f"baselines-search-seed{bench.seed}.json"
+def trials_of(seed: int) -> Path:
+    """Where the measured settings of one base model are saved."""
+    return RESULTS / f"baselines-search-seed{seed}.json"
+
+
+def search(bench: Bench, names: Sequence[str]) -> None:
+    """Measures every method's four settings on development edits of names and of captions; what is saved stays."""
+    path = trials_of(bench.seed)
     for name in names:
         for config in METHODS[name].trials():
             for task in TASKS:
@@ -186,7 +191,6 @@ def search(bench: Bench, names: Sequence[str], console: Console) -> None:
                 of = bench.settings(METHODS[name](bench.model, bench.processor, config))
                 if kept(path)["rows"].get(label, {}).get("of") != of:
                     save(path, label, bench.of(task).measured(name, config, whole=False) | {"of": of})
-    console.print(Markdown(searched(kept(path)["rows"], names)))
 
 
 def trial(name: str, task: str, config: Any) -> str:
@@ -194,18 +198,21 @@ def trial(name: str, task: str, config: Any) -> str:
     return f"{name}, {task}: {json.dumps(asdict(config), sort_keys=True)}"
 
 
-def searched(rows: dict[str, Any], names: Sequence[str]) -> str:
-    """The settings that were measured, as markdown: what each changes of the chosen one, and its means."""
+def searched(rows: dict[int, dict[str, Any]], names: Sequence[str]) -> str:
+    """The settings that were measured, as markdown: what each changes of the chosen one, and the means that decide.
+
+    rows: saved ones, by base model.
+    """
     lines = []
     for name in names:
         chosen = asdict(METHODS[name].trials()[0])
         for config in METHODS[name].trials():
             changed = [f"{k} {v}" for k, v in asdict(config).items() if v != chosen[k]]
-            after = [rows.get(trial(name, task, config), {}).get("after") for task in TASKS]
+            after = [found.get(trial(name, task, config), {}).get("after") for found in rows.values() for task in TASKS]
             means = [found["mean"] if found else None for found in after]
-            both = None if None in means else sum(means) / len(means)
-            lines.append([name, ", ".join(changed) or "chosen", *map(number, means), number(both)])
-    return markdown(["method", "changed", *(f"{task}s" for task in TASKS), "mean"], lines)
+            whole = None if None in means else sum(means) / len(means)
+            lines.append([name, ", ".join(changed) or "chosen", *map(number, means), number(whole)])
+    return markdown(["method", "changed", *(f"{task}s, {seed}" for seed in rows for task in TASKS), "mean"], lines)
 
 
 def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> None:
@@ -247,13 +254,17 @@ def main(
     unknown = [name for name in names if name not in (*METHODS, "UniKE")]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {'; '.join([*METHODS, 'UniKE'])}")
-    for seed in (int(s) for s in seeds.split(",")):
+    bases = [int(s) for s in seeds.split(",")]
+    for seed in bases:
         bench = Bench(seed, edits, training)
         if trials:
-            search(bench, [name for name in names if name in METHODS], console)
+            search(bench, [name for name in names if name in METHODS])
         else:
             console.rule(f"base model {seed}: {edits} development edits, one-step, percent")
             compare(seed, bench, names, console)
+    if trials:
+        found = {seed: kept(trials_of(seed))["rows"] for seed in bases}
+        console.print(Markdown(searched(found, [name for name in names if name in METHODS])))
 
 
 if __name__ == "__main__":
