@@ -226,10 +226,12 @@ def run(
     controls: bool = True,
     keep: Path | None = None,
     world: World | None = None,
+    more: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """All rows on base model `seed`; returns what `run.py` saves.
 
     keep: a file that holds the finished rows, where a stopped run goes on. world: of these items on another model.
+    more: rows after the others; one of a name that is there is not measured again.
     """
     started = time.time()
     world = World(seed, items, default_config(), quick=quick) if world is None else world
@@ -238,7 +240,7 @@ def run(
     if keep is not None and keep.exists():
         out = json.loads(keep.read_text())
     before = out["seconds"]
-    rows = [*ROWS, *(CONTROLS if controls else ())]
+    rows = [*ROWS, *(CONTROLS if controls else ()), *more]
     mean_alpha = out["rows"].get("UniKE", {}).get("alpha", {}).get("rel")
     for row in tqdm(rows, desc=f"model {seed}", unit="row"):
         if row.name in out["rows"]:

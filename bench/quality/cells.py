@@ -130,18 +130,21 @@ class Found:
     draws: int = 1
 
 
-def saved(results: Sequence[Result]) -> dict[str, Any]:
-    """What is kept of a cell: means, clustered errors, and every edit's values in tenths of a percent."""
+def saved(results: Sequence[Result], ids: Sequence[str] | None = None) -> dict[str, Any]:
+    """What is kept of a cell: means, clustered errors, and every edit's values in tenths of a percent.
+
+    ids: the edits' order, sorted if None. What was not asked of any edit, as pictures of a fact, has a mean of nan.
+    """
     summary = Summary.of(results)
-    order = sorted(results, key=lambda r: r.id)
+    order = sorted(results, key=lambda r: r.id if ids is None else ids.index(r.id))
     clusters, sequences = [r.cluster for r in order], [r.sequence for r in order]
     found = {kind: per_record(order, kind, score_after) for kind in KINDS}
-    values = {kind: [found[kind][r.id] for r in order] for kind in KINDS}
-    values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
+    values = {kind: [found[kind][r.id] for r in order] if found[kind] else [] for kind in KINDS}
+    values["mean"] = means_of(values)
     return {
         "edits": len(order),
-        "metrics": {kind: sum(v) / len(v) for kind, v in values.items()},
-        "errors": {kind: clustered_error(v, clusters) for kind, v in values.items()},
+        "metrics": {kind: sum(v) / len(v) if v else math.nan for kind, v in values.items()},
+        "errors": {kind: clustered_error(v, clusters) if v else math.nan for kind, v in values.items()},
         "before": summary.before,
         "exact": summary.exact,
         "own": summary.own,
@@ -199,8 +202,15 @@ def each(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[flo
         for kind in KINDS:
             values[kind] += [int(v) / 10 for v in row["values"][kind].split()]
         labels += [(draw, c) for c in _concepts(row)]
-    values["mean"] = [mean_of_five(*five) for five in zip(*(values[k] for k in KINDS), strict=True)]
+    values["mean"] = means_of(values)
     return values, tuple(labels)
+
+
+def means_of(values: dict[str, list[float]]) -> list[float]:
+    """Every edit's mean of the five metrics; empty where one of them was not asked."""
+    if not all(values[kind] for kind in KINDS):
+        return []
+    return [mean_of_five(*five) for five in zip(*(values[kind] for kind in KINDS), strict=True)]
 
 
 class Store:
@@ -273,8 +283,7 @@ class Bench:
         """The cell's row as `saved` has it, or {"na": why} where the method does not apply to this model."""
         method = self.method(cell.method)
         if isinstance(method, Ike) and not method.followed:
-            told = f"with the answer in the prompt {100 * method.follows:.1f} % of its tokens are right"
-            return {"na": f"the base model does not follow demonstrations: {told}, without {100 * method.without:.1f}"}
+            return {"na": method.unfollowed()}
         tasks = protocol.tasks_of(cell.protocol, cell.task, cell.edits, cell.draw)
         plan = protocols.plan(cell.protocol, tasks, k=cell.k, seed=cell.draw)
         about = {"base": self.base, "seed": cell.draw, "training": self.training}

@@ -207,6 +207,8 @@ def ablation_row(result: dict[str, Any], name: str) -> Found | None:
     row = result["rows"].get(name)
     if row is None:
         return None
+    if "na" in row:
+        return Found(reason=row["na"])
     values, labels = each([("ablation", row)])
     return Found(
         result["edits"], row["metrics"], row["errors"], exact=row.get("exact", {}), values=values, labels=labels

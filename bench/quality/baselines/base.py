@@ -169,7 +169,7 @@ def changed(host: Host, change: Change) -> Iterator[None]:
 
         def add(module: nn.Module, args: tuple, output: Tensor, delta: Tensor = delta) -> Tensor:
             x = args[0].reshape(len(delta), -1, delta.shape[-1])
-            return output + (x @ delta.mT).reshape(output.shape).to(output)
+            return output + (x.to(delta) @ delta.mT).reshape(output.shape).to(output)
 
         hooks.append(host.linear(name).register_forward_hook(add))
     try:
@@ -182,6 +182,11 @@ def changed(host: Host, change: Change) -> Iterator[None]:
 def summed(first: Change, second: Change) -> Change:
     """Both changes one after the other: their sum."""
     return {n: first.get(n, 0) + second.get(n, 0) for n in {**first, **second}}
+
+
+def learned_dtype(weight: Tensor) -> torch.dtype:
+    """What a change of this weight is learned in: float32 at least, as Adam's steps fall below half precision's."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class Carrying(Edited):

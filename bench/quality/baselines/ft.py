@@ -17,7 +17,7 @@ import torch
 
 from unike_kernels.editing.inputs import Sample
 
-from .base import Change, ChangesMaps, changed, descend_apart, summed
+from .base import Change, ChangesMaps, changed, descend_apart, learned_dtype, summed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class FineTuning(ChangesMaps):
         batch = host.collator.batch(samples, list(range(len(samples))))
         prefix = host.prefix(batch, last)
         weights = {n: host.linear(n).weight for n in host.ffn_maps([last])}
-        delta = {n: w.new_zeros(len(samples), *w.shape).requires_grad_() for n, w in weights.items()}
+        delta = {
+            n: w.new_zeros(len(samples), *w.shape, dtype=learned_dtype(w)).requires_grad_() for n, w in weights.items()
+        }
 
         def loss() -> torch.Tensor:
             with changed(host, summed(before, delta)):

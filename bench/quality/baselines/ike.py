@@ -72,6 +72,11 @@ class Ike(Baseline):
         """Whether the base follows demonstrations, so that the row says something."""
         return self.follows >= FOLLOWS and self.follows > self.without
 
+    def unfollowed(self) -> str:
+        """Why there is no row, of a base that does not follow demonstrations."""
+        told = f"with the answer in the prompt {100 * self.follows:.1f} % of its tokens are right"
+        return f"the base model does not follow demonstrations: {told}, without {100 * self.without:.1f}"
+
     @classmethod
     def trials(cls) -> tuple[IkeConfig, ...]:
         """Which demonstrations, and how many."""

@@ -16,7 +16,7 @@ import torch
 
 from unike_kernels.editing.inputs import Sample
 
-from .base import Change, ChangesMaps, changed, descend_apart, summed
+from .base import Change, ChangesMaps, changed, descend_apart, learned_dtype, summed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Lora(ChangesMaps):
         for n in (n for i in host.layers for n in (host.decoder.layers[i].q_proj, host.decoder.layers[i].v_proj)):
             weight = host.linear(n).weight
             a = torch.randn(c.rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-            a = a.to(weight).repeat(len(samples), 1, 1)  # [E, r, in]
-            factors[n] = (a.requires_grad_(), weight.new_zeros(len(samples), len(weight), c.rank).requires_grad_())
+            a = a.to(weight.device, learned_dtype(weight)).repeat(len(samples), 1, 1)  # [E, r, in]
+            b = a.new_zeros(len(samples), len(weight), c.rank)
+            factors[n] = (a.requires_grad_(), b.requires_grad_())
 
         def product() -> Change:
             return {n: c.alpha / c.rank * b @ a for n, (a, b) in factors.items()}

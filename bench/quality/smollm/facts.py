@@ -77,15 +77,17 @@ def records(split: str = "reported", n: int | None = None, seed: int = 0) -> lis
     """Counterfactual edits: `src`, `alt`, `rephrases`, `t_loc`, `m_loc_parts` as in the emoji world's records.
 
     t_loc: "same_relation" of other countries, "own" facts of the edited one, "random" others; m_loc: known drawings.
-    No locality question is about another edited country's edited relation of the same split.
+    No locality question is about another edited country's edited relation of the same split; those of "memory", which
+    methods learn from, are about its own countries alone.
     """
     rng = random.Random(f"records {split} {seed}")
-    others = [c for c in countries() if c not in splits()[split]]
+    within, outside = splits()[split], [c for c in countries() if c not in splits()[split]]
     known = known_roles()["locality"]
     out = []
     for i, (country, relation, claim) in enumerate(claims(split, seed)):
         src, *rephrases = rng.sample(RELATIONS[relation], len(RELATIONS[relation]))
         rest = [r for r in RELATIONS if r not in EDITED]
+        others = [c for c in within if c != country] if split == "memory" else outside
         t_loc = [(*c.fact(relation, rng.randrange(3)), "same_relation") for c in rng.sample(others, 2)]
         t_loc += [(*country.fact(r, k), "own") for r in rest for k in rng.sample(range(3), 2)]
         t_loc += [(*c.fact(rng.choice(rest), rng.randrange(3)), "random") for c in rng.sample(others, 2)]

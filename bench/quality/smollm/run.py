@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench.quality import ablation, tables
-from bench.quality.rows import ROWS
-from bench.quality.run import RESULTS, environment
-from bench.quality.world import triplets
+from bench.quality import ablation, cells, claims, tables
+from bench.quality.baselines import METHODS
+from bench.quality.report import RESULTS, environment, taken
+from bench.quality.rows import FIGURES, ROWS
+from bench.quality.world import record, triplets
 from unike_kernels.config import NeuronConfig, UnikeConfig
 
-from . import facts, latent, model, world
+from . import baselines, facts, latent, model, world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SEQUENTIAL = (10, 20)
@@ -67,7 +69,8 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: flo
         about |= {} if rate is None else {"rate": rate}
         fits = {str(i): ablation.fit_report(f) for i, f in made.editor.fits.items()}
         ablation.write(path, about | {"rows": {"base": made.score_base()}, "fit": fits})
-    result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made)
+    figures = [row for name in FIGURES for row in FIGURES[name]] if controls else []
+    result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made, more=figures)
     rows = {row.name: row for row in ROWS}
     sequential = result.setdefault("sequential", {})
     for size in SEQUENTIAL:
@@ -80,6 +83,51 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: flo
             row = rows["UniKE, routed"]
             sequential[name] = made.stacked(row, *made.make(row), size)
             ablation.write(path, result)
+
+
+def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], search: bool) -> None:
+    """The baselines on the ablation's edits, or (search) their settings on development edits."""
+    path = where(f"baselines-{task}")
+    check_saved(path, edits=n, dtype=dtype)
+    result = read(path) or {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}}
+    result["environment"] = environment()
+    bench = baselines.Bench(task, DTYPES[dtype])
+    if search:
+        baselines.search(bench, methods, result["search"], lambda: ablation.write(path, result))
+        return
+    searches = [read(where(f"baselines-{t}")).get("search", {}) for t in world.TASKS]
+    configs = {name: baselines.chosen(name, searches) for name in methods}
+    asked = [record(item) for item in world.items(task, n)]
+    baselines.run(bench, asked, configs, result["rows"], lambda: ablation.write(path, result))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A saved result, or nothing."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def baselines_section(task: world.Task) -> list[str]:
+    """One task's baselines and claims."""
+    parts, found = read(where(f"ablation-{task}")), read(where(f"baselines-{task}"))
+    if not parts or not found.get("rows"):
+        return []
+    told = [f"{name}: n/a, {row['na']}." for name, row in found["rows"].items() if "na" in row]
+    told += [
+        f"{name}: of the tokens of training-split edits {row['follows']:.1f} % are right with the answer in the "
+        f"prompt, {row['without']:.1f} without."
+        for name, row in found["rows"].items()
+        if "follows" in row
+    ]
+    return [
+        f"## Baselines: {TITLES[task]}",
+        f"The {found['edits']} edits of the ablation, language model in {found['dtype']}; sequences in its order. "
+        f"{taken(found['environment'])}",
+        baselines.table(task, parts, found),
+        *told,
+        *(["Settings, on development edits:", baselines.searched(found)] if found["search"] else []),
+        f"## The paper's claims: {TITLES[task]}",
+        claims.table(claims.of_rows(baselines.rows_of(task, parts, found))),
+    ]
 
 
 def ablation_section(result: dict[str, Any]) -> str:
@@ -138,18 +186,24 @@ def write_page() -> Path:
     for task in world.TASKS:
         for path in sorted(RESULTS.glob(where(f"ablation-{task}*").name), key=lambda path: len(path.name)):
             parts.append(ablation_section(json.loads(path.read_text())))
+    for task in world.TASKS:
+        parts += baselines_section(task)
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return PAGE
 
 
 @app.command()
 def main(
-    part: Annotated[Literal["latent", "ablation", "show"], typer.Option(help="show: print what is saved.")] = "show",
+    part: Annotated[
+        Literal["latent", "ablation", "search", "baselines", "show"],
+        typer.Option(help="search: the baselines' settings; show: print what is saved."),
+    ] = "show",
     task: Annotated[Literal["pictures", "text"], typer.Option(help="What is edited.")] = "text",
     edits: Annotated[int, typer.Option(help="Edits of the reported split.")] = 40,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the language model.")] = "float32",
     controls: Annotated[bool, typer.Option(help="Also the rows that say what a gain comes from.")] = True,
     rate: Annotated[float | None, typer.Option(help="Of keys and values of always-on rows, if another.")] = None,
+    methods: Annotated[str, typer.Option(help="These baselines only, by semicolon: 'FT;IKE'.")] = "",
 ) -> None:
     """Runs one experiment on one task; a stopped run goes on with the same command.
 
@@ -160,6 +214,11 @@ def main(
         run_latent(task, edits, dtype)
     elif part == "ablation":
         run_ablation(task, edits, dtype, controls, rate)
+    elif part in ("search", "baselines"):
+        named = [name.strip() for name in methods.split(";") if name.strip()] or list(cells.TABLE_1[2:])
+        if unknown := [name for name in named if name not in METHODS]:
+            raise typer.BadParameter(f"--methods must be some of {'; '.join(METHODS)}, but got {'; '.join(unknown)}")
+        run_baselines(task, edits, dtype, named, part == "search")
     path = write_page()
     Console().print(Markdown(path.read_text(encoding="utf-8")))
 
