@@ -96,6 +96,9 @@ def test_the_settings_with_the_best_mean_over_both_tasks_are_chosen() -> None:
     assert baselines.chosen("FT", [search(50, 60, 55, 0), {}]) == trials[1]
     assert baselines.chosen("FT", [search(50, 60, 55, 0), search(50, 10, 56, 0)]) == trials[2]
     assert baselines.chosen("LoRA", [search(50, 60, 55, 0)]) == METHODS["LoRA"].trials()[0]
+    stopped = {"FT": dict(list(search(50, 60, 55, 0)["FT"].items())[:2])}
+    with pytest.raises(ValueError, match="FT has 4 settings, but its search has 2"):
+        baselines.chosen("FT", [search(50, 60, 55, 0), stopped])
 
 
 def row(**metrics: float) -> dict[str, Any]:

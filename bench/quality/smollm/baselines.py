@@ -97,9 +97,11 @@ def settings(config: Any) -> str:
 def chosen(name: str, searches: Sequence[dict[str, Any]]) -> Any:
     """The settings with the best mean of all metrics, over the tasks that were searched; the emoji models' if none was.
 
-    searches: what `search` found on each task, by method.
+    searches: what `search` found on each task, by method. ValueError for one that was stopped in the middle.
     """
     trials, found = METHODS[name].trials(), [rows[name] for rows in searches if name in rows]
+    if stopped := [len(rows) for rows in found if len(rows) < len(trials)]:
+        raise ValueError(f"{name} has {len(trials)} settings, but its search has {stopped[0]}: --part search goes on")
 
     def mean(config: Any) -> float:
         return sum(sum(rows[settings(config)].values()) / len(rows[settings(config)]) for rows in found)
