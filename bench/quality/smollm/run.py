@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,33 +11,24 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench.quality import ablation, cells, claims, tables
+from bench.quality import ablation, cells
 from bench.quality.baselines import METHODS
-from bench.quality.report import RESULTS, environment, taken
+from bench.quality.report import environment
 from bench.quality.rows import FIGURES, ROWS
 from bench.quality.world import record, triplets
 from unike_kernels.config import NeuronConfig, UnikeConfig
 
 from . import baselines, facts, latent, model, world
+from .page import read, where, write_page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SEQUENTIAL = (10, 20)
-PAGE = RESULTS / "smollm.md"
-TITLES = {
-    "pictures": "names of things that were never named from a picture",
-    "text": "counterfactual capitals and languages of countries, text only",
-}
 app = typer.Typer(add_completion=False)
-
-
-def where(name: str) -> Path:
-    """The file of one experiment's results."""
-    return RESULTS / f"smollm-{name}.json"
 
 
 def check_saved(path: Path, **asked: Any) -> None:
     """Refuses to go on with results of other settings, naming both."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read(path)
     differing = [f"{k} {found[k]!r}, but {v!r} is asked for" for k, v in asked.items() if found.get(k, v) != v]
     if differing:
         raise typer.BadParameter(f"{path} holds {'; '.join(differing)}: ask for the same, or move the file away")
@@ -99,97 +89,6 @@ def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], 
     configs = {name: baselines.chosen(name, searches) for name in methods}
     asked = [record(item) for item in world.items(task, n)]
     baselines.run(bench, asked, configs, result["rows"], lambda: ablation.write(path, result))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A saved result, or nothing."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def baselines_section(task: world.Task) -> list[str]:
-    """One task's baselines and claims."""
-    parts, found = read(where(f"ablation-{task}")), read(where(f"baselines-{task}"))
-    if not parts or not found.get("rows"):
-        return []
-    told = [f"{name}: n/a, {row['na']}." for name, row in found["rows"].items() if "na" in row]
-    told += [
-        f"{name}: of the tokens of training-split edits {row['follows']:.1f} % are right with the answer in the "
-        f"prompt, {row['without']:.1f} without."
-        for name, row in found["rows"].items()
-        if "follows" in row
-    ]
-    return [
-        f"## Baselines: {TITLES[task]}",
-        f"The {found['edits']} edits of the ablation, language model in {found['dtype']}; sequences in its order. "
-        f"{taken(found['environment'])}",
-        baselines.table(task, parts, found),
-        *told,
-        *(["Settings, on development edits:", baselines.searched(found)] if found["search"] else []),
-        f"## The paper's claims: {TITLES[task]}",
-        claims.table(claims.of_rows(baselines.rows_of(task, parts, found))),
-    ]
-
-
-def ablation_section(result: dict[str, Any]) -> str:
-    """One task's tables."""
-    rate = f", always on at a rate of {result['rate']:g}" if "rate" in result else ""
-    parts = [
-        f"## Edits: {TITLES[result['task']]}{rate}",
-        f"{result['edits']} edits, language model in {result['dtype']}; in percent, standard errors clustered by "
-        "concept, controls in italics, locality A unless B is named.",
-        tables.five_metrics(result),
-        "Locality A by part; alpha averaged over layers; how often an edit acted on a probe, in percent.",
-        tables.localities(result),
-    ]
-    if result.get("sequential"):
-        head = ["many edits on one model", *(tables.HEADS[k] for k in tables.KINDS)]
-        rows = [
-            [name, *(tables.number(row["metrics"][k], row["errors"][k]) for k in tables.KINDS)]
-            for name, row in result["sequential"].items()
-        ]
-        parts += ["All edits of a chunk applied, then all tested.", tables.markdown(head, rows)]
-    return "\n\n".join(parts)
-
-
-def knowledge_section(result: dict[str, Any]) -> str:
-    """What the model knows, as a table."""
-    parts = [(dtype, result[name]) for name, dtype in result["dtype"].items()]
-    rows = [[label, tables.number(v), dtype] for dtype, part in parts for label, v in part.items()]
-    return "\n\n".join(["## What it knows", tables.markdown(["asked", "right, %", "language model in"], rows)])
-
-
-def write_page() -> Path:
-    """results/smollm.md from everything that is saved, and results/smollm-notes.md, which is written by hand."""
-    parts = [
-        "# The second model: SmolLM2-135M-Instruct behind a MiniGPT-4 layout",
-        "Made by `python -m bench.quality.smollm.run`.",
-    ]
-    notes = RESULTS / "smollm-notes.md"
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8").rstrip())
-    known = model.weights_file().with_suffix(".json")
-    if known.exists():
-        parts.append(knowledge_section(json.loads(known.read_text())))
-    for task in world.TASKS:
-        path = where(f"latent-{task}")
-        if path.exists():
-            found = json.loads(path.read_text())
-            items = world.items(task, found["edits"])
-            parts += [
-                f"## Does the memory carry knowledge? ({task})",
-                f"{found['edits']} edits, no neurons, K = 1, language model in {found['dtype']}; gains in mean "
-                "log-likelihood of a target token, paired, with standard errors.",
-            ]
-            for kind in ("rel", "t_gen", "m_gen"):
-                if kind in found["base"]:
-                    parts += [f"{tables.HEADS[kind]}:", latent.table(found, items, kind)]
-    for task in world.TASKS:
-        for path in sorted(RESULTS.glob(where(f"ablation-{task}*").name), key=lambda path: len(path.name)):
-            parts.append(ablation_section(json.loads(path.read_text())))
-    for task in world.TASKS:
-        parts += baselines_section(task)
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return PAGE
 
 
 @app.command()
