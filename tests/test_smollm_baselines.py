@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.ft import FineTuning
+from bench.quality.baselines.t_patcher import TPatcher
 from bench.quality.claims import of_rows
 from bench.quality.smollm import baselines, facts, model, world
 from bench.quality.world import record
@@ -84,6 +85,16 @@ def test_finished_rows_are_not_measured_again(bench: baselines.Bench, monkeypatc
     assert rows["FT"]["config"]["steps"] == 3 and 0.0 <= rows["FT"]["training_rel"] <= 100.0
     monkeypatch.setattr(bench, "measured", None)
     baselines.run(bench, records, {"FT": brief}, rows, lambda: pytest.fail("measured again"))
+
+
+def test_a_memory_that_suits_all_settings_is_stored_once(bench: baselines.Bench) -> None:
+    bench.few = 100
+    loud, quiet = TPatcher.trials()[:2]
+    first, second = bench.fitted("T-Patcher", loud), bench.fitted("T-Patcher", quiet)
+    assert first.memory is second.memory and (first.config, second.config) == (loud, quiet)
+    assert bench.fitted("GRACE", METHODS["GRACE"].trials()[0]) is not bench.fitted(
+        "GRACE", METHODS["GRACE"].trials()[1]
+    )
 
 
 def test_the_settings_with_the_best_mean_over_both_tasks_are_chosen() -> None:

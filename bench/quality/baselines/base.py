@@ -204,6 +204,7 @@ class Baseline(Method):
     source: str  # the paper, by authors, venue and year
     trained: bool = False  # whether `fit` learns anything
     share: int = 1  # of the training-split edits that it learns from: times as many as the others
+    fits_any: bool = False  # whether what `fit` leaves is the same for all settings
 
     def __init__(self, model: nn.Module, processor: Any, config: Any = None) -> None:
         self.host = Host(model, processor)

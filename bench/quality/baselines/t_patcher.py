@@ -62,6 +62,7 @@ class TPatcher(Baseline):
 
     name = "T-Patcher"
     source = "Huang et al., ICLR 2023"
+    fits_any = True
 
     memory: Tensor | None = None  # [M, d] inputs of the last FFN
 

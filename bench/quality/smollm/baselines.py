@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -58,10 +59,15 @@ class Bench:
         self.net, self.processor = model.load(trained=task == "pictures")
         self.net.llama_model.to(dtype)
         self.examiner = Examiner(Collator(self.net, self.processor))
+        self.last: Baseline | None = None
 
     def fitted(self, name: str, config: Any) -> Baseline:
-        """The method with these settings; a network is trained once."""
-        method = METHODS[name](self.net, self.processor, config)
+        """The method with these settings; a network is trained once, and what suits all settings is kept."""
+        if self.last is not None and self.last.name == name and self.last.fits_any:
+            method = copy.copy(self.last)
+            method.config = config
+            return method
+        method = self.last = METHODS[name](self.net, self.processor, config)
         records = training(self.task, TRAINING // self.few * method.share)
         method.fit(records, seed=0, cache=world.FOLDER / "baselines")
         return method
