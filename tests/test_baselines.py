@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.base import Baseline, asking
-from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.ike import Ike, WithIke
 from bench.quality.baselines.serac import Serac
 from tests.editing_tiny import QUESTIONS, TARGETS, ask, make_processor
 from tests.models_tiny import make_model
@@ -335,3 +335,25 @@ def test_the_search_shows_what_each_setting_changes_and_its_means():
     assert len(lines) == 4 + len(rest)
     assert lines[2] == "| MEND | chosen | 80.0 | 90.0 | 80.0 | 90.0 | 85.0 |"
     assert lines[3] == "| MEND | edit_weight 1.0 | 81.0 | - | 81.0 | - | - |"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_ike_stands_before_another_methods_edits(base, fitted):
+    inner, ike = fitted(base, "FT"), fitted(base, "IKE")
+    ike = Ike(inner.host.model, inner.host.collator.processor, ike.config)  # on the edited model itself
+    ike.fit(training(base))
+    method = WithIke(inner, ike, "FT + IKE")
+    some = requests(base, 2)
+    bare = answers(inner, some)
+    together = list(method.one_step(some))
+    assert len(together) == 2 and method.settings()["ike"] == ike.settings()
+    with together[1] as edited:
+        told = edited.prompt(some[1])
+        assert told.prompt != some[1].prompt and str(some[1].target) in told.prompt and told.target == some[1].target
+        prompted = answers(inner, [some[1]], edited)[0]
+    with ike.apply([some[1]]) as only:
+        assert told == only.prompt(some[1])
+        assert not torch.equal(prompted, answers(inner, [some[1]], only)[0])  # the weights' edit acts, too
+    with method.apply(some) as edited:
+        assert str(some[0].target) in edited.prompt(some[0]).prompt
+    assert all(torch.equal(a, b) for a, b in zip(bare, answers(inner, some), strict=True))

@@ -126,6 +126,7 @@ def test_claims_of_a_task_without_pictures() -> None:
         "rows": {
             "base": row(rel=10, t_gen=10, t_loc=100),
             "intrinsic only": row(rel=100, t_gen=50, t_loc=90),
+            "intrinsic + latent-IKE": row(rel=100, t_gen=70, t_loc=73),
             "UniKE": row(rel=100, t_gen=90, t_loc=80),
             "UniKE, routed": row(rel=100, t_gen=90, t_loc=100),
             "latent-IKE only": row(rel=8, t_gen=8, t_loc=84),
@@ -134,6 +135,7 @@ def test_claims_of_a_task_without_pictures() -> None:
         "sequential": {"UniKE, K = 10": row(rel=88, t_gen=50, t_loc=69)},
     }
     found = {"edits": 4, "rows": {"FT": row(rel=100, t_gen=100, t_loc=64), "IKE": {"na": "it does not follow"}}}
+    found["rows"][baselines.INTRINSIC] = row(rel=100, t_gen=60, t_loc=30)
     told = {(c.text, c.compared): c for c in of_rows(baselines.rows_of("text", ablation, found))}
     lacking = told["intrinsic editing alone lacks generality", "generality, UniKE - intrinsic only"]
     assert lacking.ours is not None and lacking.ours.value == pytest.approx(40.0) and lacking.verdict == "holds"
@@ -147,4 +149,5 @@ def test_claims_of_a_task_without_pictures() -> None:
     ]
     assert mild.ours is not None and mild.ours.value == pytest.approx(-21.0) and mild.verdict == "does not hold"
     text = baselines.table("text", ablation, found)
+    assert "| intrinsic + IKE | - | 100.0 ± 0.0 | 60.0" in text and "| intrinsic + latent-IKE | - | 100.0" in text
     assert "| IKE | n/a |" in text and "| UniKE, K = 10 | - | 88.0 ± 0.0 |" in text and "M-Gen" not in text

@@ -13,9 +13,10 @@ edits are not right for at least half of the tokens although the answer stands i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -23,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from unike_kernels.editing.editor import base_only
 from unike_kernels.editing.inputs import Batch, Sample
 from unike_kernels.evaluation import metrics
-from unike_kernels.evaluation.methods import Edited
+from unike_kernels.evaluation.methods import Edited, Method
 from unike_kernels.evaluation.records import Record
 
 from .base import Baseline, asking
@@ -166,6 +167,53 @@ class Ike(Baseline):
     def active(self, state: list[Sample]) -> Iterator[Prompted]:
         """The base model, asked in another way."""
         yield Prompted(self, state)
+
+
+class Behind(Edited):
+    """A model that carries another method's edits, asked behind demonstrations."""
+
+    def __init__(self, inner: Edited, prompted: Prompted) -> None:
+        self.inner, self.prompted = inner, prompted
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The question behind the new fact and the demonstrations."""
+        return self.prompted.prompt(self.inner.prompt(sample))
+
+    def running(self, batch: Batch):
+        """What the edits need: IKE acts by the prompt alone."""
+        return self.inner.running(batch)
+
+    def acting(self) -> list[list[int]] | None:
+        """The edits' own."""
+        return self.inner.acting()
+
+
+class WithIke(Method):
+    """Another method's edits with IKE in the prompt: the paper's "intrinsic + IKE", where the other is the neurons."""
+
+    def __init__(self, inner: Method, ike: Ike, name: str) -> None:
+        """Both on one model, ready."""
+        self.inner, self.ike, self.name = inner, ike, name
+
+    def settings(self) -> dict[str, Any]:
+        """Of both."""
+        return {"inner": self.inner.settings(), "ike": self.ike.settings()}
+
+    @contextmanager
+    def apply(self, requests: Sequence[Sample]) -> Iterator[Behind]:
+        """The edits on the model, and all of them to be shown."""
+        with self.inner.apply(requests) as edited:
+            yield Behind(edited, Prompted(self.ike, self.ike.edit(requests)))
+
+    def one_step(self, requests: Sequence[Sample]) -> Iterator[AbstractContextManager[Behind]]:
+        """As the other method makes them."""
+        edits = self.inner.one_step(requests)
+        yield from (self._alone(edit, r) for edit, r in zip(edits, requests, strict=True))
+
+    @contextmanager
+    def _alone(self, edit: AbstractContextManager[Edited], request: Sample) -> Iterator[Behind]:
+        with edit as edited:
+            yield Behind(edited, Prompted(self.ike, self.ike.edit([request])))
 
 
 def _fact(request: Sample, plain) -> str:

@@ -15,12 +15,15 @@ from tqdm import tqdm
 from bench.quality import claims
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.base import Baseline
-from bench.quality.baselines.ike import Ike
+from bench.quality.baselines.ike import Ike, WithIke
 from bench.quality.baselines.training_split import training_records
-from bench.quality.cells import PROMPTED, Found, saved
+from bench.quality.cells import PROMPTED, UNIKE, Found, saved
 from bench.quality.paper_tables import ablation_row
+from bench.quality.protocol import RowMethod
+from bench.quality.rows import ROWS
 from bench.quality.tables import HEADS, KINDS, markdown, number
 from bench.quality.world import record
+from unike_kernels.config import UnikeConfig
 from unike_kernels.editing.inputs import Collator
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
@@ -33,6 +36,7 @@ TRAINING = 800  # training-split edits that are learned from, `share` times, as 
 SEEN = 20  # other training-split edits that Rel is also measured on
 DEVELOPMENT = 12  # edits that settings are searched on: all that the development countries give
 SEQUENTIAL = (10, 20)
+INTRINSIC = "intrinsic + IKE"
 KINDS_OF: dict[world.Task, tuple[str, ...]] = {"pictures": KINDS, "text": ("rel", "t_gen", "t_loc")}
 
 
@@ -53,10 +57,10 @@ def _claimed(seed: int) -> Iterator[Record]:
 class Bench:
     """The second model with a task's edits, and every method on it."""
 
-    def __init__(self, task: world.Task, dtype: torch.dtype, *, few: int = 1) -> None:
-        """few: a part of the training edits and of the training steps (1 / few)."""
+    def __init__(self, task: world.Task, dtype: torch.dtype, *, few: int = 1, of: Any = None) -> None:
+        """few: a part of the training edits (1 / few). of: model and processor, if they are not to be loaded."""
         self.task, self.few = task, few
-        self.net, self.processor = model.load(trained=task == "pictures")
+        self.net, self.processor = model.load(trained=task == "pictures") if of is None else of
         self.net.llama_model.to(dtype)
         self.examiner = Examiner(Collator(self.net, self.processor))
         self.last: Baseline | None = None
@@ -79,6 +83,16 @@ class Bench:
         found = protocols.run(plan, method, self.examiner, **options)
         bar = tqdm(found, total=len(plan.records), desc=f"{method.name}, K = {k}", unit="edit", mininterval=5)
         return saved(list(bar), [r.id for r in plan.records])
+
+
+def with_ike(task: world.Task, dtype: torch.dtype, config: Any) -> tuple[Bench, WithIke]:
+    """The paper's "intrinsic + IKE": the neurons alone, asked behind demonstrations; config: IKE's."""
+    editor = world.prepared(task, UnikeConfig(), dtype=dtype)
+    bench = Bench(task, dtype, of=(editor.model, editor.collator.processor))
+    row = next(row for row in ROWS if row.name == "intrinsic only")
+    ike = bench.fitted("IKE", config)
+    assert isinstance(ike, Ike)
+    return bench, WithIke(RowMethod(row, editor), ike, INTRINSIC)
 
 
 def search(bench: Bench, names: Sequence[str], found: dict[str, Any], keep: Callable[[], None]) -> None:
@@ -172,9 +186,9 @@ def table(task: world.Task, ablation: dict[str, Any], baselines: dict[str, Any])
     head = ["row", "Rel, training split", *(HEADS[k] for k in kinds), f"mean of {count}", "exact Rel", "exact T-Gen"]
     lines = []
     for k in (1, *SEQUENTIAL):
-        for name in (*METHODS, "UniKE", "UniKE, routed"):
-            saved_at = ablation["rows" if k == 1 else "sequential"] if name.startswith("UniKE") else baselines["rows"]
-            row = saved_at.get(label(name, k))
+        ours = ablation["rows" if k == 1 else "sequential"]
+        for name in (*METHODS, INTRINSIC, "intrinsic + latent-IKE", *UNIKE):
+            row = baselines["rows"].get(label(name, k)) or ours.get(label(name, k))
             if row is None:
                 continue
             if "na" in row:

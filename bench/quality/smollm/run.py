@@ -76,7 +76,10 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: flo
 
 
 def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], search: bool) -> None:
-    """The baselines on the ablation's edits, or (search) their settings on development edits."""
+    """The baselines on the ablation's edits, or (search) their settings on development edits.
+
+    Where the model follows IKE's demonstrations, also the paper's row of the neurons with IKE.
+    """
     path = where(f"baselines-{task}")
     check_saved(path, edits=n, dtype=dtype)
     result = read(path) or {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}}
@@ -89,6 +92,10 @@ def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], 
     configs = {name: baselines.chosen(name, searches) for name in methods}
     asked = [record(item) for item in world.items(task, n)]
     baselines.run(bench, asked, configs, result["rows"], lambda: ablation.write(path, result))
+    if "follows" in result["rows"].get("IKE", {}) and baselines.INTRINSIC not in result["rows"]:
+        bench, method = baselines.with_ike(task, DTYPES[dtype], baselines.chosen("IKE", searches))
+        result["rows"][baselines.INTRINSIC] = bench.measured(method, asked)
+        ablation.write(path, result)
 
 
 @app.command()
