@@ -167,7 +167,7 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(edit, tmp_path, m
 
 
 OTHER = {
-    "memory": ({"triplets": "fewer.json"}, (), "holds edits with another memory or other encoders"),
+    "memory": ({"triplets": "fewer.json"}, (), "another memory or other encoders (items there, here: (10, 9))"),
     "beta": ({}, ("--config", "beta.json"), "cannot join (there, here): neurons.beta: 0.1 and 0.9"),
     "routing": ({}, ("--routed",), "cannot join (there, here): routing.mode: always and routed"),
 }
@@ -192,6 +192,16 @@ def test_edits_made_otherwise_are_refused_and_stay(edit, ready, tmp_path, monkey
     assert result.exit_code == 1
     assert told in result.output
     assert same(tmp_path / "out", tmp_path / "before")
+
+
+def test_a_kept_memory_that_holds_what_is_asked_is_told(edit, ready):
+    known = json.loads((ready / "triplets.json").read_text())
+    asked = [{"kind": "rel", **{key: t[key] for key in ("prompt", "target", "image")}} for t in known[:3]]
+    (ready / "known.json").write_text(json.dumps(asked))
+    assert "left out" not in edit().output
+    told = edit("--probes", str(ready / "known.json"), requests="three.json")
+    assert told.exit_code == 0 and "3 of its items ask what is edited or probed, so scores of it are" in told.output
+    assert "of its items" not in edit("--probes", str(ready / "probes.json"), out="b").output
 
 
 @pytest.fixture(scope="module")

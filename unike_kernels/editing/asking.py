@@ -32,7 +32,7 @@ def asking(states: Tensor, prompts: Sequence[str], questions: Sequence[Hashable]
     if len(worded) < LEAST:
         return None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs', too
         orders = [torch.tensor(rows)[torch.randperm(len(rows))] for rows in of_prompt if len(rows) >= LEAST]
         groups = [states[rows.to(states.device)].double().cpu() for rows in orders]
         kept = min(KEPT, states.shape[1], sum(map(len, groups)) // 2 // PER_DIRECTION)

@@ -118,8 +118,8 @@ def _on_cpu(encoder: Encoder) -> Encoder:
 
 def untrained(d: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Encoder:
     """Two linear maps [d, d] as initialised: rows of variance 1 / d, zero biases."""
-    weights = [torch.randn(d, d, generator=generator, device="cpu") / d**0.5 for _ in range(2)]
-    return tuple((w.to(device), torch.zeros(d, device=device)) for w in weights)
+    weights = [torch.randn(d, d, generator=generator, device="cpu", dtype=torch.float32) / d**0.5 for _ in range(2)]
+    return tuple((w.to(device), torch.zeros(d, device=device, dtype=torch.float32)) for w in weights)
 
 
 def split_groups(groups: Sequence[str], held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,13 @@ from ..models import find_decoder, get_module
 from ..patching import PatchHandle, fingerprint, patch
 from ..projections import Projections, empty_like_site
 from ..statuses import active
+from .agreement import check_agreement
 from .asking import asking
 from .checks import check_inputs, check_triplets
 from .disentangle import Fits, LayerFit, fit_layer
 from .extract import Extraction, TripletStates, last_rows, tap_rows
 from .inputs import Collator, Sample, image_digest
+from .prefix import head
 from .requests import (
     Request,
     appended,
@@ -69,6 +71,8 @@ class Editor:
             raise ValueError(f"layers {list(layers)} must be some of 0 to {len(self.decoder.layers) - 1}")
         self.layers = tuple(sorted(set(layers)))
         self.collator = Collator(model, processor)
+        head(model, self.decoder)  # told here where there is none, and not after the memory was built
+        self._agreed: set[bool] = set()  # with and without a picture: whether the model was asked for its own logits
         self.triplets: list[dict[str, Any]] = []
         self.states: TripletStates | None = None
         self.fits: dict[int, LayerFit] = {}
@@ -107,6 +111,7 @@ class Editor:
         prompt of one of them is dropped. cache: a folder where a stopped run goes on. Raises ValueError when nothing is
         left: the memory holds what the model does not know.
         """
+        _need_gradients("build_memory")
         check_samples(triplets, "triplet")
         check_questions(triplets, "triplet")
         check_dicts(exclude, "sample to exclude", ["prompt"])
@@ -116,6 +121,7 @@ class Editor:
         if not triplets:
             raise ValueError("every triplet is excluded: the memory must not hold what is edited or evaluated")
         with base_only(self.model):
+            self._check_agreement([Sample(t["prompt"], t["target"], t.get("image")) for t in triplets])
             extraction = Extraction(
                 self.collator, self.decoder, self.layers, batch_size=batch_size, cache=cache, progress=progress
             )
@@ -136,6 +142,7 @@ class Editor:
         With `projected` attention Enc_sem's inputs are what a single item would inject, out_proj(v_proj(h_pos)); with
         `raw`, h_pos itself (spec, section 2).
         """
+        _need_gradients("fit")
         states = self._need_states()
         answers = [" ".join(self.triplets[i]["target"].lower().split()) for i in states.kept]
         groups = answers if self.config.encoders.held_out_by == "answer" else [str(i) for i in states.kept]
@@ -166,7 +173,7 @@ class Editor:
         check_questions(cases, "calibration case")
         samples = [Sample(c["prompt"], None, c.get("image")) for c in cases]
         check_inputs(self.collator, self.decoder, samples, lambda n: f"calibration case {n}", progress=progress)
-        found = torch.zeros(len(samples), states.cases.shape[1])
+        found = states.cases.new_zeros(len(samples), states.cases.shape[1])
         bar = tqdm(total=len(samples), desc="calibration", unit="case", disable=not progress)
         with base_only(self.model), bar:
             for batch in self.collator.batches(samples, batch_size):
@@ -192,6 +199,7 @@ class Editor:
         Of two requests with the same image and prompt the newer replaces the older. A request whose target is not
         reached is kept, flagged (`success`) and warned about. The model is the base again afterwards.
         """
+        _need_gradients("edit")
         wanted, onto = read_requests(requests, onto)
         self._warn_of_leaks(wanted)
         edits = self._empty() if onto is None else self.continued(onto)
@@ -199,6 +207,7 @@ class Editor:
         check_inputs(self.collator, self.decoder, samples, lambda n: f"request {wanted[n].id!r}", eos=True)
         independent = self.config.routing.mode == "routed" if independent is None else independent
         with base_only(self.model), tqdm(total=len(wanted), desc="edits", unit="edit", disable=not progress) as bar:
+            self._check_agreement(samples)
             for chunk in self._batches(wanted, independent):
                 edits = self._append(edits, chunk, independent)
                 bar.update(len(chunk))
@@ -242,6 +251,10 @@ class Editor:
             wrong.append(f"encoders: {config.encoders} and {self.config.encoders}")
         elif learned.fits and config.shift.attention != self.config.shift.attention:
             wrong.append(f"shift.attention: {config.shift.attention} and {self.config.shift.attention}")
+        elif learned.fits and config.encoders.w_zeta == "trained":  # with neurons, under the shift
+            for name in ("neurons", "shift"):
+                if (theirs_of := getattr(config, name)) != (ours_of := getattr(self.config, name)):
+                    wrong.append(f"{name}: {theirs_of} and {ours_of}")
         if wrong:
             raise ValueError(f"{path} was saved by another editor (saved, this one): {'; '.join(wrong)}")
         self.states, self.triplets = learned.states, learned.triplets
@@ -300,7 +313,7 @@ class Editor:
         chosen = [self.triplets[i] for i in states.kept[:: max(1, len(states.kept) // most)]][:most]
         requests = [Request(str(n), t["prompt"], t["target"], t.get("image"), None) for n, t in enumerate(chosen)]
         d, device = states.cases.shape[1], self.collator.device
-        maps = {i: torch.zeros(d, d, device=device).requires_grad_() for i in self.layers}
+        maps = {i: torch.zeros(d, d, device=device, dtype=torch.float32).requires_grad_() for i in self.layers}
         empty = self._empty()
         with base_only(self.model):
             for chunk in self._batches(requests, True):
@@ -364,6 +377,13 @@ class Editor:
             out.append(projections.output(attention, heads.flatten(1)).float().cpu())
         return torch.cat(out)
 
+    def _check_agreement(self, samples: Sequence[Sample]) -> None:
+        """Once with a picture and once without: ValueError where the model is not asked as it would answer."""
+        for has_image in {s.image is not None for s in samples} - self._agreed:
+            sample = next(s for s in samples if (s.image is not None) is has_image)
+            check_agreement(self.collator, self.decoder, self.layers[0], sample)
+            self._agreed.add(has_image)
+
     def _warn_of_leaks(self, requests: Sequence[Request]) -> None:
         leaked = [r.id for r in requests if (r.digest, r.prompt) in self.remembered]
         if leaked:
@@ -385,7 +405,7 @@ class Editor:
         """Edits without a group, with this editor's memory, encoders and calibration."""
         states = self._need_states()
         d, gated = states.cases.shape[1], self.decoder.layers[self.layers[0]].gated
-        none = torch.zeros(0, d)
+        none = states.cases.new_zeros(0, d)
         layers = {i: new_layer((none, none), gated) for i in self.layers}
         return Edits(self.config, self.base, [], layers, self._shared(), self._calibrated(states))
 
@@ -411,6 +431,12 @@ class Editor:
 def _digest(triplet: dict[str, Any]) -> str | None:
     """Of a triplet's picture; a loaded one has the digest alone."""
     return triplet["digest"] if "digest" in triplet else image_digest(triplet.get("image"))
+
+
+def _need_gradients(what: str) -> None:
+    """RuntimeError inside `torch.inference_mode`, whose tensors can never be trained on."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} inside torch.inference_mode() cannot train: use torch.no_grad(), or neither")
 
 
 @contextmanager

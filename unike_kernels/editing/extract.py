@@ -167,7 +167,7 @@ class Extraction:
             if answer and not answers_match(answer, s.target or "")  # an empty answer has no last token
         ]
         d = self.decoder.layers[0].hidden_size
-        states = {name: torch.zeros(len(samples), d) for name in self._names()}
+        states = {name: torch.zeros(len(samples), d, dtype=torch.float32, device="cpu") for name in self._names()}
         for batch in self.collator.batches(samples, self.batch_size, eos=False):
             case, last = self._taps(batch, [batch.case_rows(), last_rows(batch)])
             for i in self.layers:

@@ -11,6 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TILED = ("image_sizes", "pixel_attention_mask")  # features of processors that cut pictures: LLaVA-NeXT's, Idefics'
+# A model may ship a generation config with beams or penalties: its answers were then not the likeliest token each.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "return_dict_in_generate": False,
+}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -157,7 +167,12 @@ class Collator:
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         for name in encoded[0]:
             if name not in inputs:
-                inputs[name] = _stack(name, [e[name] for e in encoded], prompts, shift, length)
+                # what the tiles of a picture are, these features say: the model takes no other ones
+                tiled = encoded[0][name].dim() >= 4 and not encoded[0].keys().isdisjoint(TILED)
+                inputs[name] = _stack(name, [e[name] for e in encoded], prompts, shift, length, tiled=tiled)
+        if "token_type_ids" in inputs and _config(model, "model_type") == "paligemma":
+            # Its type 0 is a prefix, in which every token sees every other: the answer would be read, not said.
+            inputs["token_type_ids"][target_mask] = 1
         case = torch.tensor(shift) + torch.tensor([len(prompt) - 1 for prompt in prompts])
         last = case + torch.tensor([len(target) for target in targets])
         device = self.device
@@ -233,6 +248,15 @@ class Collator:
         """Tokens of the prompt, those of its picture included."""
         return int(self._encode(sample, self.text_model() if sample.image is None else self.model)["input_ids"].numel())
 
+    def text_length(self, prompt: str) -> int:
+        """Tokens of the prompt's text, start token included."""
+        return len(self.tokenizer(prompt, **self._special(prompt))["input_ids"])
+
+    def _special(self, prompt: str) -> dict[str, bool]:
+        """No start token for a prompt that brings its own, as that of many chat templates does: it would get two."""
+        start = getattr(self.tokenizer, "bos_token", None)
+        return {"add_special_tokens": False} if start and prompt.startswith(str(start)) else {}
+
     @property
     def _places_pictures(self) -> bool:
         """Whether the processor puts the picture's tokens into the prompt, as that of a BLIP-2 does."""
@@ -263,7 +287,7 @@ class Collator:
         """The features [1, ...] of one prompt, image tokens included."""
         self._check_places(sample)
         if sample.image is None:
-            features = dict(self.tokenizer(sample.prompt, return_tensors="pt"))
+            features = dict(self.tokenizer(sample.prompt, return_tensors="pt", **self._special(sample.prompt)))
         else:
             features = self._with_picture(sample)
         if features["input_ids"].numel() == 0:
@@ -276,7 +300,8 @@ class Collator:
         """What the processor makes of a picture and its prompt; ValueError or OSError for whatever it does not take."""
         picture, kind = self._opened(sample.image), type(self.processor).__name__
         try:
-            features = dict(self.processor(images=picture, text=sample.prompt, return_tensors="pt"))
+            options = {"return_tensors": "pt", **self._special(sample.prompt)}
+            features = dict(self.processor(images=picture, text=sample.prompt, **options))
         except Exception as error:  # of the processor, of PIL, of whatever fetches an address
             if isinstance(picture, str | Path):  # an address, an encoded picture, or a file that is not there
                 text = str(picture) if len(str(picture)) <= 100 else f"{str(picture)[:97]}..."
@@ -313,8 +338,11 @@ class Collator:
 
     @torch.no_grad()
     def generate_ids(self, batch: Batch, max_new_tokens: int = 24, **kw: Any) -> Tensor:
-        """[B, new] greedily generated token ids of a left-padded batch, without the prompt."""
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad} | kw
+        """[B, new] greedily generated token ids of a left-padded batch, without the prompt.
+
+        Whatever the model's generation config asks for beside that (beams, penalties) is left aside; `kw` is not.
+        """
+        options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": self.pad} | kw
         ids = batch.model.generate(**batch.inputs, **options)
         prompt = batch.inputs["input_ids"]
         width = prompt.shape[1]
@@ -334,7 +362,10 @@ def _file(image: Any) -> Path | None:
 
 
 def image_digest(image: Any) -> str | None:
-    """A short digest of a picture, None for none: of its pixels, of a file's bytes, of any other text itself."""
+    """A short digest of a picture, None for none: of its pixels, of a file's bytes, of any other text itself.
+
+    So a file and what it opens as are two pictures: their bytes are read here for every sample, their pixels are not.
+    """
     if image is None:
         return None
     if isinstance(image, str | Path):
@@ -356,11 +387,27 @@ def _takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(base.forward).parameters
 
 
-def _stack(name: str, parts: list[Tensor], prompts: list[list[int]], shift: list[int], length: int) -> Tensor:
-    """Features [1, ...] of several samples as one batch; those with one entry per token are padded with zeros."""
+def _config(model: nn.Module, name: str) -> Any:
+    """An entry of the model's config; None without it."""
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def _tiled(parts: list[Tensor]) -> list[Tensor]:
+    """Pictures [1, tiles, ...] with tiles of zeros up to the most there are, as LLaVA-NeXT's processor pads them."""
+    most = max(p.shape[1] for p in parts)
+    return [torch.cat([p, p.new_zeros(1, most - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
+
+
+def _stack(
+    name: str, parts: list[Tensor], prompts: list[list[int]], shift: list[int], length: int, *, tiled: bool = False
+) -> Tensor:
+    """Features [1, ...] of several samples as one batch; those with one entry per token are padded with zeros.
+
+    tiled: whether this is a picture cut into tiles, more or fewer by its shape.
+    """
     if not all(p.shape == (1, len(prompt)) for p, prompt in zip(parts, prompts, strict=True)):
         try:
-            return torch.cat(parts)
+            return torch.cat(_tiled(parts) if tiled else parts)
         except RuntimeError:
             shapes = sorted({tuple(p.shape) for p in parts})
             raise ValueError(f"the pictures of one batch give {name} of different shapes: {shapes}") from None

@@ -218,10 +218,13 @@ def _check_memory(editor: Editor, there: Edits | None, out: Path) -> None:
     try:
         editor.continued(there)
     except ValueError:
+        assert editor.states is not None  # `_learn` has built the memory
+        items = len(there.shared[editor.layers[0]].h_sem), len(editor.states.kept)
         raise ValueError(
-            f"{out} holds edits with another memory or other encoders: new ones can only join them with the "
-            "triplets, the config, the dtype and the cache that they were made with (a new fit may come out a little "
-            "different)"
+            f"{out} holds edits with another memory or other encoders (items there, here: {items}): new ones can only "
+            "join them with the triplets, the config, the dtype and the cache that they were made with. Without the "
+            "cache, a new request or probe leaves out the triplets that ask what it asks, and a new fit may come out a "
+            "little different"
         ) from None
 
 
@@ -252,6 +255,8 @@ def _learn(
     if saved is not None and saved.exists():
         editor.load(saved)
         say(f"memory and encoders as saved in {saved}")
+        if known_before := len(never & editor.remembered):
+            say(f"{known_before} of its items ask what is edited or probed, so scores of it are flattered")
         return
     kept = [t for t in known if asked(t) not in never]
     if len(kept) < len(known):

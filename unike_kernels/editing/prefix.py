@@ -83,7 +83,7 @@ def run_tail(
             out = get_module(model, decoder.layer_name(i))(hidden, *args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
     owner = get_module(model, decoder.name)
-    for name in ("final_layer_norm", "norm", "project_out"):  # OPT; LLaMA; OPT-350m
+    for name in ("final_layer_norm", "layer_norm", "norm", "project_out"):  # OPT; XGLM; LLaMA; OPT-350m
         module = getattr(owner, name, None)
         if isinstance(module, nn.Module):
             hidden = module(hidden)
@@ -92,12 +92,35 @@ def run_tail(
 
 def head(model: nn.Module, decoder: Decoder) -> nn.Module:
     """The language-model head: `lm_head` of the nearest module around the decoder that has one."""
+    return _with_head(model, decoder).lm_head
+
+
+def _with_head(model: nn.Module, decoder: Decoder) -> nn.Module:
     parts = decoder.name.split(".") if decoder.name else []
     for i in range(len(parts), -1, -1):
         module = get_module(model, ".".join(parts[:i]))
         if isinstance(getattr(module, "lm_head", None), nn.Module):
-            return module.lm_head
+            return module
     raise ValueError(f"no lm_head around {decoder.name!r} in {type(model).__name__}")
+
+
+def logits_step(model: nn.Module, decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    """What the model makes of the decoder's output [..., d]: the head's logits [..., V], scaled as the model's own are.
+
+    Granite divides them, Cohere multiplies them, Gemma 2 caps them softly: its loss and margins are of what comes out.
+    """
+    owner = _with_head(model, decoder)
+    config: Any = getattr(owner, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def step(hidden: Tensor) -> Tensor:
+        logits = owner.lm_head(hidden)
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return step
 
 
 @contextmanager

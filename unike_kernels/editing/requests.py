@@ -56,8 +56,9 @@ def check_samples(samples: Sequence[dict[str, Any]], what: str) -> None:
 
 def check_dicts(samples: Sequence[dict[str, Any]], what: str, keys: Sequence[str]) -> None:
     """ValueError unless it is a list of dicts that all have text under these keys, and no key that `KEYS` lacks."""
-    if isinstance(samples, dict | str):
-        raise ValueError(f"{what}s must be a list of dicts, but are a {type(samples).__name__}")
+    if isinstance(samples, dict | str) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        kind = type(samples).__name__  # an iterator would be used up by this very check
+        raise ValueError(f"{what}s must be a list of dicts, but are a {kind}")
     for n, s in enumerate(samples):
         if not isinstance(s, dict):
             raise ValueError(f"{what} {n} must be a dict, but is {s!r}")
@@ -148,15 +149,15 @@ def new_layer(
     if rows is None:
         names = ("keys", "values", "up") if gated else ("keys", "values")
         biases = ("key_bias", "up_bias") if gated else ("key_bias",)
-        rows = {name: torch.zeros(0, d) for name in names} | {name: torch.zeros(0) for name in biases}
+        rows = {name: h_sem.new_zeros(0, d) for name in names} | {name: h_sem.new_zeros(0) for name in biases}
     rows = {name: t.float().cpu() for name, t in rows.items()}
     size = len(rows["keys"]) // max(edits, 1)
     return LayerEdits(
         keys=rows["keys"],
         key_bias=rows["key_bias"],
         values=rows["values"],
-        group_ptr=size * torch.arange(edits + 1),
-        zeta=torch.zeros(edits, d) if zeta is None else zeta.float().cpu(),
+        group_ptr=size * torch.arange(edits + 1, device="cpu"),
+        zeta=h_sem.new_zeros(edits, d) if zeta is None else zeta.float().cpu(),
         up=rows.get("up"),
         up_bias=rows.get("up_bias"),
         h_sem=h_sem,

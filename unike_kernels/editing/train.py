@@ -13,7 +13,7 @@ from ..models import Decoder, get_module
 from ..neurons import ExtraNeurons
 from ..patching import PatchHandle
 from .inputs import Batch, Collator, Sample
-from .prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
+from .prefix import Prefix, cases_named, logits_step, recorded, run_prefix, run_tail
 from .sparing import batch_axes, narrowed, output_of, replayed, rows_only
 
 Rows = dict[str, Tensor]  # "keys", "key_bias", "values" and, where the FFN is gated, "up", "up_bias": [E * ne, ...]
@@ -75,7 +75,7 @@ class GroupTrainer:
         self.collator, self.model, self.decoder = collator, collator.model, decoder
         self.handle, self.config, self.independent = handle, config, independent
         self.ffn_mean, self.zeta, self.maps, self.lr_maps = ffn_mean, zeta, maps, lr_maps
-        self.head = head(collator.model, decoder)
+        self.logits = logits_step(collator.model, decoder)
         self.modules: dict[int, ExtraNeurons] = {
             layer.index: layer.neurons for layer in handle.record.layers if layer.neurons is not None
         }
@@ -92,7 +92,7 @@ class GroupTrainer:
         leaves = self._start(work.batch, self._ffn_inputs(work))
         zeta = self._zeta(edits)
         optimizer, owned = self._optimizer(leaves, zeta)
-        loss, margin = torch.zeros(edits, device=device), torch.zeros(edits, device=device)
+        loss, margin = (torch.zeros(edits, device=device, dtype=torch.float32) for _ in range(2))
         steps, done = torch.zeros_like(work.rows), torch.zeros_like(work.rows, dtype=torch.bool)
         for step in range(self.config.steps + 1):
             if self.maps is not None:
@@ -219,8 +219,8 @@ class GroupTrainer:
             origin = torch.cat([rows[_spread(len(rows), ne)] for rows in predicting]) - mean  # [E * ne, d]
             size = origin.norm(dim=-1, keepdim=True).clamp(min=1e-6)
             # the same for every edit, so that an edit does not depend on those trained beside it
-            noise = torch.randn(ne, x.shape[-1], generator=generator, device="cpu").to(x) / x.shape[-1] ** 0.5
-            unit = origin / size + self.config.key_noise * noise.repeat(len(x), 1)
+            noise = torch.randn(ne, x.shape[-1], generator=generator, device="cpu", dtype=torch.float32).to(x)
+            unit = origin / size + self.config.key_noise * (noise / x.shape[-1] ** 0.5).repeat(len(x), 1)
             keys = unit / size / (1 - theta)
             rows = {"keys": keys, "key_bias": -theta / (1 - theta) - keys @ mean, "values": torch.zeros_like(keys)}
             if self.decoder.layers[i].gated:  # up reads the same projection, so that act(gate) * up grows with it
@@ -263,7 +263,7 @@ class GroupTrainer:
         """([b] mean negative log-likelihood of the target, [b] smallest logit margin over the target tokens)."""
         batch, hidden = work.batch, self._tail(work)
         at = batch.target_mask[:, 1:]  # [B, S - 1]
-        logits = self.head(hidden[:, :-1][at])  # [targets, V]
+        logits = self.logits(hidden[:, :-1][at])  # [targets, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = batch.inputs["input_ids"][:, 1:][at]
         edit = at.nonzero()[:, 0]  # which edit each target token belongs to

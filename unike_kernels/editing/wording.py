@@ -27,7 +27,7 @@ def wording(states: Tensor, questions: Sequence[Hashable]) -> Tensor | None:
         return None
     around = torch.cat([group - group.mean(dim=0) for group in groups])  # [m, d]
     with torch.random.fork_rng(devices=[]):  # all singular vectors of 4,000 states of a 7B model would take a minute
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs', too
         _, spread, directions = torch.svd_lowrank(around.cpu(), q=min(*around.shape, MOST + 16), niter=4)
     variance = spread.square() / len(around)  # of each direction, falling
     ridge = RIDGE * around.square().sum().cpu() / (len(around) * states.shape[1])

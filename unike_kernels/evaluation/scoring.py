@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..cases import Cases
 from ..editing.inputs import Batch, Collator, Sample
-from ..editing.prefix import Prefix, cases_named, head, recorded, run_prefix, run_tail
+from ..editing.prefix import Prefix, cases_named, logits_step, recorded, run_prefix, run_tail
 from ..models import Decoder, get_module
 from ..patching import PatchHandle
 from ..statuses import active
@@ -94,12 +94,12 @@ class Scorer:
             raise ValueError(f"the model carries edits ({', '.join(on)}): make the Scorer on the base")
         self.collator, self.decoder, self.first = collator, decoder, first
         self.samples = list(samples)
-        self.head = head(collator.model, decoder)
+        self.logits_step = logits_step(collator.model, decoder)
         attention = get_module(collator.model, decoder.layers[first].attention)
         none = torch.empty(0, dtype=torch.long)
         self.batches: list[tuple[Batch, Prefix]] = []
         self.base = [Base(none, none, none)] * len(samples)
-        self.case_tap = torch.zeros(len(samples), decoder.layers[first].hidden_size)
+        self.case_tap = torch.zeros(len(samples), decoder.layers[first].hidden_size, dtype=torch.float32, device="cpu")
         order = by_length(samples)
         for batch in collator.batches([self.samples[i] for i in order], batch_size, eos=False):
             batch.rows = [order[r] for r in batch.rows]
@@ -158,7 +158,7 @@ class Scorer:
             yield batch, cases, logits
 
     def _logits(self, prefix: Prefix) -> Tensor:
-        return self.head(run_tail(self.collator.model, self.decoder, prefix))
+        return self.logits_step(run_tail(self.collator.model, self.decoder, prefix))
 
     def _ranks(self, batch: Batch) -> int:
         return ranks(self.samples[batch.rows[0]])

@@ -95,7 +95,7 @@ def log_likelihoods(scorer: Scorer, handle: PatchHandle | None, own: Sequence[in
                 hidden = run_tail(scorer.collator.model, scorer.decoder, prefix)
         for r, row in enumerate(batch.rows):
             at = batch.target_mask[r].nonzero()[:, 0]
-            logits = scorer.head(hidden[r, at - 1]).float()
+            logits = scorer.logits_step(hidden[r, at - 1]).float()
             wanted = batch.inputs["input_ids"][r, at]
             likely[row] = float(logits.log_softmax(-1).gather(1, wanted[:, None]).mean())
             right[row] = float((logits.argmax(-1) == wanted).float().mean())
