@@ -14,6 +14,8 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
+_LINEAR = nn.Linear.forward  # libraries put one of their own in its place: that is called then
+
 
 class Handle(Protocol):
     """What takes a hook off its module again: torch's RemovableHandle, or HookHandle."""
@@ -43,7 +45,14 @@ class HookedForward:
         kind, own = type(module), module._parameters
         if self.inner is not None:
             output = self.inner(*args, **kwargs)
-        elif kind is nn.Linear and len(args) == 1 and not kwargs and "weight" in own and "bias" in own:
+        elif (
+            kind is nn.Linear
+            and kind.forward is _LINEAR
+            and len(args) == 1
+            and not kwargs
+            and "weight" in own
+            and "bias" in own
+        ):
             output = linear(args[0], own["weight"], own["bias"])  # `__getattr__` takes 0.5 us to find each of them
         else:
             output = kind.forward(module, *args, **kwargs)
@@ -79,7 +88,8 @@ class HookedForward:
 def own_product(module: nn.Module) -> bool:
     """Whether a hook sees a module's output or input first, and nothing is done between them but one product."""
     forward = module.__dict__.get("forward")
-    return type(forward) is HookedForward and forward.inner is None and type(module) is nn.Linear
+    plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR
+    return plain and type(forward) is HookedForward and forward.inner is None
 
 
 class WatchedForward(HookedForward):

@@ -77,12 +77,14 @@ class PatchHandle:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base, bit for bit. Does not reach a CUDA graph that was captured before."""
-        before = self.record.runtime.enabled
-        self.record.runtime.enabled = False
+        runtime = self.record.runtime
+        runtime.after_backward()  # if one failed before
+        before, runtime.enabled = runtime.enabled, False
         try:
             yield
         finally:
-            self.record.runtime.enabled = before
+            runtime.after_backward()
+            runtime.enabled = before
 
     # ------------------------------------------------------------------------------------------------- its edits
 
@@ -238,9 +240,11 @@ class PatchHandle:
         inputs: what the model's forward takes (a prompt, not a prompt with its answer, unless cases are named).
         """
         self._check_there()
+        tracker = self.record.runtime.tracker
+        tracker.current = None  # an earlier pass's are no answer
         with torch.no_grad():
             self.model(**inputs)
-        cases = self.record.runtime.tracker.current
+        cases = tracker.current
         if cases is None:
             raise RuntimeError("there is nothing to explain: the patch is disabled, or the model's decoder did not run")
         return report(cases, self.edits)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .cases import Cases, all_missing
+from .cases import Cases, all_missing, may_ask
 from .forwards import HookedForward, own_product
 from .modules import KnowledgeShift
 from .neurons import ExtraNeurons
@@ -39,6 +39,8 @@ class Runtime:
         self.hooked: list[tuple[str, nn.Module]] = []  # the sites' modules, by their names below the decoder
         self.native: Cases | None = None  # those of the decoding step that runs now, if native code may serve it
         self.again = False  # it goes on with what the step before found
+        # of a backward pass: which one, and whether the patch was on and its cases before that
+        self.before: tuple[int, bool, Cases | None] | None = None
         self.places: list[tuple[dict[str, Any], HookedForward]] | None = None  # where each of the forwards stands
 
     def cases(self, like: Tensor) -> Cases:
@@ -49,6 +51,23 @@ class Runtime:
                 "with handle.set_cases and run the decoder once"
             )
         return self.tracker.current.to(like.device)
+
+    def recompute(self, enabled: bool, cases: Cases | None) -> None:
+        """Within a backward pass: the layers that run now are of a pass with these cases, while the patch was so.
+
+        Until the backward pass ends; then everything is as it was before it.
+        """
+        task = torch._C._current_graph_task_id()
+        if self.before is None or self.before[0] != task:
+            self.after_backward()  # of one that failed: torch calls nothing then
+            self.before = task, self.enabled, self.tracker.current
+            torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
+        self.enabled, self.tracker.current = enabled, cases
+
+    def after_backward(self) -> None:
+        """Makes the patch what it was before the backward pass, if one changed it."""
+        if self.before is not None:
+            (_, self.enabled, self.tracker.current), self.before = self.before, None
 
     def refuse_replaced(self, decoder: nn.Module) -> None:
         """Raises RuntimeError where a site's module was replaced by one without it: its edits would be lost unseen."""
@@ -65,7 +84,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # On, though the copy was made inside `disabled`: nothing could switch it on later.
-        return {**self.__dict__, "enabled": True, "native": None, "places": None}
+        return {**self.__dict__, "enabled": True, "native": None, "places": None, "before": None}
 
 
 def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -92,6 +111,8 @@ class AttentionSite:
         self.tap: Tensor | None = None  # what it was called with
         self.projected: Tensor | None = None  # what its q_proj made of that
         self.version: int | None = None  # of that tensor, so that writing to it is noticed
+        self.writes: bool | None = None  # whether the layer writes to that tensor; None: not seen yet
+        self.copied: Tensor | None = None  # that tensor's copy, in the pass that tells
         self.waiting = False  # this pass's shift is still to come
 
     def join(self, queue: "list[AttentionSite]") -> None:
@@ -107,11 +128,11 @@ class AttentionSite:
 
     def clear(self) -> None:
         """After the self-attention: nothing outlives its pass."""
-        self.attention = self.tap = self.projected = self.version = None
+        self.attention = self.tap = self.projected = self.version = self.copied = None
         self.waiting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "attention": None, "tap": None, "projected": None, "waiting": False}
+        return {**self.__dict__, "attention": None, "tap": None, "projected": None, "copied": None, "waiting": False}
 
     @property
     def query(self) -> Tensor | None:
@@ -119,7 +140,15 @@ class AttentionSite:
         return _rows(self.projected) if self.projected is not None and self.unwritten() else None
 
     def unwritten(self) -> bool:
-        """Whether q_proj's output, if it was seen, is still what that made."""
+        """Whether q_proj's output, if it was seen, is still what that made.
+
+        torch counts writes, but not in inference mode, nor those of others' kernels (some rotate in place): so a copy
+        of the first pass of several tokens is compared, once.
+        """
+        if self.copied is not None and self.projected is not None:
+            self.writes, self.copied = not torch.equal(self.copied, self.projected), None
+        if self.writes:
+            return self.projected is None
         return self.projected is None or self.version is None or self.projected._version == self.version
 
     def route(self, tap: Tensor, cases: Cases) -> None:
@@ -142,7 +171,7 @@ class AttentionInputHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         site = self.site
-        site.projected = site.version = None
+        site.projected = site.version = site.copied = None
         runtime = site.runtime
         if not runtime.enabled:
             site.clear()
@@ -171,6 +200,8 @@ class QueryHook(OwnHook):
         if here and isinstance(output, Tensor):
             counted = not (is_compiling() or output.is_inference())
             site.projected, site.version = output, output._version if counted else None
+            if site.writes is None and output.dim() > 1 and output.shape[-2] > 1 and may_ask():
+                site.copied = output.detach().clone()
 
 
 class HeadsHook(OwnHook):
@@ -196,7 +227,7 @@ class HeadsHook(OwnHook):
                 return None
         heads, tap, q = args[0], site.tap, site.projected
         native = site.runtime.native
-        if native is not None and q is not None and (site.version is None or q._version == site.version):
+        if native is not None and q is not None and site.unwritten():
             if projections.sites.q_norm is not None:
                 q = projections.query(attention, q, q)
             mixed = shift.mix_natively(heads, q, native, own_product(module))
@@ -224,7 +255,7 @@ class AttentionHook:
         query = site.query if waiting else None
         for every in site.queue:
             every.attention = None  # from here on its projections are called by shifts, not by the layer
-        site.tap = site.projected = site.version = None
+        site.tap = site.projected = site.version = site.copied = None
         site.waiting = False
         if not waiting or output is None or not site.runtime.enabled:
             return None
@@ -316,11 +347,24 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------------- decoder
 
 
-def _within(thread: int, decoder: nn.Module) -> bool:
-    """Whether a thread runs a method of the decoder now."""
+def _this_thread() -> int:
+    """Which thread this is; -1 in compiled code, which cannot ask."""
+    return -1 if is_compiling() else threading.get_ident()
+
+
+def another_thread(name: str) -> str:
+    """What a second thread is told."""
+    return (
+        f"another thread is within a pass of this model, and patch {name!r} keeps what belongs to one pass: run one at "
+        "a time (a lock around model and generate), or a copy per thread"
+    )
+
+
+def _within(thread: int, module: nn.Module) -> bool:
+    """Whether a thread runs a method of the module now."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_locals.get("self") is decoder:
+        if frame.f_locals.get("self") is module:
             return True
         frame = frame.f_back
     return False
@@ -339,10 +383,7 @@ class BeginHook:
             if _running.setdefault(id(runtime), mine) != mine and not _within(_running[id(runtime)], module):
                 _running[id(runtime)] = mine  # torch calls no hook after a pass that Ctrl-C broke off
             if _running[id(runtime)] != mine:
-                raise RuntimeError(
-                    f"another thread is within a pass of this model, and patch {runtime.tracker.name!r} keeps what "
-                    "belongs to one pass: run one at a time (a lock around model and generate), or a copy per thread"
-                )
+                raise RuntimeError(another_thread(runtime.tracker.name))
             if runtime.places is None:
                 runtime.places = [(vars(forward.module), forward) for forward in runtime.forwards]
             for own, forward in runtime.places:
@@ -352,6 +393,8 @@ class BeginHook:
                             hook.warn_if_missed(forward.module)
                     forward.give_way()
         runtime.native = None
+        if runtime.before is not None and torch._C._current_graph_task_id() < 0:
+            runtime.after_backward()  # one failed
         tracker = runtime.tracker
         if not runtime.enabled:
             tracker.skip(args, kwargs)
@@ -381,25 +424,34 @@ class EndHook:
                 return  # refused: the other thread's pass goes on
             del _running[id(runtime)]
         runtime.native = None
-        if output is None or not runtime.enabled or runtime.again:  # the decisions are on the cache that was given
+        if output is None:
             return
         tracker = runtime.tracker
-        tracker.end(output, args, kwargs)
-        if tracker.current is None or not torch.is_grad_enabled() or is_compiling():
+        if runtime.enabled:
+            if runtime.again:  # the decisions are on the cache that was given
+                return
+            tracker.end(output, args, kwargs)
+            if tracker.current is None:
+                return
+        if not torch.is_grad_enabled() or is_compiling():
             return
         hidden = output if isinstance(output, Tensor) else output[0]
-        if isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(RestoreCases(tracker, tracker.current))
+        for states in (hidden, *(getattr(output, "hidden_states", None) or ())):
+            if isinstance(states, Tensor) and states.requires_grad:
+                states.register_hook(RestoreCases(runtime, runtime.enabled, tracker.current))
 
 
 class RestoreCases:
-    """Gradient hook on the decoder's output: gradient checkpointing runs its layers again, maybe after other passes."""
+    """Gradient hook on what the decoder gave: gradient checkpointing runs its layers again, maybe after other passes.
 
-    def __init__(self, tracker: CaseTracker, cases: Cases) -> None:
-        self.tracker, self.cases = tracker, cases
+    Those of a pass without the edits run without them again, whatever the patch does by then.
+    """
+
+    def __init__(self, runtime: Runtime, enabled: bool, cases: Cases | None) -> None:
+        self.runtime, self.enabled, self.cases = runtime, enabled, cases
 
     def __call__(self, grad: Tensor) -> None:
-        self.tracker.current = self.cases
+        self.runtime.recompute(self.enabled, self.cases)
 
 
 class LabelsHook:
@@ -410,12 +462,15 @@ class LabelsHook:
 
     def __init__(self, tracker: CaseTracker, module: nn.Module) -> None:
         self.tracker = tracker
-        self.inside = False  # between this hook and the LabelsDoneHook after the module
+        self.inside: int | None = None  # the thread between this hook and the LabelsDoneHook after the module
         names = tuple(inspect.signature(module.forward).parameters)
         self.position = names.index("labels") if "labels" in names else None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.inside = True
+        mine = _this_thread()
+        if self.inside not in (None, mine) and _within(self.inside, module):
+            raise RuntimeError(another_thread(self.tracker.name))
+        self.inside = mine
         labels = kwargs.get("labels")
         if labels is None and self.position is not None and self.position < len(args):
             labels = args[self.position]
@@ -427,7 +482,7 @@ class LabelsHook:
 
     def warn_if_missed(self, module: nn.Module) -> None:
         """While the decoder runs: warns where what took the place of the module's forward did not call this hook."""
-        if not self.inside:
+        if self.inside is None:
             warnings.warn(
                 f"the forward of {type(module).__name__} was replaced after the patch was made: labels of this pass, "
                 "if it has any, were not seen, so its last token is taken for the prompt's end. Later passes see them",
@@ -442,5 +497,7 @@ class LabelsDoneHook:
         self.before, self.tracker = before, before.tracker
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.before.inside = False
+        if self.before.inside not in (_this_thread(), -1):
+            return  # refused: the other thread's pass goes on
+        self.before.inside = None
         self.tracker.labels, self.tracker.several_logits = None, False

@@ -270,6 +270,9 @@ def _attention(attn: nn.Module, name: str, out_proj: str) -> dict:
     norms = [n for n, m in attn.named_children() if "norm" in n + type(m).__name__.lower() and n not in KNOWN_NORMS]
     if norms:
         raise UnsupportedModelError(f"{type(attn).__name__} has norms besides q_norm and k_norm: {', '.join(norms)}")
+    clip = getattr(getattr(attn, "config", None), "clip_qkv", None)
+    if clip is not None:  # OLMo: in place, and the memory's keys and values would have to be clipped with the layer's
+        raise UnsupportedModelError(f"{type(attn).__name__} clips its queries, keys and values (clip_qkv {clip})")
     head_dim = int(attn.head_dim)
     return {
         "q_proj": f"{name}.q_proj",

@@ -158,8 +158,8 @@ class Int8Index:
             raise ValueError(f"ranges must be [{len(q)}, 2] int64, but got {list(ranges.shape)}, {ranges.dtype}")
         unit = reference._unit(q.detach().float()).contiguous()
         ranges = None if ranges is None else ranges.contiguous()
-        # Said, and not left to the default device: C++ writes to these addresses.
-        scores = torch.empty(len(q), k, device="cpu")
+        # Said, and not left to the default device and dtype: C++ writes to these addresses.
+        scores = torch.empty(len(q), k, dtype=torch.float32, device="cpu")
         indices = torch.empty(len(q), k, dtype=torch.long, device="cpu")
         # Kept here, not by `self`, while C++ writes: another thread's search would free it.
         reranked = torch.empty(len(q), dtype=torch.long, device="cpu")

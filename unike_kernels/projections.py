@@ -1,5 +1,7 @@
 """A self-attention's own projections, as the shift and the memory use them: called as modules, never read."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,8 +63,12 @@ class Projections:
         return (attention._modules.get(self.out_proj) or self._child(attention, self.out_proj)) is module
 
     def item(self, attention: nn.Module, h_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d]."""
-        k, v = (self._get(attention, name)(h_pos) for name in (self.sites.k_proj, self.sites.v_proj))
+        """(k, v), each [N, kv_heads, head_dim], of items' h_pos [N, d].
+
+        In evaluation mode, whatever the model is in: an adapter's dropout would be kept with the items.
+        """
+        with _evaluating(self._get(attention, name) for name in (self.sites.k_proj, self.sites.v_proj)):
+            k, v = (self._get(attention, name)(h_pos) for name in (self.sites.k_proj, self.sites.v_proj))
         kv_heads = self.sites.kv_heads
         return self._heads(attention, k, kv_heads, self.sites.k_norm), self._heads(attention, v, kv_heads, None)
 
@@ -100,6 +106,19 @@ class Projections:
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta" or weight.dtype.itemsize < 2:
             return None  # a quantised tensor inside a plain nn.Linear
         return weight, out.bias
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; afterwards each part is in the mode that it was in."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def empty_like_site(model: nn.Module, name: str) -> Tensor:

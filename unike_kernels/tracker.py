@@ -97,6 +97,8 @@ class CaseTracker:
             self.current = self._found(given, shape, device, labels)
         if not self.current.decided:
             self._choose(self.current, device)
+        elif self.chosen is not None:
+            self._check_chosen(self.current.state)
         return False
 
     def skip(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -120,6 +122,8 @@ class CaseTracker:
         cache = cache_in(given)
         if tokens is None or cache is None or self.explicit is not None or given.get("query_embeds") is not None:
             return False
+        if self.chosen is not None and (not step.state.chosen or len(self.chosen) != step.state.size):
+            return False  # it is refused
         if isinstance(cache, tuple):  # which lasts one step: the decisions are to be left on the next
             return False
         if decisions_on(cache, self.name) is not step.state or step.state.version is not self.version:
@@ -173,6 +177,20 @@ class CaseTracker:
         chosen = self.chosen.to(device)
         state.selected = chosen if state.selected is None else cases.keep_decided(chosen, state.selected, -1)
         state.chosen, state.route_scores = True, None
+
+    def _check_chosen(self, state: CaseState) -> None:
+        """ValueError where edits are chosen by hand for cases that were decided before, and not by them."""
+        assert self.chosen is not None
+        if not state.chosen:
+            raise ValueError(
+                "edits were chosen for a pass on a KV cache whose cases were decided before, without a choice: choose "
+                "from the prompt on"
+            )
+        if len(self.chosen) != state.size:
+            raise ValueError(
+                f"edits were chosen for {len(self.chosen)} rows, but this pass goes on with {state.size} cases; of "
+                "beams, or several answers to a prompt, say how many: choosing(ids, repeat=...)"
+            )
 
     # --------------------------------------------------------------------------------------------- cases that are found
 

@@ -74,8 +74,8 @@ class CudaInt8Index:
         signs = torch.randint(0, 2, (2, self.padded), generator=draw, device="cpu")
         self.signs = (2 * signs - 1).to(device, torch.float32)
         self.codes = torch.zeros(n, self.padded, dtype=torch.int8, device=device)
-        self.scale, self.residual = torch.zeros(2, n, device=device)
-        self.center = torch.zeros(self.padded, device=device)
+        self.scale, self.residual = torch.zeros(2, n, dtype=torch.float32, device=device)
+        self.center = torch.zeros(self.padded, dtype=torch.float32, device=device)
         self.habit = torch.zeros(3, dtype=torch.long, device=device)  # as csrc/int8_search.cuh has it
         self.reranked = torch.zeros(0, dtype=torch.int32, device=device)
         self.encode()

@@ -88,12 +88,16 @@ def _like(leaves: Iterable[Any], args: Iterable[Any]) -> tuple[Any, ...]:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that refuse to be differentiated: without it, a second derivative would be zero and nobody told."""
+    """Gradients that refuse to be differentiated: without it, a second derivative would be zero and nobody told.
+
+    They hang on all that they depend on, what was differentiated by and the gradients that came in: on a leaf of its
+    own, `torch.autograd.grad` of other inputs would never come by here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, message: str, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, message: str, found: Sequence[Tensor], *depends_on: Tensor) -> tuple[Tensor, ...]:
         ctx.message = message
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -151,7 +155,8 @@ def _define_differentiable(
             found = operator(list(grads), *_like(leaves, ctx.args), needs)
         if torch.is_grad_enabled():  # create_graph=True
             message = f"unike::{name} is differentiable once; unike_kernels.reference has all derivatives"
-            found = _Once.apply(message, torch.zeros((), requires_grad=True), *found)
+            depends_on = [leaf for leaf, need in zip(leaves, (*needs, False), strict=True) if need]
+            found = _Once.apply(message, found, *depends_on, *grads)
         left = iter(found)
         return _like((next(left) if need else None for need in (*needs, False)), ctx.args)
 
