@@ -111,7 +111,7 @@ class AttentionSite:
         self.tap: Tensor | None = None  # what it was called with
         self.projected: Tensor | None = None  # what its q_proj made of that
         self.version: int | None = None  # of that tensor, so that writing to it is noticed
-        self.writes: bool | None = None  # whether the layer writes to that tensor; None: not seen yet
+        self.writes, self.watched = False, False  # whether the layer writes to that tensor, and whether that was seen
         self.copied: Tensor | None = None  # that tensor's copy, in the pass that tells
         self.waiting = False  # this pass's shift is still to come
 
@@ -145,8 +145,9 @@ class AttentionSite:
         torch counts writes, but not in inference mode, nor those of others' kernels (some rotate in place): so a copy
         of the first pass of several tokens is compared, once.
         """
-        if self.copied is not None and self.projected is not None:
-            self.writes, self.copied = not torch.equal(self.copied, self.projected), None
+        if not is_compiling() and self.copied is not None and self.projected is not None:
+            self.writes, self.watched = not torch.equal(self.copied, self.projected), True
+            self.copied = None
         if self.writes:
             return self.projected is None
         return self.projected is None or self.version is None or self.projected._version == self.version
@@ -198,9 +199,10 @@ class QueryHook(OwnHook):
         projections = site.projections
         here = attention._modules.get(projections.q_proj) is module or projections.is_query(attention, module)
         if here and isinstance(output, Tensor):
-            counted = not (is_compiling() or output.is_inference())
+            eager = not is_compiling()
+            counted = eager and not output.is_inference()
             site.projected, site.version = output, output._version if counted else None
-            if site.writes is None and output.dim() > 1 and output.shape[-2] > 1 and may_ask():
+            if eager and not site.watched and output.dim() > 1 and output.shape[-2] > 1 and may_ask():
                 site.copied = output.detach().clone()
 
 
