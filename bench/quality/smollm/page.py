@@ -90,7 +90,7 @@ def baselines_section(task: world.Task) -> list[str]:
     return [
         f"## Baselines: {TITLES[task]}",
         f"The {found['edits']} edits of the ablation, language model in {found['dtype']}; sequences in its order. "
-        f"{taken(found['environment'])}",
+        f"{taken(*found['taken'])}",
         baselines.table(task, parts, found),
         *told,
         *(["Settings, on development edits:", baselines.searched(found)] if found["search"] else []),

@@ -82,8 +82,9 @@ def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], 
     """
     path = where(f"baselines-{task}")
     check_saved(path, edits=n, dtype=dtype)
-    result = read(path) or {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}}
-    result["environment"] = environment()
+    result = read(path) or {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}, "taken": []}
+    if (here := environment()) not in result["taken"]:
+        result["taken"].append(here)
     bench = baselines.Bench(task, DTYPES[dtype])
     if search:
         baselines.search(bench, methods, result["search"], lambda: ablation.write(path, result))
