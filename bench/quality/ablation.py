@@ -206,6 +206,7 @@ def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, 
         values, _ = per_edit(lambda s: s.locality_a, lambda p, n=name: (p.kind, p.part) == n)
         parts[f"{name[0]}.{name[1]}"] = mean(values)
     metrics["mean"] = mean_of_five(*(metrics[k] for k in KINDS))
+    concepts = per_edit(lambda s: s.accuracy, lambda p: p.kind == "rel")[1]  # of every edit: a fact has no pictures
     out = {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
     return out | compact(every, concepts)
 

@@ -209,14 +209,14 @@ def table(task: world.Task, ablation: dict[str, Any], baselines: dict[str, Any])
     return markdown(head, lines)
 
 
-def searched(baselines: dict[str, Any]) -> str:
+def searched(task: world.Task, baselines: dict[str, Any]) -> str:
     """What every setting gave on development edits, as markdown."""
-    lines = []
+    lines, kinds = [], KINDS_OF[task]
     for name, rows in baselines.get("search", {}).items():
         first = asdict(METHODS[name].trials()[0])
         for text, found in rows.items():
             changed = [f"{k} {v}" for k, v in json.loads(text).items() if v != first[k]]
             mean = sum(found.values()) / len(found)
-            lines.append([name, ", ".join(changed) or "the emoji models'", *map(number, found.values()), number(mean)])
-    kinds = next(iter(next(iter(baselines["search"].values())).values()))
+            means = [*(number(found[k]) for k in kinds), number(mean)]
+            lines.append([name, ", ".join(changed) or "the emoji models'", *means])
     return markdown(["method", "settings", *(HEADS[k] for k in kinds), "mean"], lines, left=2)

@@ -93,7 +93,7 @@ def baselines_section(task: world.Task) -> list[str]:
         f"{taken(*found['taken'])}",
         baselines.table(task, parts, found),
         *told,
-        *(["Settings, on development edits:", baselines.searched(found)] if found["search"] else []),
+        *(["Settings, on development edits:", baselines.searched(task, found)] if found["search"] else []),
         f"## The paper's claims: {TITLES[task]}",
         "Differences in points with standard errors, positive where the claim says so; a direction counts from "
         f"{SURE:g} standard errors. The paper's are MiniGPT-4's on E-VQA, in the metrics that the task has.",
