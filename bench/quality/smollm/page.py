@@ -63,7 +63,7 @@ def ablation_section(result: dict[str, Any]) -> str:
         tables.five_metrics(result),
         "Locality A by part; alpha averaged over layers; how often an edit acted on a probe, in percent.",
         tables.localities(result),
-        taken(result["environment"]),
+        taken(*result.get("taken", [result["environment"]])),
     ]
     if result.get("sequential"):
         head = ["many edits on one model", *(tables.HEADS[k] for k in tables.KINDS)]

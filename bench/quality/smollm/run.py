@@ -34,6 +34,16 @@ def check_saved(path: Path, **asked: Any) -> None:
         raise typer.BadParameter(f"{path} holds {'; '.join(differing)}: ask for the same, or move the file away")
 
 
+def note_here(path: Path) -> dict[str, Any]:
+    """Adds what is measured from now on to what a saved result says it was taken with; returns the result."""
+    result = read(path)
+    before = result.setdefault("taken", [result["environment"]] if "environment" in result else [])
+    if (here := environment()) not in before:
+        before.append(here)
+        ablation.write(path, result)
+    return result
+
+
 def run_latent(task: world.Task, n: int, dtype: str) -> None:
     """What a memory item carries, without neurons."""
     path = where(f"latent-{task}")
@@ -59,6 +69,7 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: flo
         about |= {} if rate is None else {"rate": rate}
         fits = {str(i): ablation.fit_report(f) for i, f in made.editor.fits.items()}
         ablation.write(path, about | {"rows": {"base": made.score_base()}, "fit": fits})
+    note_here(path)
     figures = [row for name in FIGURES for row in FIGURES[name]] if controls else []
     result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made, more=figures)
     rows = {row.name: row for row in ROWS}
@@ -82,9 +93,9 @@ def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], 
     """
     path = where(f"baselines-{task}")
     check_saved(path, edits=n, dtype=dtype)
-    result = read(path) or {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}, "taken": []}
-    if (here := environment()) not in result["taken"]:
-        result["taken"].append(here)
+    if not path.exists():
+        ablation.write(path, {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}})
+    result = note_here(path)
     bench = baselines.Bench(task, DTYPES[dtype])
     if search:
         baselines.search(bench, methods, result["search"], lambda: ablation.write(path, result))
