@@ -52,6 +52,7 @@ LAYERS = {
     "explain": 4,
     "handle": 4,
     "hooks": 4,
+    "labels": 4,
     "patching": 4,
     "planning": 4,
     "records": 4,

@@ -18,10 +18,9 @@ from .hooks import (
     FfnInputHook,
     FfnOutputHook,
     HeadsHook,
-    LabelsDoneHook,
-    LabelsHook,
     QueryHook,
 )
+from .labels import LabelsDoneHook, LabelsHook
 from .models import Decoder, base_layer, get_module
 from .projections import Projections
 from .records import CONTAINER, RECORDS, LayerPatch, PatchRecord

@@ -3,11 +3,8 @@
 Hooks are objects, not closures, so that a patched model pickles and deep-copies with its patch.
 """
 
-import inspect
 import os
-import sys
 import threading
-import warnings
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch.compiler import is_compiling
 
 from .cases import Cases, all_missing, may_ask
 from .forwards import HookedForward, own_product
+from .labels import LabelsHook, another_thread, within
 from .modules import KnowledgeShift
 from .neurons import ExtraNeurons
 from .projections import OwnHook, Projections
@@ -349,29 +347,6 @@ def _may_write(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------------- decoder
 
 
-def _this_thread() -> int:
-    """Which thread this is; -1 in compiled code, which cannot ask."""
-    return -1 if is_compiling() else threading.get_ident()
-
-
-def another_thread(name: str) -> str:
-    """What a second thread is told."""
-    return (
-        f"another thread is within a pass of this model, and patch {name!r} keeps what belongs to one pass: run one at "
-        "a time (a lock around model and generate), or a copy per thread"
-    )
-
-
-def _within(thread: int, module: nn.Module) -> bool:
-    """Whether a thread runs a method of the module now."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
-
-
 class BeginHook:
     """Forward pre-hook on the decoder: finds the cases of the pass."""
 
@@ -382,7 +357,7 @@ class BeginHook:
         runtime = self.runtime
         if not is_compiling():
             mine = threading.get_ident()
-            if _running.setdefault(id(runtime), mine) != mine and not _within(_running[id(runtime)], module):
+            if _running.setdefault(id(runtime), mine) != mine and not within(_running[id(runtime)], module):
                 _running[id(runtime)] = mine  # torch calls no hook after a pass that Ctrl-C broke off
             if _running[id(runtime)] != mine:
                 raise RuntimeError(another_thread(runtime.tracker.name))
@@ -454,52 +429,3 @@ class RestoreCases:
 
     def __call__(self, grad: Tensor) -> None:
         self.runtime.recompute(self.enabled, self.cases)
-
-
-class LabelsHook:
-    """Forward pre-hook on every module around the decoder: keeps `labels`, and whether logits of several tokens count.
-
-    transformers' assisted generation asks for those of the prompt's end and of every guess behind it.
-    """
-
-    def __init__(self, tracker: CaseTracker, module: nn.Module) -> None:
-        self.tracker = tracker
-        self.inside: int | None = None  # the thread between this hook and the LabelsDoneHook after the module
-        names = tuple(inspect.signature(module.forward).parameters)
-        self.position = names.index("labels") if "labels" in names else None
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mine = _this_thread()
-        if self.inside not in (None, mine) and _within(self.inside, module):
-            raise RuntimeError(another_thread(self.tracker.name))
-        self.inside = mine
-        labels = kwargs.get("labels")
-        if labels is None and self.position is not None and self.position < len(args):
-            labels = args[self.position]
-        if labels is not None:
-            self.tracker.labels = labels
-        wanted = kwargs.get("logits_to_keep")
-        if isinstance(wanted, int) and wanted > 1:
-            self.tracker.several_logits = True
-
-    def warn_if_missed(self, module: nn.Module) -> None:
-        """While the decoder runs: warns where what took the place of the module's forward did not call this hook."""
-        if self.inside is None:
-            warnings.warn(
-                f"the forward of {type(module).__name__} was replaced after the patch was made: labels of this pass, "
-                "if it has any, were not seen, so its last token is taken for the prompt's end. Later passes see them",
-                stacklevel=3,
-            )
-
-
-class LabelsDoneHook:
-    """Forward hook around the decoder, called even where the pass failed: what it kept is not the next pass's."""
-
-    def __init__(self, before: LabelsHook) -> None:
-        self.before, self.tracker = before, before.tracker
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self.before.inside not in (_this_thread(), -1):
-            return  # refused: the other thread's pass goes on
-        self.before.inside = None
-        self.tracker.labels, self.tracker.several_logits = None, False
