@@ -8,15 +8,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.quality.emoji import data
-from bench.quality.emoji import model as tiny
 from bench.quality.emoji.train import run_stage
 from bench.quality.rows import Row
 from bench.quality.smollm import facts, features, fetch, latent, model, vision, world
 from bench.quality.smollm.stages import AlignStage, Identity, SpeakStage
 from bench.quality.world import picture
+from tests.smollm_tiny import make_net, make_tokenizer
 from unike_kernels.config import NeuronConfig, ShiftConfig, UnikeConfig
 from unike_kernels.editing.inputs import Collator, Sample
 from unike_kernels.editing.prefix import recorded
@@ -30,23 +29,7 @@ needs_projector = pytest.mark.skipif(not model.weights_file().exists(), reason="
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(tiny.TOKENIZER_FILE), bos_token="<pad>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def make_net(tokenizer: Any) -> MiniGPT4:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return model.assemble(vision.MobileNetV2().eval(), LlamaForCausalLM(config).eval(), tokenizer)
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")

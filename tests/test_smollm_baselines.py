@@ -16,7 +16,7 @@ from bench.quality.baselines.t_patcher import TPatcher
 from bench.quality.claims import of_rows
 from bench.quality.smollm import baselines, facts, model, world
 from bench.quality.world import record
-from tests.test_smollm import make_net, tokenizer  # noqa: F401  a fixture
+from tests.smollm_tiny import make_net, make_tokenizer
 from unike_kernels.evaluation.methods import Method
 from unike_kernels.evaluation.records import LOCAL
 
@@ -24,7 +24,8 @@ TEXT = baselines.KINDS_OF["text"]
 
 
 @pytest.fixture
-def bench(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> baselines.Bench:  # noqa: F811
+def bench(monkeypatch: pytest.MonkeyPatch) -> baselines.Bench:
+    tokenizer = make_tokenizer()
     monkeypatch.setattr(model, "load", lambda trained: (make_net(tokenizer), model.make_processor(tokenizer)))
     return baselines.Bench("text", torch.bfloat16)
 
@@ -87,8 +88,10 @@ def test_finished_rows_are_not_measured_again(bench: baselines.Bench, monkeypatc
     baselines.run(bench, records, {"FT": brief}, rows, lambda: pytest.fail("measured again"))
 
 
-def test_a_memory_that_suits_all_settings_is_stored_once(bench: baselines.Bench) -> None:
-    bench.few = 100
+def test_a_memory_that_suits_all_settings_is_stored_once(
+    bench: baselines.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "TRAINING", 8)
     loud, quiet = TPatcher.trials()[:2]
     first, second = bench.fitted("T-Patcher", loud), bench.fitted("T-Patcher", quiet)
     assert first.memory is second.memory and (first.config, second.config) == (loud, quiet)

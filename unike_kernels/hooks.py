@@ -59,6 +59,7 @@ class Runtime:
         if self.before is None or self.before[0] != task:
             self.after_backward()  # of one that failed: torch calls nothing then
             self.before = task, self.enabled, self.tracker.current
+            # torch has no public way to be called when a backward pass ends; FSDP takes this one, too
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
         self.enabled, self.tracker.current = enabled, cases
 

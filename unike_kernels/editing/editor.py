@@ -109,7 +109,8 @@ class Editor:
         ask the same in other words, by that or by their picture and target, routing also tells questions apart
         (`editing.asking`). exclude: requests or probes (dicts: prompt, image: optional); a triplet with the picture and
         prompt of one of them is dropped. cache: a folder where a stopped run goes on. Raises ValueError when nothing is
-        left: the memory holds what the model does not know.
+        left (the memory holds what the model does not know) and where the model's own logits are not those it would be
+        edited by (`editing.agreement`); RuntimeError inside `torch.inference_mode`.
         """
         _need_gradients("build_memory")
         check_samples(triplets, "triplet")
@@ -140,7 +141,7 @@ class Editor:
         """Fits Enc_sem, Enc_tru, zeta and W_zeta of every edited layer on the memory's triplets; prints as a table.
 
         With `projected` attention Enc_sem's inputs are what a single item would inject, out_proj(v_proj(h_pos)); with
-        `raw`, h_pos itself (spec, section 2).
+        `raw`, h_pos itself (spec, section 2). RuntimeError inside `torch.inference_mode`.
         """
         _need_gradients("fit")
         states = self._need_states()
@@ -197,7 +198,8 @@ class Editor:
         onto: edits of this editor to add to. independent: train every request from the base alone, in batches (the
         default when routed); otherwise one after another, all earlier groups active (the paper's sequential editing).
         Of two requests with the same image and prompt the newer replaces the older. A request whose target is not
-        reached is kept, flagged (`success`) and warned about. The model is the base again afterwards.
+        reached is kept, flagged (`success`) and warned about. The model is the base again afterwards. ValueError and
+        RuntimeError as `build_memory`, before anything is made.
         """
         _need_gradients("edit")
         wanted, onto = read_requests(requests, onto)
@@ -436,7 +438,10 @@ def _digest(triplet: dict[str, Any]) -> str | None:
 def _need_gradients(what: str) -> None:
     """RuntimeError inside `torch.inference_mode`, whose tensors can never be trained on."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{what} inside torch.inference_mode() cannot train: use torch.no_grad(), or neither")
+        raise RuntimeError(
+            f"{what} was called inside torch.inference_mode(), whose tensors cannot be trained on: use torch.no_grad(), "
+            "or neither"
+        )
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class GroupTrainer:
         self.collator, self.model, self.decoder = collator, collator.model, decoder
         self.handle, self.config, self.independent = handle, config, independent
         self.ffn_mean, self.zeta, self.maps, self.lr_maps = ffn_mean, zeta, maps, lr_maps
-        self.logits = logits_step(collator.model, decoder)
+        self.logits_step = logits_step(collator.model, decoder)
         self.modules: dict[int, ExtraNeurons] = {
             layer.index: layer.neurons for layer in handle.record.layers if layer.neurons is not None
         }
@@ -263,7 +263,7 @@ class GroupTrainer:
         """([b] mean negative log-likelihood of the target, [b] smallest logit margin over the target tokens)."""
         batch, hidden = work.batch, self._tail(work)
         at = batch.target_mask[:, 1:]  # [B, S - 1]
-        logits = self.logits(hidden[:, :-1][at])  # [targets, V]
+        logits = self.logits_step(hidden[:, :-1][at])  # [targets, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = batch.inputs["input_ids"][:, 1:][at]
         edit = at.nonzero()[:, 0]  # which edit each target token belongs to

@@ -16,6 +16,7 @@ from bench.quality import claims
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.base import Baseline
 from bench.quality.baselines.ike import Ike, WithIke
+from bench.quality.baselines.learned import TRAINING
 from bench.quality.baselines.training_split import training_records
 from bench.quality.cells import PROMPTED, UNIKE, Found, saved
 from bench.quality.paper_tables import ablation_row
@@ -32,7 +33,6 @@ from unike_kernels.evaluation.records import Record
 
 from . import facts, model, world
 
-TRAINING = 800  # training-split edits that are learned from, `share` times, as on the emoji models
 SEEN = 20  # other training-split edits that Rel is also measured on
 DEVELOPMENT = 12  # edits that settings are searched on: all that the development countries give
 SEQUENTIAL = (10, 20)
@@ -57,9 +57,9 @@ def _claimed(seed: int) -> Iterator[Record]:
 class Bench:
     """The second model with a task's edits, and every method on it."""
 
-    def __init__(self, task: world.Task, dtype: torch.dtype, *, few: int = 1, of: Any = None) -> None:
-        """few: a part of the training edits (1 / few). of: model and processor, if they are not to be loaded."""
-        self.task, self.few = task, few
+    def __init__(self, task: world.Task, dtype: torch.dtype, *, of: Any = None) -> None:
+        """dtype: of the language model. of: (model, processor), if they are not to be loaded."""
+        self.task = task
         self.net, self.processor = model.load(trained=task == "pictures") if of is None else of
         self.net.llama_model.to(dtype)
         self.examiner = Examiner(Collator(self.net, self.processor))
@@ -72,7 +72,7 @@ class Bench:
             method.config = config
             return method
         method = self.last = METHODS[name](self.net, self.processor, config)
-        records = training(self.task, TRAINING // self.few * method.share)
+        records = training(self.task, TRAINING * method.share)
         method.fit(records, seed=0, cache=world.FOLDER / "baselines")
         return method
 

@@ -22,7 +22,6 @@ from . import baselines, facts, latent, model, world
 from .page import read, where, write_page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SEQUENTIAL = (10, 20)
 app = typer.Typer(add_completion=False)
 
 
@@ -74,12 +73,13 @@ def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: flo
     result = ablation.run(0, items, quick=False, controls=controls, keep=path, world=made, more=figures)
     rows = {row.name: row for row in ROWS}
     sequential = result.setdefault("sequential", {})
-    for size in SEQUENTIAL:
+    for size in baselines.SEQUENTIAL:
         for name in ("intrinsic only", "UniKE"):
-            if f"{name}, K = {size}" not in sequential and len(items) >= size:
-                sequential[f"{name}, K = {size}"] = made.sequential(rows[name], size)
+            label = baselines.label(name, size)
+            if label not in sequential and len(items) >= size:
+                sequential[label] = made.sequential(rows[name], size)
                 ablation.write(path, result)
-        name = f"UniKE, routed, K = {size}"
+        name = baselines.label("UniKE, routed", size)
         if name not in sequential and len(items) >= size:
             row = rows["UniKE, routed"]
             sequential[name] = made.stacked(row, *made.make(row), size)
