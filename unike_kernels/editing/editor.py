@@ -439,8 +439,7 @@ def _need_gradients(what: str) -> None:
     """RuntimeError inside `torch.inference_mode`, whose tensors can never be trained on."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{what} was called inside torch.inference_mode(), whose tensors cannot be trained on: use torch.no_grad(), "
-            "or neither"
+            f"{what} was called inside torch.inference_mode(), whose tensors cannot be trained on: use torch.no_grad()"
         )
 
 
