@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_tools import DEVICE
 from tolerance import assert_close_to_reference
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from unike_kernels import native, ops, reference
@@ -220,6 +221,29 @@ def test_the_graph_serves_twice_but_not_for_second_derivatives(case):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     with pytest.raises(RuntimeError, match=r"differentiable once; unike_kernels.reference"):
         sum(gradient.sum() for gradient in again).backward()
+
+
+@every_case
+def test_forward_mode_derivatives_are_refused(case):
+    leaves = cast(leaves_of(case, torch.float32), torch.float64)
+    tangents = {name: torch.ones_like(leaf) for name, leaf in leaves.items()}
+
+    def run(*tensors, module=ops):
+        return outputs_of(case, module, dict(zip(leaves, tensors, strict=True)))
+
+    primals = tuple(leaf.detach() for leaf in leaves.values())
+    with pytest.raises(RuntimeError, match="no forward-mode derivative; unike_kernels.reference has all"):
+        torch.func.jvp(run, primals, tuple(tangents.values()))
+    with forward_ad.dual_level():
+        plain = run(*primals)  # nobody wants a derivative
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            run(*(forward_ad.make_dual(x, t) for x, t in zip(primals, tangents.values(), strict=True)))
+        found = run(
+            *(forward_ad.make_dual(x, tangents[n]) for n, x in zip(leaves, primals, strict=True)), module=reference
+        )
+        assert any(forward_ad.unpack_dual(output).tangent.abs().max() > 0 for output in found)
+    for ours, theirs in zip(plain, found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @every_case

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 pytest.importorskip("transformers")
 
@@ -208,3 +209,17 @@ def test_a_forward_of_linear_that_a_library_replaced_is_called(monkeypatch: pyte
         edited = model(**inputs).logits
         handle.remove()
         assert torch.equal(base, model(**inputs).logits) and not torch.equal(edited, base)
+
+
+def test_a_forward_mode_derivative_is_refused_while_decoding() -> None:
+    """Native code is called past torch's operators there; a tangent must not get lost on the way."""
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    inputs = inputs_for(model, (5,))
+    uk.patch(model, edits_for(model, ALWAYS, prompts=inputs))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        cache = model(inputs_embeds=embeds[:, :-1], use_cache=True).past_key_values
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            step = forward_ad.make_dual(embeds[:, -1:], torch.ones_like(embeds[:, -1:]))
+            model(inputs_embeds=step, past_key_values=cache)

@@ -333,8 +333,8 @@ def test_knowledge_shift_is_its_parts(form, orientation):
 # ------------------------------------------------------------------------------------------------------ derivatives
 
 
-def test_second_derivatives():
-    """The operators are differentiable once and send users here for more."""
+def test_second_and_forward_mode_derivatives():
+    """The operators are differentiable once, and backward; they send users here for more."""
     x, keys, key_bias, values = randn(4, 3), randn(5, 3), randn(5), randn(5, 3)
     leaves = [t.requires_grad_() for t in (x, keys, key_bias, values)]
     ptr, selected = torch.tensor([0, 2, 5]), torch.tensor([[0], [1], [1], [-1]])
@@ -343,6 +343,7 @@ def test_second_derivatives():
         return reference.extra_neurons(*leaves, act="silu", group_ptr=ptr, selected=selected)
 
     assert torch.autograd.gradgradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
 
 
 def test_a_zero_vector_has_a_gradient_that_is_finite():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import native, reference
@@ -103,11 +104,12 @@ def new(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
 def unwatched() -> bool:
     """Whether calling native code past torch's dispatcher makes no difference.
 
-    Nobody wants a gradient, and nobody traces, transforms, profiles or watches operators.
+    Nobody wants a gradient or a tangent, and nobody traces, transforms, profiles or watches operators.
     """
     return (
         not is_compiling()
         and not is_grad_enabled()
+        and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and _function_modes() == 0
         and _functorch() is None

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import backends, reference
@@ -56,6 +58,8 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
                 tensors.append(arg)
             elif type(arg) is list:
                 tensors += [leaf for leaf in arg if isinstance(leaf, Tensor)]
+        if forward_ad._current_level >= 0 and _tangents(tensors):
+            raise RuntimeError(f"unike::{name} has no forward-mode derivative; unike_kernels.reference has all of them")
         chosen = backends.implementation(name, backend, tensors, args) or kernel
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
@@ -71,6 +75,16 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
     LIB.define(f"{name}{schema}")
     LIB.impl(name, run_in_place if "(a!)" in schema else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"unike::{name}", fake, lib=LIB)
+
+
+def _tangents(tensors: Iterable[Tensor]) -> bool:
+    """Whether a forward-mode derivative is wanted: torch drops tangents here, so it would be zero and nobody told.
+
+    torch.func keeps its tangents where a kernel does not see them: within its jvp every operator counts.
+    """
+    if eager_transforms.JVP_NESTING > 0:
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _flat(args: Iterable[Any]) -> list[Any]:
