@@ -313,6 +313,20 @@ def test_of_two_edits_that_ask_the_same_the_later_one_counts(fitted):
                 assert edited.acting() == [[1]]
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_an_edit_is_known_by_the_state_that_its_question_is_asked_with(base, fitted, monkeypatch):
+    from bench.quality.baselines.serac import Replacing
+
+    method, samples = fitted(base, "SERAC, image-aware"), requests(base)
+    seen = []
+    monkeypatch.setattr(Replacing, "_decide", lambda self, states, position: seen.append(states))
+    with method.apply(samples) as edited:
+        batch = method.host.collator.batch(samples, [0, 1, 2], eos=False)
+        with edited.running(batch), torch.no_grad():
+            batch.model(**batch.inputs)
+    torch.testing.assert_close(seen[0], method.states(samples))
+
+
 def test_the_table_says_na_for_ike_on_a_model_that_does_not_follow():
     from bench.quality.baselines.__main__ import table
 

@@ -8,8 +8,8 @@ reads "edit's question and answer, question" and continues; both are trained on 
 in and out of scope; above one half the counterfactual model's logits replace the base's.
 Two forms. "SERAC" is the published one: it sees no picture, and its training leaves out the locality of pictures. It
 cannot tell one picture's question from another's that is asked in the same words, which is what its M-Loc shows.
-"SERAC, image-aware" is a fair one: the classifier also sees the base's state at the question's last token, where the
-first edited layer begins, and is trained on all locality probes.
+"SERAC, image-aware" is a fair one: the classifier also sees the base's state at the question's last token, as UniKE's
+router does (the tap of the first edited layer), and is trained on all locality probes.
 What differs: published SERAC fine-tunes pretrained models (DistilBERT; OPT-125M or a copy of the base's language
 model with its last layer trained). Nothing of that size exists beside a small base, so both are small transformers
 from scratch on the base's frozen embeddings. A pretrained model can copy; ours can point at a token that it read (See
@@ -36,6 +36,7 @@ from unike_kernels.editing.extract import tap_rows
 from unike_kernels.editing.inputs import Batch, Sample
 from unike_kernels.evaluation.methods import Edited
 from unike_kernels.evaluation.records import LOCAL, Record
+from unike_kernels.hooks import hidden_states_of
 from unike_kernels.models import get_module
 
 from . import base, training
@@ -234,7 +235,7 @@ class Serac(Baseline):
 
     @torch.no_grad()
     def states(self, samples: Sequence[Sample], progress: bool = False) -> Tensor:
-        """[N, d] what enters the first edited layer at every question's last token, on the base."""
+        """[N, d] what enters the first edited self-attention at every question's last token, on the base."""
         first, out = self.host.layers[:1], torch.zeros(len(samples), self.host.width)
         asked = [Sample(s.prompt, None, s.image) for s in samples]
         for batch in tqdm(list_of(self.host, asked), desc="states", mininterval=5, disable=not progress):
@@ -385,7 +386,7 @@ class Replacing(Edited):
     def on_model(self) -> Iterator[Replacing]:
         """Inside, the model answers with the edits."""
         host = self.host
-        layer = get_module(host.model, host.decoder.layer_name(host.layers[0]))
+        attention = get_module(host.model, host.decoder.layers[host.layers[0]].attention)
         with host.passes() as now:
 
             def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -398,7 +399,7 @@ class Replacing(Edited):
                 self._begin(position is not None)
                 if position is None:
                     return
-                hidden = args[0] if args else kwargs["hidden_states"]
+                hidden = hidden_states_of(args, kwargs)
                 rows = torch.arange(len(position), device=hidden.device)
                 self.busy = True
                 try:
@@ -417,7 +418,7 @@ class Replacing(Edited):
 
             hooks = [
                 host.embeddings().register_forward_pre_hook(read, with_kwargs=True),
-                layer.register_forward_pre_hook(tap, with_kwargs=True),
+                attention.register_forward_pre_hook(tap, with_kwargs=True),
                 host.head.register_forward_hook(answer),
             ]
             try:
