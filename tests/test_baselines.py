@@ -343,8 +343,10 @@ def test_the_search_shows_what_each_setting_changes_and_its_means():
 
     first, second, *rest = METHODS["MEND"].trials()
     means = {("name", first): 80.0, ("caption", first): 90.0, ("name", second): 81.0}
-    rows = {trial("MEND", task, config): {"after": {"mean": mean}} for (task, config), mean in means.items()}
-    lines = searched({0: rows, 1: rows}, ["MEND"]).splitlines()
+    of = {"of": {"edits": 25}}
+    rows = {trial("MEND", task, config): {"after": {"mean": mean}} | of for (task, config), mean in means.items()}
+    rows[trial("MEND", "caption", second)] = {"after": {"mean": 99.0}, "of": {"edits": 50}}  # of another search
+    lines = searched({0: rows, 1: rows}, ["MEND"], 25).splitlines()
     assert lines[0] == "| method | changed | names, 0 | captions, 0 | names, 1 | captions, 1 | mean |"
     assert len(lines) == 4 + len(rest)
     assert lines[2] == "| MEND | chosen | 80.0 | 90.0 | 80.0 | 90.0 | 85.0 |"

@@ -170,10 +170,13 @@ def kept(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, name: str, row: dict[str, Any]) -> None:
-    """Adds a row to a saved file, or replaces it; a file is one base model's, so that two may be measured at a time."""
+    """Adds a row to a saved file, or replaces it; a file is one base model's, so that two may be measured at a time.
+
+    A row without an environment of its own was taken in the file's.
+    """
     found = kept(path)
-    found["rows"][name] = row
-    write(path, found | {"environment": environment()})
+    found["rows"][name] = row | {"environment": environment()}
+    write(path, found)
 
 
 def trials_of(seed: int) -> Path:
@@ -198,11 +201,12 @@ def trial(name: str, task: str, config: Any) -> str:
     return f"{name}, {task}: {json.dumps(asdict(config), sort_keys=True)}"
 
 
-def searched(rows: dict[int, dict[str, Any]], names: Sequence[str]) -> str:
+def searched(rows: dict[int, dict[str, Any]], names: Sequence[str], edits: int) -> str:
     """The settings that were measured, as markdown: what each changes of the chosen one, and the means that decide.
 
-    rows: saved ones, by base model.
+    rows: saved ones, by base model; those of another number of edits are left out.
     """
+    rows = {s: {name: row for name, row in found.items() if row["of"]["edits"] == edits} for s, found in rows.items()}
     lines = []
     for name in names:
         chosen = asdict(METHODS[name].trials()[0])
@@ -240,7 +244,7 @@ def compare(seed: int, bench: Bench, names: Sequence[str], console: Console) -> 
 def main(
     seeds: Annotated[str, typer.Option(help="Base models, by training seed.")] = "0,1",
     methods: Annotated[str, typer.Option(help="Some of them, divided by a semicolon.")] = ";".join([*METHODS, "UniKE"]),
-    edits: Annotated[int, typer.Option(help="Development edits.")] = 50,
+    edits: Annotated[int | None, typer.Option(help="Development edits: 50, with --search 25.")] = None,
     training: Annotated[int, typer.Option(help="Training-split edits to learn from.")] = TRAINING,
     trials: Annotated[bool, typer.Option("--search", help="Measure every method's four settings instead.")] = False,
 ) -> None:
@@ -255,6 +259,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {'; '.join([*METHODS, 'UniKE'])}")
     bases = [int(s) for s in seeds.split(",")]
+    edits = (25 if trials else 50) if edits is None else edits
     for seed in bases:
         bench = Bench(seed, edits, training)
         if trials:
@@ -264,7 +269,7 @@ def main(
             compare(seed, bench, names, console)
     if trials:
         found = {seed: kept(trials_of(seed))["rows"] for seed in bases}
-        console.print(Markdown(searched(found, [name for name in names if name in METHODS])))
+        console.print(Markdown(searched(found, [name for name in names if name in METHODS], edits)))
 
 
 if __name__ == "__main__":
