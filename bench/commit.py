@@ -13,7 +13,10 @@ def commit(folder: Path) -> str:
     """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git here
+            return ""
 
     if told := os.environ.get("UNIKE_COMMIT"):
         return told

@@ -78,6 +78,9 @@ def test_every_command_names_something_that_is_there():
                 assert (ROOT / (word.replace(".", "/") + ".py")).exists(), word
             if word.startswith("tests/"):
                 assert (ROOT / word).exists(), word
+    assert all(step.seconds <= 260 for step in found)
+    others = next(step for step in found if step.name == "all other tests")
+    assert dict(others.environment) == {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     kernels = next(step.command for step in found if step.name == "kernel tests")
     assert sum(word.startswith("tests/test_triton_") for word in kernels) >= 6
     assert "tests/test_cuda_knowledge_shift.py" in kernels
@@ -114,7 +117,7 @@ def test_twins_agree(name, routed):
 
 
 def test_a_blip2_and_its_twin_agree():
-    found = twins.compare(twins.tiny_blip2(True, DEVICE, DTYPE), new=1)
+    found = twins.compare(twins.tiny_blip2(True, DEVICE, DTYPE), new=1, backend="auto")
     assert found["edits move the logits by"] > 10 * found["error, kernels"]
 
 

@@ -179,10 +179,14 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert len(json.loads(file.read_text())["cases"]) == 1
 
 
-def test_a_wrong_result_is_told_and_stops_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(AssertionError("off by one"), "off by one"), (RuntimeError("no room"), "RuntimeError: no room")],
+)
+def test_a_wrong_result_or_a_failure_is_told_and_stops_nothing_else(error, told, tmp_path, monkeypatch):
     def time_case(case, *rest):
         if case.name == FIRST:
-            raise AssertionError("off by one")
+            raise error
         return {"operator": case.operator}
 
     monkeypatch.setattr(run, "cases", lambda device, quick: [QUICK[name] for name in (FIRST, SECOND)])
@@ -191,7 +195,7 @@ def test_a_wrong_result_is_told_and_stops_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "copy_bandwidth", lambda device: 1.0)
     monkeypatch.setattr(run, "matrix_rate", lambda device, dtype: 1.0)
     done = run.run(CPU, tmp_path / "cpu.json", quick=True, only=[], seconds=0.0)
-    assert done["wrong"] == {FIRST: "off by one"} and list(done["cases"]) == [SECOND]
+    assert done["wrong"] == {FIRST: told} and list(done["cases"]) == [SECOND]
     monkeypatch.setattr(run, "time_case", lambda case, *rest: {"operator": case.operator})
     done = run.run(CPU, tmp_path / "cpu.json", quick=True, only=[], seconds=0.0)
     assert not done["wrong"] and list(done["cases"]) == [SECOND, FIRST]

@@ -50,6 +50,16 @@ def test_cases_use_every_kernel_that_has_rows(ready):
         assert all(bool(torch.isfinite(t).all()) for t in expected if t.is_floating_point()), name
 
 
+def test_cases_are_named_by_their_words(ready):
+    one = tune.named(ready, ["cosine_topk tiny float32 T=1"])
+    assert one and all({"cosine_topk", "T=1"} <= {*name.split()} for name in one)  # not T=17
+    assert tune.named(ready, []) == ready
+    both = tune.named(ready, ["T=1 cosine_topk", "augmented_ffn"])
+    assert {name.split()[0] for name in both} == {"cosine_topk", "augmented_ffn"} and len(both) > len(one)
+    with pytest.raises(ValueError, match="no case has all words of 'T=2'; one is named "):
+        tune.named(ready, ["T=2"])
+
+
 def seen(run, kernel):
     """The constants with which `run` starts a kernel."""
     found = []

@@ -225,16 +225,23 @@ def evaluate(
 
 
 @app.command()
-def tune(out: Annotated[Path, typer.Option(help="JSON file for the launch choices; name it in UNIKE_TUNING.")]) -> None:
+def tune(
+    out: Annotated[Path, typer.Option(help="JSON file for the launch choices; name it in UNIKE_TUNING.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Cases whose name has all of these words: 'vicuna-7b bfloat16 T=1'. May be given again."),
+    ] = None,
+) -> None:
     """Measures launch choices of the kernels on this GPU and writes the best ones. Slow: it compiles many kernels.
 
-    Example: unike-kernels tune --out h200.json
+    Example: unike-kernels tune --out h200.json --only "cosine_topk vicuna-7b bfloat16"
     """
     import os
 
     import torch
 
     from . import backends
+    from .files import replacing
     from .triton_kernels import tuning
 
     reason = next(backend.reason for backend in backends.available() if backend.name == "triton")
@@ -251,12 +258,17 @@ def tune(out: Annotated[Path, typer.Option(help="JSON file for the launch choice
     from .triton_kernels import tune as search
 
     device = torch.device("cuda", torch.cuda.current_device())
-    tuner = search.Tuner(search.cases(device), search.measure_on_gpu)
+    try:
+        cases = search.named(search.cases(device), only or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    tuner = search.Tuner(cases, search.measure_on_gpu)
     with typer.progressbar(tuner.rows, label="rows", item_show_func=lambda row: row.kernel if row else "") as bar:
         for row in bar:
             tuner.improve(row)
             table = tuner.table(tuning.architecture(device))  # written after every row: a stopped run has its share
-            out.write_text(json.dumps([r._asdict() for r in table], indent=1) + "\n", encoding="utf-8")
+            with replacing(out) as half:
+                half.write_text(json.dumps([r._asdict() for r in table], indent=1) + "\n", encoding="utf-8")
     typer.echo(f"{len(table)} rows in {out}; {len(tuner.refused)} choices could not run or gave other results")
     typer.echo(f"use them with: UNIKE_TUNING={out}")
 

@@ -57,11 +57,14 @@ def steps() -> list[Step]:
         sorted(str(path.relative_to(ROOT)) for of in ("triton", "cuda") for path in ROOT.glob(f"tests/test_{of}_*.py"))
     )
     ignored = tuple(f"--ignore={file}" for file in files)
-    interpreted = (("TRITON_INTERPRET", "1"),)
+    interpreted = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
     sanitizer = shutil.which("compute-sanitizer")
     without = None if sanitizer else "compute-sanitizer is not on the PATH"
     sanitize = (sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all")
     small = (python, "-m", "bench.gpu_check.small")
+    watched = DTYPES[:2]  # by the sanitizer, which runs the same cases: without it they run alone
+    alone = [dtype for dtype in DTYPES if sanitizer is None or dtype not in watched]
+    most = 260  # seconds: of what runs side by side, all may take as long as the longest
     # Without torch's pool every tensor is an allocation of its own, so that writing past its end is seen.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     folder = Path(tempfile.mkdtemp())
@@ -74,16 +77,16 @@ def steps() -> list[Step]:
     archs = (("UNIKE_CUDA_ARCHS", arch + "a" * (arch == "90")),) if arch else ()
     return [
         Step("native build", (python, "setup.py", "build_ext", "--inplace"), 90, environment=archs),
-        *(Step(f"small cases, {dtype}", (*small, dtype), 200, beside=True) for dtype in DTYPES),
-        Step("kernel tests", (*pytest, *on_all, *files), 260, beside=True),
-        Step("tests marked gpu", (*pytest, *on_some, "-m", "gpu", "tests"), 200, beside=True),
-        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), 200, beside=True, report=twins),
-        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), 200, beside=True, report=launches),
+        *(Step(f"small cases, {dtype}", (*small, dtype), most, beside=True) for dtype in alone),
+        Step("kernel tests", (*pytest, *on_all, *files), most, beside=True),
+        Step("tests marked gpu", (*pytest, *on_some, "-m", "gpu", *ignored, "tests"), most, beside=True),
+        Step("twins", (python, "-m", "bench.gpu_check.twins", str(twins)), most, beside=True, report=twins),
+        Step("launches", (python, "-m", "bench.gpu_check.launches", str(launches)), most, beside=True, report=launches),
         *(
             Step(
                 f"{tool}, {dtype}",
                 (*sanitize, "--tool", tool, *small, dtype, *only),
-                200,
+                most,
                 beside=True,
                 missing=without,
                 environment=apart,
@@ -91,12 +94,12 @@ def steps() -> list[Step]:
             # Triton's compiler lets warps write the same value to the same place where it changes a layout, which
             # racecheck counts (34 places in float32, each a write with itself): it judges our own CUDA C++ alone.
             for tool, only in (("memcheck", ()), ("racecheck", ("--cuda",)))
-            for dtype in DTYPES[:2]
+            for dtype in watched
         ),
         Step("latency", (*time_it, *some, "--out", str(latency)), 120, report=latency),
-        Step("kernel times", (python, "-m", "bench.latency.kernels", str(times)), 60, report=times),
-        Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 60),
-        # As on a machine without a GPU: these put models on the CPU, and their kernels into the interpreter.
+        Step("kernel times", (python, "-m", "bench.latency.kernels", str(times)), 120, report=times),
+        Step("edits per second", (*speed, "--quick", "--seeds", "0", "--device", "cuda"), 150),
+        # As on a machine without a GPU: models on the CPU, kernels in the interpreter.
         Step(
             "all other tests",
             (*pytest, *on_all, "-m", "not gpu", *ignored, "tests"),

@@ -59,13 +59,14 @@ def tiny_blip2(routed: bool, device: torch.device, dtype: torch.dtype) -> Twin:
     return Twin("tiny BLIP-2", model.to(device, dtype), edits, inputs, None)
 
 
-def compare(twin: Twin, new: int = 8) -> dict[str, Any]:
-    """Errors of both backends; AssertionError where the kernels' is more than twice the reference's, plus 2 eps, where
-    they prefer another token though the reference's lead is clear, or where the edits change nothing."""
+def compare(twin: Twin, new: int = 8, backend: str = "triton") -> dict[str, Any]:
+    """Errors of `backend` and of the reference; AssertionError where the backend's is more than twice the reference's,
+    plus 2 eps, where it prefers another token though the reference's lead is clear, or where the edits change nothing.
+    """
     dtype = next(twin.model.parameters()).dtype
     judge_dtype = torch.float64 if dtype == torch.float32 else torch.float32
     same, same_tokens = answer(twin, "reference", new)
-    mine, tokens = answer(twin, "triton", new)
+    mine, tokens = answer(twin, backend, new)
     with torch.no_grad():
         base = twin.model(**twin.inputs).logits
     pictures = {k: v.to(judge_dtype) for k, v in twin.inputs.items() if v.is_floating_point()}
@@ -81,6 +82,7 @@ def compare(twin: Twin, new: int = 8) -> dict[str, Any]:
         raise AssertionError(f"{twin.name}: another token than the reference's, which leads by {lead:.3g}")
     return {
         "name": twin.name,
+        "backend": backend,
         "routed": twin.edits.config.routing.mode,
         "dtype": str(dtype),
         "error, kernels": error(mine, right),
@@ -112,13 +114,14 @@ def main() -> None:
         made: list[Callable[[], Twin]] = [partial(tiny_blip2, routed, device, dtype) for dtype in HALF_AND_SINGLE]
         made += [partial(wide, shape, routed, device, torch.bfloat16) for shape in SIZES]
         for make in made:
-            try:
-                found.append(compare(make()))
-            except AssertionError as wrong:  # one that fails must not hide the others
-                failed += 1
-                found.append({"failed": str(wrong)})
-            print(found[-1], flush=True)
-            Path(sys.argv[1]).write_text(json.dumps(found, indent=1), encoding="utf-8")
+            for backend in ("triton", "auto"):  # "auto" has CUDA C++ in half precision, where it was built
+                try:
+                    found.append(compare(make(), backend=backend))
+                except AssertionError as wrong:  # one that fails must not hide the others
+                    failed += 1
+                    found.append({"failed": str(wrong), "backend": backend})
+                print(found[-1], flush=True)
+                Path(sys.argv[1]).write_text(json.dumps(found, indent=1), encoding="utf-8")
     if failed:
         sys.exit(f"{failed} of {len(found)} failed")
 

@@ -120,7 +120,7 @@ def main() -> None:
     about = {**environment(device), "commit": commit(Path(__file__).parent)}
     results: dict[str, Any] = {"environment": about, "kernels": {}}
     with torch.inference_mode():
-        for source in (runs, prefills):
+        for source in (prefills, runs):
             for what, run in source(device):
                 times = results["kernels"][what] = kernel_times(run, flush)
                 total = sum(us for us, _ in times.values())

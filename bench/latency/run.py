@@ -100,8 +100,10 @@ def run(
                 results[kind][item.name] = time_case(item, device, dtype, seconds)
             else:
                 results[kind][item.name] = stacks.time_stack(item, device, dtype, 4 * seconds, models)
-        except AssertionError as error:  # a wrong result is no reason to time nothing else
-            wrong[item.name] = str(error)
+        except Exception as error:  # a wrong result, or a launch that fails, is no reason to time nothing else
+            wrong[item.name] = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises again if the GPU itself has failed
         results["left"] = len(todo) - done - 1
         write(file, results)
         torch._dynamo.reset()  # compiled rivals of one case are of no use to the next

@@ -134,7 +134,7 @@ def main(
             raise typer.BadParameter(f"--methods must be some of {'; '.join(known)}, but got {'; '.join(unknown)}")
         of_paper(wanted, drawn, named, scale, console)
     if speed_:
-        folder = QUICK if quick else RESULTS
+        folder, failed = QUICK if quick else RESULTS, False
         for seed in bases:
             slow = None if device == "cpu" else speed.SLOW
             many = edits or (16 if quick else 128)
@@ -142,7 +142,10 @@ def main(
             result |= {"environment": environment(device)}
             save(f"speed{'' if result['device'] == 'cpu' else '-gpu'}-seed{seed}", result, folder)
             console.print(f"{speed.table(result)}\n\n{report.taken(result['environment'])}", soft_wrap=True)
+            failed = failed or bool(result["differ"])
         console.print(f"report: {write_report(folder)}")
+        if failed:
+            raise typer.Exit(1)
     if rows is not None or not (wanted or drawn or speed_):
         of_rows(rows or "ablation", bases, edits or Scale().edits, split, task, quick, controls, points, console)
 

@@ -113,27 +113,35 @@ def run(
     device: torch.device | str = "cpu",
     slow: int | None = None,
 ) -> dict[str, Any]:
-    """Every way in turn, `rounds` times over; raises RuntimeError where they do not come to the same edits.
+    """Every way in turn, `rounds` times over; the result's "differ" says where they do not come to the same edits.
 
     slow: edits of the two ways that train one at a time, the first of them (None: all); their rate is per edit anyway.
     """
     device = torch.device(device)
+
+    def asked_of(name: str, few: int | None) -> list[dict[str, Any]]:
+        return requests[:few] if name in ONE_AT_A_TIME else requests
+
     base = with_memory(seed, UnikeConfig(), RowEditor, quick=quick, device=device)
     base.fit(progress=False)
     requests = [request(r) for r in records.records("development", "name", edits)]
     found: dict[str, list[EditEntry]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     cpu: dict[str, list[float]] = {name: [] for name in WAYS}
-    with warnings.catch_warnings():
+    # cuDNN would round a picture's convolution to TF32, by another kernel for one picture than for 128
+    exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with warnings.catch_warnings(), exactly:
         warnings.filterwarnings("ignore", message=".* edits miss their target")
         together(base, requests[:2])  # first calls allocate
+        if device.type == "cuda":  # and compile a kernel for every kind of size
+            for name in tqdm(WAYS, desc="first calls", unit="run"):
+                WAYS[name](base, asked_of(name, 2))
         for name in tqdm([*WAYS] * rounds, desc=f"model {seed}", unit="run"):
-            asked = requests[:slow] if name in ONE_AT_A_TIME else requests
+            asked = asked_of(name, slow)
             started, used = now(device), time.process_time()
             found[name] = WAYS[name](base, asked)
             seconds[name].append((now(device) - started) / len(asked))
             cpu[name].append((time.process_time() - used) / len(asked))
-    check(found)
     rows = {
         name: {
             "edits_per_second": 1 / statistics.median(seconds[name]),
@@ -147,22 +155,25 @@ def run(
         for name in WAYS
     }
     about = {"seed": seed, "edits": edits, "slow": slow, "rounds": rounds, "threads": torch.get_num_threads()}
+    about["differ"] = differences(found)
     return about | {"device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device), "rows": rows}
 
 
-def check(found: dict[str, list[EditEntry]]) -> None:
-    """The same targets reached, and the same losses but for rounding; RuntimeError otherwise."""
+def differences(found: dict[str, list[EditEntry]]) -> list[str]:
+    """Which ways do not reach the same targets as the first, or not the same losses but for rounding."""
     (name, first), *others = found.items()
+    told = []
     for other, entries in others:
         pairs = list(zip(first, entries, strict=False))  # the ways may have made more and fewer of the same edits
         reached = [[pair[i].success for pair in pairs] for i in range(2)]
         off = [abs((a.loss or 0.0) - (b.loss or 0.0)) for a, b in pairs]
         if reached[0] != reached[1] or sum(off) / len(off) > SAME_LOSS:
-            raise RuntimeError(
-                f"{name!r} and {other!r} do not make the same edits: {sum(map(bool, reached[0]))} and "
+            told.append(
+                f"{name} and {other} do not make the same edits: {sum(map(bool, reached[0]))} and "
                 f"{sum(map(bool, reached[1]))} reach their target, the losses differ by {sum(off) / len(off):.4f} on "
                 f"average (at most {SAME_LOSS})"
             )
+    return told
 
 
 def table(result: dict[str, Any]) -> str:
@@ -185,9 +196,11 @@ def table(result: dict[str, Any]) -> str:
     counted = ("times_naive", "times_naive_cpu") if device == "cpu" else ("times_naive",)
     times = {name: min(r[c] for c in counted) for name, r in rows.items()}
     name = max(times, key=lambda n: times[n])
-    verdict = "met" if times[name] >= GOAL else "**MISSED**"
+    differ = result.get("differ", [])
+    verdict = "met" if times[name] >= GOAL and not differ else "**MISSED**"
     told = "wall and in CPU time" if device == "cpu" else "wall time"
     goal = f"- {verdict}: {GOAL:g} times the naive loop, in {told} ({times[name]:.1f}, {name})"
+    goal += "".join(f"\n- **{words}**" for words in differ)
     where = f"{result['threads']} threads" if device == "cpu" else device
     slow = result.get("slow")
     fewer = f" ({slow} of them one at a time)" if slow else ""

@@ -240,6 +240,14 @@ def cases(
     return found
 
 
+def named(cases: Mapping[str, Run], only: Sequence[str]) -> dict[str, Run]:
+    """The cases whose names have all words of one of `only`, all cases for none; ValueError where there are none."""
+    found = {n: run for n, run in cases.items() if not only or any({*w.split()} <= {*n.split()} for w in only)}
+    if not found:
+        raise ValueError(f"no case has all words of {' or '.join(map(repr, only))}; one is named {next(iter(cases))!r}")
+    return found
+
+
 def _random(*shape: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Normal, a row's length about 1, so that products neither vanish nor overflow."""
     values = torch.randn(shape, device=device, generator=generator)
