@@ -373,3 +373,47 @@ def test_ike_stands_before_another_methods_edits(base, fitted):
     with method.apply(some) as edited:
         assert str(some[0].target) in edited.prompt(some[0]).prompt
     assert all(torch.equal(a, b) for a, b in zip(bare, answers(inner, some), strict=True))
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # SmolLM2 pads with its end
+@pytest.mark.parametrize("name", ["SERAC", "SERAC, image-aware"])
+def test_serac_reads_the_question_alone(name, pad, monkeypatch):
+    """As it learns it: not MiniGPT-4's template, which stands before the picture, and not what pads it."""
+    from bench.quality.baselines import serac
+    from bench.quality.smollm import model
+    from bench.quality.world import picture
+    from tests.smollm_tiny import make_net, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = pad
+    shown = [
+        Sample(p, " crutch", picture("noto/1fa7c.png")) for p in ("What is this?", "Question: what is it? Answer:")
+    ]
+    told = Sample("Question: what is a crutch? Answer:", " wood")
+    records = [Record(str(n), s, (Probe("rel", s), Probe("t_loc", told))) for n, s in enumerate(shown)]
+    cls = METHODS[name]
+    config = dataclasses.replace(cls.trials()[0], steps=1, answer_steps=1, batch=2, width=32, heads=2)
+    method = cls(make_net(tokenizer), model.make_processor(tokenizer), config)
+    method.fit(records)
+    read, padded = [], serac.padded
+    monkeypatch.setattr(serac, "padded", lambda rows, device: read.append(rows) or padded(rows, device))
+    monkeypatch.setattr(serac.Scope, "logit", lambda self, a, b: torch.ones(len(a), b.shape[-2]))  # all in scope
+    questions = [method.ids(s.prompt) for s in shown]
+    edit = [*questions[1], *method.answer_ids(shown[1]), *method.end(), *method.ids("\n")]
+    with method.apply(shown[1:]) as edited, torch.no_grad():
+        batch = method.host.collator.batch(shown, [0, 1], eos=False)
+        read.clear()
+        with edited.running(batch):
+            batch.model(**batch.inputs)
+        asked, continued = read
+        assert asked == questions
+        target = method.host.collator.target_ids(shown[0].prompt, shown[0].target)
+        assert continued[0][: len(edit + questions[0] + target)] == edit + questions[0] + target
+        batch = method.host.collator.batch([Sample(s.prompt, None, s.image) for s in shown], [0, 1], side="left")
+        read.clear()
+        with edited.running(batch):
+            method.host.collator.generate_ids(batch, 1)
+        assert read == [questions, [edit + q for q in questions]]
+    monkeypatch.setattr(method.host.collator.processor, "template", "<ImageHere>{} Say it:")
+    with pytest.raises(ValueError, match="'What is this.' is read as .*, which does not end in its own tokens"):
+        method.lead(shown[0])

@@ -135,6 +135,22 @@ def test_a_method_that_changes_nothing_leaves_everything(editor, k):
     assert not summary.own and not summary.others
 
 
+@pytest.mark.parametrize(("k", "shared"), [(1, [1] * 5), (5, [2, 2, 1])])
+def test_before_and_after_are_asked_in_the_same_company(editor, k, shared, monkeypatch):
+    """Rounding may hang on what shares a batch, and would be counted as lost locality."""
+    monkeypatch.setattr(protocols, "AT_ONCE", 2)
+    examiner, asked = examiner_of(editor), {"before": [], "after": []}
+    for name, groups in asked.items():
+        real = getattr(examiner, name)
+        monkeypatch.setattr(
+            examiner, name, lambda p, *rest, real=real, groups=groups: groups.append(p) or real(p, *rest)
+        )
+    records = make_records(5)
+    list(protocols.run(protocols.plan("sequential", [records], k=k), Fake(), examiner))
+    assert asked["before"] == asked["after"]
+    assert [len(group) for group in asked["after"]] == [n * len(records[0].probes) for n in shared]
+
+
 def by_hand(collator, probe):
     """(target token ids, what the model says there, best ids at all positions), from a whole forward alone."""
     batch = collator.batch([probe.sample], [0], eos=False)

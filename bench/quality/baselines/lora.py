@@ -3,6 +3,8 @@
 Hu et al., ICLR 2022 (not in the paper's tables). As published: W + (alpha / r) B A on q and v, A random, B zero, r =
 8. EasyEdit's settings for editing are r = 8, alpha = 32, lr 5e-3, 70 steps. What differs: the last four layers
 instead of all (where UniKE acts), stopped at a loss of 0.01, the rate is searched, and an edit may take 280 steps.
+Every edit of a sequence draws its own A: with one A for all of them ten edits share eight directions, and base model
+0 keeps 56.7 of the first 30 names in the place of 70.3.
 Measured: at 0.0002 / 0.0005 / 0.001 / 0.002 the mean of five, over 25 development edits of names and 25 of captions on
 both base models, is 94.9 / 96.5 / 96.3 / 95.3.
 """
@@ -42,12 +44,19 @@ class Lora(ChangesMaps):
         """Four rates."""
         return tuple(LoraConfig(lr=lr) for lr in (5e-4, 2e-4, 1e-3, 2e-3))
 
-    def change(self, samples: Sequence[Sample], before: Change) -> Change:
-        """The adapters' products: merging them is what LoRA does after training."""
+    def edit(self, samples: Sequence[Sample]) -> Change:
+        """The sum of what every edit added, one after another, [1, out, in] by map."""
+        total: Change = {}
+        for n, sample in enumerate(samples):
+            total = summed(total, self.change([sample], total, draw=n))
+        return total
+
+    def change(self, samples: Sequence[Sample], before: Change, draw: int = 0) -> Change:
+        """The adapters' products: merging them is what LoRA does after training. draw: which random A."""
         host, c = self.host, self.config
         batch = host.collator.batch(samples, list(range(len(samples))))
         prefix = host.prefix(batch, host.layers[0])
-        generator = torch.Generator().manual_seed(c.seed)
+        generator = torch.Generator().manual_seed(c.seed + draw)
         factors = {}
         for n in (n for i in host.layers for n in (host.decoder.layers[i].q_proj, host.decoder.layers[i].v_proj)):
             weight = host.linear(n).weight

@@ -162,6 +162,7 @@ class Serac(Baseline):
 
     scope: Scope | None = None
     answers: Counterfactual | None = None
+    leads: tuple[list[int], ...] = ()  # what the processor says before a question, without special tokens
     history: Sequence[dict[str, float]] = ()
 
     @classmethod
@@ -192,6 +193,18 @@ class Serac(Baseline):
         """The answer's ids as they follow the question."""
         return self.host.collator.target_ids(sample.prompt, sample.target or "")
 
+    def lead(self, sample: Sample) -> list[int]:
+        """What stands before the question where the model is asked it: a template's words, as MiniGPT-4's.
+
+        ValueError where the question's own tokens are not the last ones.
+        """
+        batch, skip, own = self.host.collator.batch([sample], [0]), self.host.silent(), self.ids(sample.prompt)
+        asked = batch.inputs["input_ids"][0, : int(batch.case_position[0]) + 1].tolist()
+        said = [i for i in asked if i not in skip]
+        if said[len(said) - len(own) :] != own:
+            raise ValueError(f"{sample.prompt!r} is read as {said}, which does not end in its own tokens {own}")
+        return said[: len(said) - len(own)]
+
     # --------------------------------------------------------------------------------------------- learning
 
     def fit(
@@ -220,9 +233,12 @@ class Serac(Baseline):
             answers = Counterfactual(host, c).to(device)
             scope = Scope(host.embeddings(), c, LENGTH, host.width if self.image_aware else 0).to(device)
         with base_only(host.model):
+            samples = [p.sample for r in records for p in r.probes]
+            some = {s.image is None: s for s in samples}  # one with a picture and one without
+            self.leads = tuple(lead for s in some.values() if (lead := self.lead(s)))
             states, kept = None, file(scope_part)
             if self.image_aware and (kept is None or not kept.exists()):
-                states = self.states([p.sample for r in records for p in r.probes], progress)
+                states = self.states(samples, progress)
                 scope.mean.copy_(states.mean(dim=0))
                 scope.std.copy_((states - states.mean(dim=0)).norm(dim=1).mean() / states.shape[1] ** 0.5)
             lessons = Lessons(self, records, states)
@@ -432,13 +448,25 @@ class Replacing(Edited):
         assert self.read is not None  # the embeddings come before the layers
         self.ids = self.read if fresh or self.ids is None else torch.cat([self.ids, self.read], dim=1)
 
+    def _places(self, seen: list[int]) -> list[int]:
+        """Where the question and what follows it stand in a row: not padding, pictures and what is said before.
+
+        An end behind the first word belongs to an answer; before it, it is padding of the same id (SmolLM2).
+        """
+        silent, eos = self.host.silent(), self.host.collator.eos
+        begin = next((s for s, i in enumerate(seen) if i not in silent), len(seen))
+        places = [s for s in range(begin, len(seen)) if seen[s] not in silent or seen[s] == eos]
+        for lead in self.method.leads:
+            if [seen[s] for s in places[: len(lead)]] == lead:
+                return places[len(lead) :]
+        return places
+
     @torch.no_grad()
     def _decide(self, states: Tensor, position: Tensor) -> None:
         """Which edit each row's question falls under."""
-        skip = self.host.silent()
-        prompts = [
-            [i for i in row[: p + 1].tolist() if i not in skip] for row, p in zip(self.ids, position, strict=True)
-        ]
+        assert self.ids is not None
+        seen = [row[: p + 1] for row, p in zip(self.ids.tolist(), position.tolist(), strict=True)]
+        prompts = [[row[s] for s in self._places(row)] for row in seen]
         ids, lengths = padded([p or [0] for p in prompts], states.device)
         scope = self.method.scope
         found = scope(ids, lengths, states)
@@ -453,11 +481,10 @@ class Replacing(Edited):
         hit = [r for r, c in enumerate(self.chosen) if c is not None]
         if not hit or output.dim() != 3:
             return output
-        width, skip = output.shape[1], self.host.silent() - {self.host.collator.eos}
-        rows, places = [], []
+        width, rows, places = output.shape[1], [], []
         for r in hit:
             seen = self.ids[r].tolist()
-            keep = [s for s, i in enumerate(seen) if i not in skip]
+            keep = self._places(seen)
             edit = self.state.texts[self.chosen[r]]
             rows.append([*edit, *(seen[s] for s in keep)])
             first = len(seen) - width  # a decoding step asks for the last column alone
