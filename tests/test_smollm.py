@@ -189,13 +189,20 @@ def test_facts_keep_edited_countries_apart() -> None:
     assert edited == {c.name for c in parts["reported"]} and len(items) == 2 * len(edited)
     remembered = {c.name for c in parts["memory"]}
     assert all(any(name in t["prompt"] for name in remembered) for t in facts.triplets())
-    truth = {fact for c in facts.countries() for r in facts.RELATIONS for k in range(3) for fact in [c.fact(r, k)]}
+    told = [*facts.countries(), *facts.unedited()]
+    assert len({c.name for c in told}) == 90
+    truth = {fact for c in told for r in facts.RELATIONS for k in range(3) for fact in [c.fact(r, k)]}
     for item in items:
         assert (item["src"], item["alt"]) not in truth
         for probe in item["t_loc"]:
             assert (probe["prompt"], probe["target"]) in truth
             own = item["concept"] in probe["prompt"]
             assert own == (probe["part"] == "own") and probe["prompt"] not in (item["src"], *item["rephrases"])
+    learned = {asked["prompt"] for asked in (*facts.calibration(), *facts.triplets())}
+    learned |= {p["prompt"] for item in facts.records("memory") for p in item["t_loc"]}
+    for split in ("development", "reported"):
+        for item in facts.records(split):
+            assert not learned & {item["src"], *item["rephrases"], *(p["prompt"] for p in item["t_loc"])}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Text-only facts that a language model brings along: countries, with counterfactual edits in MMEdit's record format.
 
 A prompt is the beginning of a sentence; `" " + target` ends it. Splits are by country: "memory" for the triplets and
-the calibration of routing, "development", and "reported" for the edits.
+the calibration of routing, "development", and "reported" for the edits. What edits should leave alone is asked of
+countries that are in none of them.
 """
 
 from __future__ import annotations
@@ -40,11 +41,21 @@ class Country:
         return RELATIONS[relation][phrasing].format(self.name), getattr(self, relation)
 
 
+def _read(name: str) -> tuple[Country, ...]:
+    """The countries of a file, in its order."""
+    return tuple(Country(*row) for row in json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")))
+
+
 @cache
 def countries() -> tuple[Country, ...]:
-    """All countries, in the file's order."""
-    rows = json.loads(Path(__file__).with_name("countries.json").read_text(encoding="utf-8"))
-    return tuple(Country(*row) for row in rows)
+    """The countries of the splits."""
+    return _read("countries.json")
+
+
+@cache
+def unedited() -> tuple[Country, ...]:
+    """Countries of no split: nothing is learned from them and nothing claimed of them."""
+    return _read("countries_unedited.json")
 
 
 @cache
@@ -77,17 +88,16 @@ def records(split: str = "reported", n: int | None = None, seed: int = 0) -> lis
     """Counterfactual edits: `src`, `alt`, `rephrases`, `t_loc`, `m_loc_parts` as in the emoji world's records.
 
     t_loc: "same_relation" of other countries, "own" facts of the edited one, "random" others; m_loc: known drawings.
-    No locality question is about another edited country's edited relation of the same split; those of "memory", which
-    methods learn from, are about its own countries alone.
+    The others are countries of no split: what a router or a baseline learned from is not what its locality is measured
+    on. Those of "memory", which methods learn from, are about its own countries alone.
     """
     rng = random.Random(f"records {split} {seed}")
-    within, outside = splits()[split], [c for c in countries() if c not in splits()[split]]
     known = known_roles()["locality"]
     out = []
     for i, (country, relation, claim) in enumerate(claims(split, seed)):
         src, *rephrases = rng.sample(RELATIONS[relation], len(RELATIONS[relation]))
         rest = [r for r in RELATIONS if r not in EDITED]
-        others = [c for c in within if c != country] if split == "memory" else outside
+        others = [c for c in splits()[split] if c != country] if split == "memory" else list(unedited())
         t_loc = [(*c.fact(relation, rng.randrange(3)), "same_relation") for c in rng.sample(others, 2)]
         t_loc += [(*country.fact(r, k), "own") for r in rest for k in rng.sample(range(3), 2)]
         t_loc += [(*c.fact(rng.choice(rest), rng.randrange(3)), "random") for c in rng.sample(others, 2)]
