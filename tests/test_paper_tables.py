@@ -278,6 +278,21 @@ def test_an_ablations_rows_are_compared_edit_by_edit():
     assert d.value == pytest.approx(50 / 3) and d.error == clustered_error([50.0, 0.0, 0.0], ["c0", "c0", "c1"])
 
 
+def test_an_error_is_that_of_sequences_where_it_is_larger():
+    """Four edits of four concepts, two and two on the model together."""
+    asked = [PlacedProbe(e, kind, "", None, f"c{e}") for kind in KINDS for e in range(4)]
+    levels = [1.0, 1.0, 0.0, 0.0]
+    row = summary(asked, [Score(levels[p.edit], levels[p.edit], 1.0) for p in asked], 2)
+    other = summary(asked, [Score(0.0, 0.0, 1.0) for _ in asked], 2)
+    by_sequence = clustered_error([100.0, 100.0, 0.0, 0.0], [0, 0, 1, 1])
+    assert by_sequence > clustered_error([100.0, 100.0, 0.0, 0.0], [0, 1, 2, 3])
+    assert row["sequences"] == "0 0 1 1" and set(row["errors"].values()) == {by_sequence}
+    old = row | {"errors": dict.fromkeys(KINDS, 0.0)}  # saved when errors went by concept alone
+    result = {"edits": 4, "rows": {"a": old, "b": other}}
+    a, b = (paper_tables.ablation_row(result, name) for name in ("a", "b"))
+    assert a.errors["rel"] == by_sequence and claims.difference(a, b, ("rel",)) == claims.Difference(50.0, by_sequence)
+
+
 # --- tables, figures, report ---
 
 

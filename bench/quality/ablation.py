@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.quality.errors import larger
 from bench.quality.rows import CONTROLS, ROWS, Row, RowEditor, default_config
 from bench.quality.world import PlacedProbe, prepared, probes, request
 from unike_kernels.config import UnikeConfig
@@ -136,7 +137,7 @@ class World:
             with self.patched(editor, edits.select(ids), routing="routed") as handle:
                 scores += scorer.score(handle)
         order = [p for at in range(0, len(edits), size) for p in self.probes if at <= p.edit < at + size]
-        return summary(order, scores)
+        return summary(order, scores, size)
 
     def removal_is_exact(self, edits: Edits, size: int = STACK) -> bool:
         """Whether a model that loses one edit of a stack is the one that never had it, and unpatched the base again.
@@ -178,37 +179,40 @@ def mean(values: Any) -> float:
     return sum(found) / len(found) if found else float("nan")
 
 
-def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score]) -> dict[str, Any]:
+def summary(asked: Sequence[PlacedProbe], scores: Sequence[Score], together: int = 1) -> dict[str, Any]:
     """Means in percent with standard errors clustered by concept: the five metrics (locality A), B, and the parts.
 
     Probes of one edit and kind count as one sample (their mean), as MMEdit counts one probe per edit and kind.
+    together: edits that were on the model at a time, in their order.
     """
     metrics, errors, locality_b, parts, every = {}, {}, {}, {}, {}
+    concepts = {p.edit: p.concept for p in asked if p.kind == "rel"}  # of every edit: a fact has no pictures
+    sequences = {edit: i // together for i, edit in enumerate(concepts)}
 
-    def per_edit(
-        value: Callable[[Score], float], chosen: Callable[[PlacedProbe], bool]
-    ) -> tuple[list[float], list[str]]:
+    def per_edit(value: Callable[[Score], float], chosen: Callable[[PlacedProbe], bool]) -> dict[int, float]:
         found: dict[int, list[float]] = {}
-        concepts: dict[int, str] = {}
         for p, s in zip(asked, scores, strict=True):
             if chosen(p):
                 found.setdefault(p.edit, []).append(100.0 * value(s))
-                concepts[p.edit] = p.concept
-        return [mean(v) for v in found.values()], list(concepts.values())
+        return {edit: mean(v) for edit, v in found.items()}
 
     for kind in KINDS:
         local = kind.endswith("loc")
-        values, concepts = per_edit(lambda s, a=local: s.locality_a if a else s.accuracy, lambda p, k=kind: p.kind == k)
-        metrics[kind], errors[kind], every[kind] = mean(values), clustered_error(values, concepts), values
+        found = per_edit(lambda s, a=local: s.locality_a if a else s.accuracy, lambda p, k=kind: p.kind == k)
+        values = every[kind] = list(found.values())
+        metrics[kind], errors[kind] = mean(values), clustered_error(values, [concepts[e] for e in found])
+        if together > 1:  # what one sequence suffers, all in it do
+            errors[kind] = larger(errors[kind], clustered_error(values, [sequences[e] for e in found]))
         if local:
-            locality_b[kind] = mean(per_edit(lambda s: s.locality_b, lambda p, k=kind: p.kind == k)[0])
+            locality_b[kind] = mean(list(per_edit(lambda s: s.locality_b, lambda p, k=kind: p.kind == k).values()))
     for name in sorted({(p.kind, p.part) for p in asked if p.part}):
-        values, _ = per_edit(lambda s: s.locality_a, lambda p, n=name: (p.kind, p.part) == n)
-        parts[f"{name[0]}.{name[1]}"] = mean(values)
+        found = per_edit(lambda s: s.locality_a, lambda p, n=name: (p.kind, p.part) == n)
+        parts[f"{name[0]}.{name[1]}"] = mean(list(found.values()))
     metrics["mean"] = mean_of_five(*(metrics[k] for k in KINDS))
-    concepts = per_edit(lambda s: s.accuracy, lambda p: p.kind == "rel")[1]  # of every edit: a fact has no pictures
     out = {"metrics": metrics, "errors": errors, "locality_b": locality_b, "parts": parts}
-    return out | compact(every, concepts)
+    if together > 1:
+        out["sequences"] = " ".join(map(str, sequences.values()))
+    return out | compact(every, list(concepts.values()))
 
 
 def compact(values: dict[str, list[float]], clusters: Sequence[str]) -> dict[str, Any]:

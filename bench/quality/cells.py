@@ -16,6 +16,7 @@ from bench.quality.ablation import compact, write
 from bench.quality.baselines import METHODS
 from bench.quality.baselines.ike import Ike
 from bench.quality.baselines.learned import TRAINING, fitted
+from bench.quality.errors import error_of
 from bench.quality.rows import FIGURES, ROWS, Row, default_config
 from unike_kernels.evaluation import protocols
 from unike_kernels.evaluation.examiner import Examiner
@@ -113,8 +114,9 @@ class Found:
     """A saved row, or several draws of one: percent by kind, the five metrics and "mean", clustered by concept.
 
     values: by kind, of every edit; labels: which draw and concept each is, so that two rows can be compared edit by
-    edit. Both are empty where only means were saved. reason: why there is nothing else. Where edits were on the model
-    together, an error is the larger of those by concept and by sequence: what one sequence suffers, all in it do.
+    edit. Both are empty where only means were saved. reason: why there is nothing else. sequences: which draw and
+    sequence each edit was in, where edits were on the model together: then an error is the larger of those by concept
+    and by sequence, as what one sequence suffers, all in it do.
     """
 
     edits: int = 0
@@ -126,6 +128,7 @@ class Found:
     others: dict[str, float] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=dict)
     labels: tuple[tuple[str, str], ...] = ()
+    sequences: tuple[tuple[str, str], ...] = ()
     reason: str = ""
     draws: int = 1
 
@@ -167,29 +170,29 @@ def found_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
         kinds = [k for k in rows[0][1][name] if all(k in row[name] for _, row in rows)]
         return {k: sum(n * row[name][k] for n, (_, row) in zip(sizes, rows, strict=True)) / sum(sizes) for k in kinds}
 
-    concepts, sequences = [c for _, c in labels], sequences_of(rows)
-    errors = {kind: larger(clustered_error(v, concepts), clustered_error(v, sequences)) for kind, v in values.items()}
+    sequences = sequences_of(rows)
+    errors = {kind: error_of(v, labels, sequences) for kind, v in values.items()}
     shares = (pooled(name) for name in ("before", "exact", "own", "others"))
-    return Found(sum(sizes), pooled("metrics"), errors, *shares, values, labels, draws=len(rows))
+    return Found(sum(sizes), pooled("metrics"), errors, *shares, values, labels, sequences, draws=len(rows))
 
 
-def sequences_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Each edit's (draw, sequence of edits that were on the model together); its concept where it was alone there."""
+def sequences_of(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, str], ...]:
+    """Each edit's (draw, sequence of edits that were on the model together); its concept where it was alone there.
+
+    Empty where all were alone.
+    """
+    if not any("sequences" in row for _, row in rows):
+        return ()
     out: list[tuple[str, str]] = []
     for draw, row in rows:
         out += (
             [(draw, s) for s in row["sequences"].split()] if "sequences" in row else [("", c) for c in _concepts(row)]
         )
-    return out
+    return tuple(out)
 
 
 def _concepts(row: dict[str, Any]) -> list[str]:
     return row.get("clusters", "").split()
-
-
-def larger(first: float, second: float) -> float:
-    """The larger of two errors; the first where the second is none: of a single sequence."""
-    return first if math.isnan(second) else max(first, second)
 
 
 def each(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[float]], tuple[tuple[str, str], ...]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.cells import Found
-from unike_kernels.evaluation.metrics import clustered_error
+from bench.quality.errors import error_of
 
 SURE = 2.0  # standard errors from zero that count as a direction
 
@@ -30,8 +30,8 @@ class Difference:
 def difference(a: Found | None, b: Found | None, kinds: Sequence[str]) -> Difference | None:
     """a minus b, of the mean of these metrics; None where one was not measured.
 
-    Of the same edits: from each edit's own difference, clustered by concept. Otherwise the two errors add up as
-    independent ones, each that of fully correlated metrics, which is the largest it can be.
+    Of the same edits: from each edit's own difference, its error as `cells.Found` has it. Otherwise the two errors add
+    up as independent ones, each that of fully correlated metrics, which is the largest it can be.
     """
     if a is None or b is None or a.reason or b.reason:
         return None
@@ -39,6 +39,6 @@ def difference(a: Found | None, b: Found | None, kinds: Sequence[str]) -> Differ
     if a.labels and a.labels == b.labels:
         rows = zip(*(zip(a.values[k], b.values[k], strict=True) for k in kinds), strict=True)
         each = [sum(x - y for x, y in row) / len(kinds) for row in rows]
-        return Difference(value, clustered_error(each, [concept for _, concept in a.labels]))
+        return Difference(value, error_of(each, a.labels, a.sequences, b.sequences))
     errors = [sum(f.errors.get(k, 0.0) for k in kinds) / len(kinds) for f in (a, b)]
     return Difference(value, (errors[0] ** 2 + errors[1] ** 2) ** 0.5)

@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.quality import paper
 from bench.quality.baselines import METHODS
-from bench.quality.cells import STACKED, UNIKE, Found, Store, each
+from bench.quality.cells import STACKED, UNIKE, Found, Store, each, sequences_of
 from bench.quality.differences import SURE, difference
+from bench.quality.errors import error_of
 from bench.quality.rows import ROWS
 from bench.quality.tables import HEADS, KINDS, markdown, number
 
@@ -210,6 +211,9 @@ def ablation_row(result: dict[str, Any], name: str) -> Found | None:
     if "na" in row:
         return Found(reason=row["na"])
     values, labels = each([("ablation", row)])
+    sequences = sequences_of([("ablation", row)])
+    errors = row["errors"] | {k: error_of(v, labels, sequences) for k, v in values.items() if v and sequences}
+    exact = row.get("exact", {})
     return Found(
-        result["edits"], row["metrics"], row["errors"], exact=row.get("exact", {}), values=values, labels=labels
+        result["edits"], row["metrics"], errors, exact=exact, values=values, labels=labels, sequences=sequences
     )

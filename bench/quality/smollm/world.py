@@ -117,4 +117,4 @@ class SmolWorld(World):
             with self.patched(editor, edits) as handle:
                 scores += scorer.score(handle)
             order += mine
-        return summary(order, scores)
+        return summary(order, scores, size)
