@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from tqdm import tqdm
 
+import unike_kernels
+from bench.commit import code
 from bench.quality import ablation, cells, encoders, figures, measure, paper_tables, report, speed, tables, tsne
 from bench.quality.cells import Scale, Store
 from bench.quality.emoji import records
@@ -25,9 +27,16 @@ app = typer.Typer(add_completion=False)
 
 
 def kept(seed: int, items: list[dict[str, Any]]) -> Path:
-    """Where a stopped run of these edits, with these defaults, keeps its finished rows."""
-    told = json.dumps([seed, items, default_config().to_json()], sort_keys=True)
+    """Where a stopped run of these edits, with these defaults and this code, keeps its finished rows."""
+    digest = code(Path(unike_kernels.__file__).parent, Path(__file__).parent)
+    told = json.dumps([seed, items, default_config().to_json(), digest], sort_keys=True)
     return CACHE / f"ablation-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
+
+
+def finished(keep: Path | None) -> None:
+    """A whole run goes on nowhere: the next one measures anew."""
+    if keep is not None:
+        keep.unlink(missing_ok=True)
 
 
 def chosen(named: str, known: Sequence[str], what: str) -> list[str]:
@@ -76,6 +85,7 @@ def parts_of_the_method(folder: Path, scale: Scale, console: Console) -> None:
                 keep = None if scale.quick else kept(seed, items)
                 result = ablation.run(seed, items, quick=scale.quick, controls=not scale.quick, keep=keep)
                 save(name, result | {"environment": environment(), "split": "reported", "task": task}, folder)
+                finished(keep)
                 console.print(f"saved: {folder / name}.json")
 
 
@@ -183,6 +193,7 @@ def of_rows(
         if not quick and split == "reported":
             suffix = "" if task == "name" else f"-{task}"
             console.print(f"saved: {save(f'ablation{suffix}-seed{seed}', result)}")
+        finished(keep)
     if rows != "measure" and not quick and split == "reported":
         console.print(f"report: {write_report()}")
 
