@@ -302,6 +302,16 @@ def test_ike_asks_behind_the_nearest_fact_within_the_context(fitted):
     assert "Prompt:" in asked.prompt[: -len("Prompt: the big fish")]  # at least one demonstration found room
 
 
+def test_whether_a_base_follows_is_asked_without_the_facts_own_demonstration(monkeypatch):
+    method, records, asked = METHODS["IKE"](make_model("llama"), make_processor("llama")), training("llama", 4), []
+    monkeypatch.setattr(method, "accuracy", lambda samples: asked.append(samples) or 0.5)
+    method.fit(records)
+    behind, _ = asked
+    for record, own, sample in zip(records, method.demonstrations, behind, strict=True):
+        assert own not in sample.prompt and any(d in sample.prompt for d in method.demonstrations if d != own)
+        assert own in method.asked(record.request, record.request).prompt
+
+
 def test_of_two_edits_that_ask_the_same_the_later_one_counts(fitted):
     for name in ("GRACE", "SERAC", "SERAC, image-aware"):
         method = fitted("blip2", name)

@@ -65,7 +65,7 @@ class Ike(Baseline):
     source = "Zheng et al., EMNLP 2023"
 
     demonstrations: list[str]  # in the order of their records and kinds
-    follows: float  # share of answer tokens right with the answer in the prompt, measured by `fit`
+    follows: float  # share of answer tokens right with the answer and others' demonstrations in the prompt
     without: float  # the same without anything in the prompt
 
     @property
@@ -95,7 +95,7 @@ class Ike(Baseline):
         self.facts = self.vectorizer.transform(about)
         some = [r.request for r in records[:50]]
         with base_only(self.host.model):
-            self.follows = self.accuracy([self.asked(s, s) for s in some])
+            self.follows = self.accuracy([self.asked(s, s, but=n) for n, s in enumerate(some)])
             self.without = self.accuracy(some)
 
     @torch.no_grad()
@@ -112,8 +112,11 @@ class Ike(Baseline):
         """tf-idf rows of unit length."""
         return self.vectorizer.transform([self._plain(t) for t in texts])
 
-    def asked(self, request: Sample, sample: Sample) -> Sample:
-        """`sample` behind the fact of `request` and the demonstrations that the context has room for."""
+    def asked(self, request: Sample, sample: Sample, *, but: int | None = None) -> Sample:
+        """`sample` behind the fact of `request` and the demonstrations that the context has room for.
+
+        but: one of them that is left out, as it is of the very fact.
+        """
         before, question = self._split(sample.prompt)
         text = f"{_fact(request, self._plain)}\nPrompt: {question}"
         limit = self._room()
@@ -124,7 +127,8 @@ class Ike(Baseline):
         )
         likeness = (self.facts @ self.vectors([sample.prompt]).T).toarray()[:, 0]
         shown: list[str] = []
-        for i in sorted(range(len(likeness)), key=lambda i: -likeness[i])[: self.config.demonstrations]:
+        others = (i for i in range(len(likeness)) if i != but)
+        for i in sorted(others, key=lambda i: -likeness[i])[: self.config.demonstrations]:
             cost = self._length(self.demonstrations[i])
             if cost > room:
                 break
