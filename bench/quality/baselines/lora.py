@@ -4,7 +4,8 @@ Hu et al., ICLR 2022 (not in the paper's tables). As published: W + (alpha / r) 
 8. EasyEdit's settings for editing are r = 8, alpha = 32, lr 5e-3, 70 steps. What differs: the last four layers
 instead of all (where UniKE acts), stopped at a loss of 0.01, the rate is searched, and an edit may take 280 steps.
 Every edit of a sequence draws its own A. One A for all of them does neither better nor worse: the mean of five of ten
-names on the two base models was 64.6 / 63.9 with it (before 9493622) and is 67.7 / 63.9, of twenty 50.0 / 44.8 and 44.7 / 44.8.
+names on the two base models was 64.6 / 63.9 with it (before 9493622) and is 67.7 / 63.9, of twenty it was 50.0 / 44.8
+and is 44.7 / 44.8.
 Measured: at 0.0002 / 0.0005 / 0.001 / 0.002 the mean of five, over 25 development edits of names and 25 of captions on
 both base models, is 94.9 / 96.5 / 96.3 / 95.3.
 """
