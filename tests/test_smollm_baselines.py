@@ -1,11 +1,14 @@
 """The baselines on the second model's layout with a tiny random language model, and the claims from made-up rows."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -14,7 +17,8 @@ from bench.quality.baselines import METHODS
 from bench.quality.baselines.ft import FineTuning
 from bench.quality.baselines.t_patcher import TPatcher
 from bench.quality.claims import of_rows
-from bench.quality.smollm import baselines, facts, model, world
+from bench.quality.smollm import baselines, facts, model, run, world
+from bench.quality.smollm.page import read, where
 from bench.quality.world import record
 from tests.smollm_tiny import make_net, make_tokenizer
 from unike_kernels.evaluation.methods import Method
@@ -42,6 +46,18 @@ def test_training_facts_are_about_the_memorys_countries_alone() -> None:
                 assert r.cluster not in p.sample.prompt
     assert [r.request for r in baselines.training("text", 40)] == [r.request for r in found[:40]]
     assert {r.request for r in baselines.training("text", 40, seed=1)} != {r.request for r in found[:40]}
+
+
+def test_rows_of_other_questions_get_no_company(tmp_path: Path) -> None:
+    path, of = tmp_path / "rows.json", run.asked_of("text", 40, "bfloat16")
+    assert of != run.asked_of("text", 39, "bfloat16") | {"edits": 40}
+    path.write_text(json.dumps(of | {"rows": {}}))
+    run.check_saved(path, of)
+    path.write_text(json.dumps(of | {"questions": "others"}))
+    with pytest.raises(typer.BadParameter, match=f"holds questions 'others', but '{of['questions']}' is asked for"):
+        run.check_saved(path, of)
+    saved = read(where("baselines-pictures"))
+    run.check_saved(where("baselines-pictures"), run.asked_of("pictures", saved["edits"], saved["dtype"]))
 
 
 def test_a_change_of_a_half_precision_model_is_learned_in_float32(bench: baselines.Bench) -> None:

@@ -118,13 +118,13 @@ def run(
     slow: edits of the two ways that train one at a time, the first of them (None: all); their rate is per edit anyway.
     """
     device = torch.device(device)
+    base = with_memory(seed, UnikeConfig(), RowEditor, quick=quick, device=device)
+    base.fit(progress=False)
+    requests = [request(r) for r in records.records("development", "name", edits)]
 
     def asked_of(name: str, few: int | None) -> list[dict[str, Any]]:
         return requests[:few] if name in ONE_AT_A_TIME else requests
 
-    base = with_memory(seed, UnikeConfig(), RowEditor, quick=quick, device=device)
-    base.fit(progress=False)
-    requests = [request(r) for r in records.records("development", "name", edits)]
     found: dict[str, list[EditEntry]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     cpu: dict[str, list[float]] = {name: [] for name in WAYS}

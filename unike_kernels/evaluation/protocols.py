@@ -143,8 +143,8 @@ def run(
 def _before(examiner: Examiner, records: Sequence[Record], generate: bool) -> list[list[Before]]:
     """On the unedited model, by record; of the very records that `_after` is asked about together.
 
-    In half precision an answer may hang on what shares its batch: asked in other company, a model without any edit
-    (SmolLM2-135M, bfloat16) had a T-Loc of 97.3.
+    In half precision an answer may hang on what shares its batch: asked in other company, GRACE on SmolLM2-135M in
+    bfloat16, which changes none of these answers, had a T-Loc of 97.3 (at 39ee88e).
     """
     probes = [p for r in records for p in r.probes]
     free = [generate and first for r in records for first in _firsts(r)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +27,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 app = typer.Typer(add_completion=False)
 
 
-def check_saved(path: Path, **asked: Any) -> None:
-    """Refuses to go on with results of other settings, naming both."""
+def asked_of(task: world.Task, n: int, dtype: str) -> dict[str, Any]:
+    """What a saved result is of; questions: a digest, as rows of other questions are no company for new ones."""
+    asked = [world.items(task, n), world.items(task, baselines.DEVELOPMENT, "development")]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    return {"edits": n, "dtype": dtype, "questions": digest}
+
+
+def check_saved(path: Path, asked: dict[str, Any]) -> None:
+    """Refuses to go on with results of other settings or questions, naming both."""
     found = read(path)
     differing = [f"{k} {found[k]!r}, but {v!r} is asked for" for k, v in asked.items() if found.get(k, v) != v]
     if differing:
@@ -46,25 +55,27 @@ def note_here(path: Path) -> dict[str, Any]:
 def run_latent(task: world.Task, n: int, dtype: str) -> None:
     """What a memory item carries, without neurons."""
     path = where(f"latent-{task}")
-    check_saved(path, edits=n, dtype=dtype)
+    asked = asked_of(task, n, dtype)
+    check_saved(path, asked)
     items = world.items(task, n)
     net, processor = model.load(trained=task == "pictures")
     net.llama_model.to(DTYPES[dtype])
     fillers = triplets(90)[:1] if task == "pictures" else facts.triplets()[:1]
     experiment = latent.Experiment(net, processor, items, [f | {"prediction": "wrong"} for f in fillers], path)
-    experiment.results |= {"edits": n, "dtype": dtype, "environment": environment()}
+    experiment.results |= asked | {"environment": environment()}
     experiment.run(latent.points())
 
 
 def run_ablation(task: world.Task, n: int, dtype: str, controls: bool, rate: float | None) -> None:
     """One-step rows with their controls, routed stacks, and edits one after another."""
     path = where(f"ablation-{task}" if rate is None else f"ablation-{task}-rate-{rate:g}")
-    check_saved(path, edits=n, dtype=dtype)
+    asked = asked_of(task, n, dtype)
+    check_saved(path, asked)
     items = world.items(task, n)
     neurons = NeuronConfig() if rate is None else NeuronConfig(lr_keys=rate, lr_values=rate)
     made = world.SmolWorld(task, items, UnikeConfig(neurons=neurons), dtype=DTYPES[dtype])
     if not path.exists():
-        about = {"task": task, "dtype": dtype, "environment": environment(), "seed": 0, "edits": n, "seconds": 0.0}
+        about = {"task": task, "environment": environment(), "seed": 0, "seconds": 0.0} | asked
         about |= {} if rate is None else {"rate": rate}
         fits = {str(i): ablation.fit_report(f) for i, f in made.editor.fits.items()}
         ablation.write(path, about | {"rows": {"base": made.score_base()}, "fit": fits})
@@ -92,9 +103,10 @@ def run_baselines(task: world.Task, n: int, dtype: str, methods: Sequence[str], 
     Where the model follows IKE's demonstrations, also the paper's row of the neurons with IKE.
     """
     path = where(f"baselines-{task}")
-    check_saved(path, edits=n, dtype=dtype)
+    of = asked_of(task, n, dtype)
+    check_saved(path, of)
     if not path.exists():
-        ablation.write(path, {"task": task, "edits": n, "dtype": dtype, "rows": {}, "search": {}})
+        ablation.write(path, {"task": task, "rows": {}, "search": {}} | of)
     result = note_here(path)
     bench = baselines.Bench(task, DTYPES[dtype])
     if search:
